@@ -1,0 +1,36 @@
+"""gradflow measures gradient flow in deep networks: does it reach the first layer, at what cost?
+
+The names below are loaded when they are first used, so `import gradflow` needs no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gradflow.measurement import measure as measure
+    from gradflow.records import Run as Run
+    from gradflow.spec import RunOptions as RunOptions
+    from gradflow.spec import StackSpec as StackSpec
+    from gradflow.store import load as load
+    from gradflow.store import save as save
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "measure": "gradflow.measurement",
+    "Run": "gradflow.records",
+    "RunOptions": "gradflow.spec",
+    "StackSpec": "gradflow.spec",
+    "load": "gradflow.store",
+    "save": "gradflow.store",
+}
+
+__all__ = ["Run", "RunOptions", "StackSpec", "__version__", "load", "measure", "save"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'gradflow' has no attribute {name!r}")

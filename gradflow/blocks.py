@@ -1,0 +1,252 @@
+"""The branches f of the units y = x + f(norm(x)), and the norms.
+
+Axes: B batch, T tokens, d width, C channels, H x W pixels. Streams are (B, d), (B, T, d) or
+(B, C, H, W). A branch states which of its linear maps feed the activation and which is its output
+projection; `initial` needs both. Its parameters hold no values until `initial.fill` gives them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (torch's own convention)
+from torch import Tensor, nn
+
+from gradflow.spec import GROUPS, StackSpec
+
+EPS = 1e-5
+
+
+class Linear(nn.Module):
+    """y = x W^T + b. The parameters hold nothing until `initial.fill` gives them values.
+
+    `nn.Linear` would draw from torch's global generator, and spend more on it than on the pass.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, fan_in: int, fan_out: int, *, bias: bool = True) -> None:
+        super().__init__()
+        self.shapes = {"weight": (fan_out, fan_in)} | ({"bias": (fan_out,)} if bias else {})
+        self.bias = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class Conv3x3(nn.Module):
+    """3x3 convolution that keeps width and image size, zero padding; empty as `Linear` is."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, width: int, *, bias: bool = True) -> None:
+        super().__init__()
+        self.shapes = {"weight": (width, width, 3, 3)} | ({"bias": (width,)} if bias else {})
+        self.bias = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight, self.bias, padding=1)
+
+
+PHI: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "tanh": torch.tanh,
+    "silu": F.silu,
+    "erf": torch.erf,
+    "linear": lambda x: x,
+}
+
+
+class Branch(nn.Module):
+    """What a unit computes.
+
+    Attributes:
+        feeds_activation: names of the linear maps whose output goes into the activation.
+        output: name of the output projection, where the branch has two matrices or more.
+        norms_inside: the branch places the norms itself; the unit adds none.
+    """
+
+    feeds_activation: tuple[str, ...] = ()
+    output: str | None = None
+    norms_inside = False
+
+
+class Mlp(Branch):
+    """f(x) = phi(Wx + b), the dense layer of classical feed-forward nets. x: (B, d)."""
+
+    feeds_activation = ("linear",)
+
+    def __init__(self, spec: StackSpec) -> None:
+        super().__init__()
+        self.linear = Linear(spec.width, spec.width)
+        self.phi = PHI[str(spec.activation)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.phi(self.linear(x))
+
+
+class Conv(Branch):
+    """f(x) = phi(conv3x3(x) + b), zero padding. x: (B, C, H, W)."""
+
+    feeds_activation = ("conv",)
+
+    def __init__(self, spec: StackSpec) -> None:
+        super().__init__()
+        self.conv = Conv3x3(spec.width)
+        self.phi = PHI[str(spec.activation)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.phi(self.conv(x))
+
+
+class ResNet(Branch):
+    """The two-convolution basic block. x: (B, C, H, W).
+
+    post: f = norm(conv(phi(norm(conv(x))))), and phi after the addition, He et al. 2015
+    (arXiv:1512.03385). pre: f = conv(phi(norm(conv(phi(norm(x)))))), He et al. 2016
+    (arXiv:1603.05027). none: as pre, without norms, so that f = 0 is the identity. Every
+    convolution feeds an activation: its own, the one after the addition, or the next block's.
+    """
+
+    feeds_activation = ("conv1", "conv2")
+    output = "conv2"
+    norms_inside = True
+
+    def __init__(self, spec: StackSpec) -> None:
+        super().__init__()
+        bias = spec.norm == "none"  # a norm's own shift takes the place of the bias
+        self.conv1 = Conv3x3(spec.width, bias=bias)
+        self.conv2 = Conv3x3(spec.width, bias=bias)
+        self.norm1, self.norm2 = make_norm(spec), make_norm(spec)
+        self.phi = PHI[str(spec.activation)]
+        self.activation_last = spec.norm == "post"
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.activation_last:
+            return self.norm2(self.conv2(self.phi(self.norm1(self.conv1(x)))))
+        return self.conv2(self.phi(self.norm2(self.conv1(self.phi(self.norm1(x))))))
+
+
+class Attention(Branch):
+    """Multi-head self-attention, Vaswani et al. 2017 (arXiv:1706.03762). x: (B, T, d).
+
+    f(x) = W_o concat_h softmax(q_h k_h^T / sqrt(d / heads)) v_h + b_o through torch's fused
+    kernel. The keys have no bias: softmax does not change when all logits of a row move
+    together, so its gradient would be zero.
+    """
+
+    output = "out"
+
+    def __init__(self, spec: StackSpec) -> None:
+        super().__init__()
+        self.q = Linear(spec.width, spec.width)
+        self.k = Linear(spec.width, spec.width, bias=False)
+        self.v = Linear(spec.width, spec.width)
+        self.out = Linear(spec.width, spec.width)
+        self.heads, self.causal = int(spec.heads or 1), bool(spec.causal)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (self._split(proj(x)) for proj in (self.q, self.k, self.v))
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+    def _split(self, x: Tensor) -> Tensor:
+        """(B, T, d) to (B, heads, T, d / heads)."""
+        batch, tokens, _ = x.shape
+        return x.view(batch, tokens, self.heads, -1).transpose(1, 2)
+
+
+class Ffn(Branch):
+    """f(x) = W_2 phi(W_1 x + b_1) + b_2, hidden width `ffn_mult` d. x: (B, T, d)."""
+
+    feeds_activation = ("up",)
+    output = "down"
+
+    def __init__(self, spec: StackSpec) -> None:
+        super().__init__()
+        hidden = spec.width * int(spec.ffn_mult or 1)
+        self.up = Linear(spec.width, hidden)
+        self.down = Linear(hidden, spec.width)
+        self.phi = PHI[str(spec.activation)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.phi(self.up(x)))
+
+
+BRANCHES: dict[str, type[Branch]] = {
+    "mlp": Mlp,
+    "conv": Conv,
+    "resnet": ResNet,
+    "attention": Attention,
+    "ffn": Ffn,
+}
+
+
+class Norm(nn.Module):
+    """A normalisation with an affine map after it, 1 and 0 at the start; empty as `Linear` is.
+
+    layernorm: over the features of a token or vector, over C x H x W of an image (Ba et al. 2016,
+    arXiv:1607.06450). rmsnorm: x / sqrt(mean x^2 + eps), no shift (Zhang & Sennrich 2019,
+    arXiv:1910.07467). batchnorm: per feature over all else, always with the statistics of the
+    batch, because that is the network whose gradient is asked for (Ioffe & Szegedy 2015,
+    arXiv:1502.03167). groupnorm: as layernorm in groups of features (Wu & He 2018,
+    arXiv:1803.08494). eps is 1e-5 throughout.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, kind: str, domain: str, width: int) -> None:
+        super().__init__()
+        self.shapes = {"weight": (width,)} | ({"bias": (width,)} if kind != "rmsnorm" else {})
+        self.bias = None
+        self.kind = kind
+        self.apply_norm = NORMALISE[kind, domain]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.apply_norm(x, self.weight, self.bias)
+
+
+def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], weight, bias, EPS)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, _: Tensor | None) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:], weight, EPS)
+
+
+def _batch_norm(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.batch_norm(x, None, None, weight, bias, training=True, eps=EPS)
+
+
+def _token_batch_norm(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return _batch_norm(x.flatten(0, 1), weight, bias).view(x.shape)
+
+
+def _group_norm(groups: int) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    return lambda x, weight, bias: F.group_norm(x, groups, weight, bias, EPS)
+
+
+NORMALISE: dict[tuple[str, str], Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {
+    ("layernorm", "vectors"): _layer_norm,
+    ("layernorm", "tokens"): _layer_norm,
+    ("layernorm", "images"): _group_norm(1),
+    ("rmsnorm", "vectors"): _rms_norm,
+    ("rmsnorm", "tokens"): _rms_norm,
+    ("batchnorm", "vectors"): _batch_norm,
+    ("batchnorm", "tokens"): _token_batch_norm,
+    ("batchnorm", "images"): _batch_norm,
+    ("groupnorm", "vectors"): _group_norm(GROUPS),
+    ("groupnorm", "images"): _group_norm(GROUPS),
+}
+
+
+def make_norm(spec: StackSpec) -> nn.Module:
+    """The normalisation of the spec, or the identity where there is none."""
+    if spec.norm_kind is None:
+        return nn.Identity()
+    return Norm(spec.norm_kind, spec.kind.domain, spec.width)

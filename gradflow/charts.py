@@ -1,0 +1,392 @@
+"""Charts of many runs: a data frame in, an Altair chart out; nothing is drawn or written here.
+
+Every chart takes one of the tables of `rows_for_charts`, all of which have the columns `run` and
+`design`, so that a page can exchange the rows of all charts at once. A design has one colour and
+one shape; runs of one design differ in depth, and that is where their lines end.
+
+A page steers a chart by three parameters: `listed`, the designs in the legend; `bottom` and `top`,
+the ends of the vertical axis, or null.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import altair as alt
+import polars as pl
+
+from gradflow.chart_rows import ends
+
+# Six hues that dichromats can tell apart, each at least 3:1 against its background. Shapes repeat
+# what colours say and go on where these come round again: 6 and 7 have no common divisor.
+LIGHT = ("#0072b2", "#d55e00", "#009e73", "#8a2be2", "#6d0a1f", "#14145a")
+DARK = ("#2aa7e8", "#d56400", "#009e73", "#b066ff", "#ffcdd6", "#d9e35a")
+SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right")
+INK, PAPER = "#24292f", "white"
+WIDTH, HEIGHT, BAR = 720, 320, 20
+FADED = 0.06
+# Pixels of a legend entry, and of a letter in it.
+ENTRY, LETTER = 40, 6
+FONT = "system-ui, 'DejaVu Sans', sans-serif"
+DASH = [5, 4]
+
+Table = pl.DataFrame
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A chart with the words around it.
+
+    Attributes:
+        title: its heading.
+        text: what it shows, and how to read it.
+        table: `units`, `depths` or `times`.
+        columns: those it draws, the first one on the vertical axis, with their headings.
+        draw: makes the chart of that table.
+        near, seen: of the vertical axis, see `chart_rows.ends`.
+    """
+
+    title: str
+    text: str
+    table: str
+    columns: dict[str, str]
+    draw: Callable[[Table], alt.LayerChart]
+    near: float | None = None
+    seen: tuple[float, float] = (0, 1.05)
+
+    @property
+    def value(self) -> str:
+        """The column on the vertical axis."""
+        return next(iter(self.columns))
+
+    @property
+    def span(self) -> list[str]:
+        """The columns that have to fit on the vertical axis."""
+        return [name for name in (self.value, "low", "high") if name in self.columns]
+
+
+def gradient(units: Table) -> alt.LayerChart:
+    """The gradient norm over the layers: a line per run, a band over its seeds, theory dashed."""
+    title = "gradient norm |dL/dy|"
+    y = _powers("log10_grad_norm", title)
+    series = {"x": _layer(), "color": _colour(units), "detail": "run:N", "opacity": _faded(1)}
+    theory = alt.Chart(units).mark_line(strokeDash=[2, 5], strokeWidth=3, clip=True)
+    band = alt.Chart(units).mark_area(fillOpacity=0.2, clip=True)
+    return _layered(
+        band.encode(**series, y=_powers("low", title), y2="high:Q"),
+        theory.encode(**series, y=_powers("theory_log10_grad_norm", title)),
+        *_lines(units, y, "gradient"),
+    )
+
+
+def skip_gain(units: Table) -> alt.LayerChart:
+    """The part of the gain that passes the shortcut: the 1 of 1 + f'."""
+    return _by_unit(units, "skip-gain", "skip gain")
+
+
+def branch_gain(units: Table) -> alt.LayerChart:
+    """The part of the gain that passes the branch: the f' of 1 + f'."""
+    return _by_unit(units, "branch-gain", "branch gain")
+
+
+def token_cosine(units: Table) -> alt.LayerChart:
+    """The mean cosine between the tokens of y: 1 where all have become the same."""
+    y = _number("act_cos", "cosine between tokens")
+    return _layered(*_lines(units, y, "token-cosine"))
+
+
+def gradient_cosine(units: Table) -> alt.LayerChart:
+    """The mean cosine between the gradients of samples: 0 where they are shattered."""
+    y = _number("grad_cos", "cosine between gradients")
+    return _layered(*_lines(units, y, "gradient-cosine"))
+
+
+def activation(units: Table) -> alt.LayerChart:
+    """The size of the stream over the layers."""
+    y = _powers("log10_act_rms", "root mean square of y")
+    return _layered(*_lines(units, y, "activation"))
+
+
+def depth(depths: Table) -> alt.LayerChart:
+    """The total gain against depth, a line per design; dashed lines bound what is healthy."""
+    ticks = sorted(depths["depth"].unique())
+    x = alt.X(
+        "depth:Q", title="depth in layers", scale=alt.Scale(type="log", nice=False, padding=12)
+    )
+    title = "|dL/d(input)| / |dL/d(output)|"
+    rules = [
+        alt.Chart(depths)
+        .mark_rule(strokeDash=[4, 4], strokeOpacity=0.6, clip=True)
+        .encode(y=alt.Y(bound, title=title))
+        for bound in ("min(vanishing):Q", "max(exploding):Q")
+    ]
+    series = {
+        "x": x.axis(values=ticks, format=",d", grid=False),
+        "y": _powers("total_log10_gain", title),
+        "color": _colour(depths),
+    }
+    line = alt.Chart(depths).mark_line(clip=True)
+    point = alt.Chart(depths).mark_point(size=60, filled=True, clip=True)
+    hints = [alt.Tooltip("run:N"), alt.Tooltip("verdict:N"), _hint("total_log10_gain", "decades")]
+    points = point.encode(**series, shape=_shape(depths), opacity=_faded(1), tooltip=hints)
+    steered = points.add_params(_chosen(), _zoom(), *_steering(depths, "depth"))
+    return _layered(*rules, line.encode(**series, opacity=_faded(0.9)), steered)
+
+
+def time(times: Table) -> alt.LayerChart:
+    """The time of one unit, forward and backward: the median over the layers."""
+    # On a page never more than half of its width, for the bars need some too.
+    limit = alt.ExprRef("max(140, min(420, (containerSize()[0] || 1000) * 0.45))")
+    y = alt.Y("bar:N", title=None, sort=None, axis=alt.Axis(labelLimit=limit, ticks=False))
+    x = alt.X("ms:Q", title="milliseconds per unit", axis=alt.Axis(format="~g", tickCount=8))
+    colour = alt.Color("pass:N", title=None, sort=["forward", "backward"])
+    hints = [alt.Tooltip("bar:N", title="run"), alt.Tooltip("pass:N"), _hint("ms", "ms")]
+    bars = alt.Chart(times).mark_bar(height=alt.RelativeBandSize(0.7))
+    order = alt.Order("pass:N", sort="descending")
+    encoded = bars.encode(x=x, y=y, color=colour, order=order, tooltip=hints)
+    return _layered(encoded).properties(height=BAR * times["bar"].n_unique())
+
+
+def themed(
+    chart: alt.LayerChart, ink: str = INK, paper: str = PAPER, colours: tuple[str, ...] = LIGHT
+) -> alt.LayerChart:
+    """The same chart in these colours."""
+    text: dict[str, Any] = {"labelColor": ink, "titleColor": ink, "titleFontWeight": "normal"}
+    axis = alt.AxisConfig(
+        **text,
+        labelFontSize=12,
+        titleFontSize=12,
+        gridColor=ink,
+        gridOpacity=0.12,
+        domainColor=ink,
+        tickColor=ink,
+    )
+    legend = alt.LegendConfig(
+        **text,
+        labelFontSize=12,
+        labelLimit=330,
+        orient="bottom",
+        columnPadding=16,
+        symbolOpacity=1,
+        symbolLimit=0,
+    )
+    # In one go: every configure_... of Altair copies the chart.
+    return chart.configure(
+        background=paper,
+        font=FONT,
+        aria=False,
+        range=alt.RangeConfig(category=list(colours), symbol=list(SHAPES)),
+        axis=axis,
+        legend=legend,
+        title=alt.TitleConfig(color=ink, subtitleColor=ink, anchor="start", fontSize=16),
+        rule=alt.MarkConfig(color=ink),
+        view=alt.ViewConfig(stroke=None),
+    )
+
+
+def picture(name: str, table: Table) -> alt.LayerChart:
+    """The chart as it stands alone: with its title, on paper, far-out runs left out."""
+    drawing = CHARTS[name]
+    title = alt.TitleParams(drawing.title, subtitle=drawing.text.split(". ")[0], limit=WIDTH)
+    chart = drawing.draw(table).properties(title=title, width=WIDTH)
+    if name != "time":
+        chart = chart.properties(height=HEIGHT)
+    return themed(chart)
+
+
+def _by_unit(units: Table, name: str, title: str) -> alt.LayerChart:
+    """One line per run and kind of unit: in a transformer both have gains of their own."""
+    kinds = units["unit"].unique(maintain_order=True).to_list()
+    two = {"attention", "ffn"} <= set(kinds)
+    scale = alt.Scale(domain=kinds, range=[DASH if two and k == "ffn" else [1, 0] for k in kinds])
+    legend = alt.Legend(orient="top", symbolType="stroke", values=["attention", "ffn"])
+    dash = alt.StrokeDash("unit:N", title=None, scale=scale, legend=legend if two else None)
+    return _layered(*_lines(units, _number(CHARTS[name].value, title), name, strokeDash=dash))
+
+
+def _lines(units: Table, y: alt.Y, name: str, **of_lines: Any) -> tuple[alt.Chart, alt.Chart]:
+    """A line per run with a few marks on it; all its points appear under the pointer."""
+    series = {"x": _layer(), "y": y, "color": _colour(units)}
+    line = alt.Chart(units).mark_line(strokeWidth=1.8, clip=True)
+    point = alt.Chart(units).mark_point(size=45, filled=True, clip=True)
+    hover = alt.selection_point(
+        name="hover", fields=["run"], on="pointerover", clear="pointerout", empty=False
+    )
+    # As a dictionary: Altair's own `|` forgets that an empty hover selects nothing.
+    marked = {"or": ["datum.mark", {"param": "hover", "empty": False}]}
+    seen = {"test": {"and": [{"param": "chosen"}, marked]}, "value": 1}
+    hints = [_hint(column, title) for column, title in CHARTS[name].columns.items()]
+    where = [alt.Tooltip("run:N"), alt.Tooltip("layer:Q", format=",d"), alt.Tooltip("unit:N")]
+    points = point.encode(
+        **series,
+        shape=_shape(units),
+        opacity=alt.OpacityValue(0, condition=seen),
+        tooltip=[*where, *hints],
+    )
+    return (
+        line.encode(**series, **of_lines, detail="run:N", opacity=_faded(0.9)),
+        points.add_params(_chosen(), hover, _zoom(), *_steering(units, name)),
+    )
+
+
+def _layered(*layers: alt.Chart) -> alt.LayerChart:
+    return alt.LayerChart(layer=list(layers))
+
+
+def _chosen() -> alt.Parameter:
+    return alt.selection_point(name="chosen", fields=["design"], bind="legend")
+
+
+def _zoom() -> alt.Parameter:
+    # The bare wheel belongs to the page.
+    return alt.selection_interval(name="zoom", bind="scales", zoom="wheel![event.ctrlKey]")
+
+
+def _steering(table: Table, name: str) -> list[alt.Parameter]:
+    drawing = CHARTS[name]
+    bottom, top = ends(table, drawing.span, drawing.near, drawing.seen)
+    axis = [alt.param(name="bottom", value=bottom), alt.param(name="top", value=top)]
+    return [alt.param(name="listed", value=_designs(table)), *axis]
+
+
+def _faded(opacity: float) -> Any:
+    return alt.when(_chosen()).then(alt.value(opacity)).otherwise(alt.value(FADED))
+
+
+def _layer() -> alt.X:
+    axis = alt.Axis(tickMinStep=1, format=",d", grid=False)
+    return alt.X("x:Q", title="layer (0 is the input)", axis=axis, scale=alt.Scale(nice=False))
+
+
+def _designs(table: Table) -> list[str]:
+    return table["design"].unique(maintain_order=True).to_list()
+
+
+def _colour(table: Table) -> alt.Color:
+    # The same domain for colour and shape makes one legend of the two.
+    return alt.Color("design:N", title=None, scale=_scale(table), legend=_legend(table))
+
+
+def _shape(table: Table) -> alt.Shape:
+    return alt.Shape("design:N", title=None, scale=_scale(table), legend=_legend(table))
+
+
+def _scale(table: Table) -> alt.Scale:
+    return alt.Scale(domain=_designs(table))
+
+
+def _legend(table: Table) -> alt.Legend:
+    entry = ENTRY + LETTER * max(map(len, _designs(table)), default=0)
+    columns = alt.ExprRef(f"max(1, floor(width / {entry}))")
+    return alt.Legend(values=alt.ExprRef("listed"), columns=columns)
+
+
+def _hint(column: str, title: str) -> alt.Tooltip:
+    return alt.Tooltip(f"{column}:Q", title=title, format=".4~g")
+
+
+def _number(column: str, title: str) -> alt.Y:
+    scale = alt.Scale(domain=[alt.ExprRef("bottom"), alt.ExprRef("top")], nice=True)
+    return alt.Y(f"{column}:Q", title=title, scale=scale)
+
+
+def _powers(column: str, title: str) -> alt.Y:
+    """An axis for a logarithm that is labelled in powers of ten, a decade high at least."""
+    return _number(column, title).axis(labelExpr=power_of_ten("datum.value"), tickMinStep=0.1)
+
+
+def power_of_ten(exponent: str) -> str:
+    """A Vega expression: 10 to a whole exponent as `10⁻³`, small fractions as plain numbers."""
+    digits = zip("0123456789-\u2212", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁻", strict=True)
+    high = reduce(
+        lambda text, pair: f"replace({text}, /{pair[0]}/g, '{pair[1]}')",
+        digits,
+        f"format({exponent}, '.12~g')",
+    )
+    plain = f"abs({exponent}) < 4 && {exponent} % 1 != 0"
+    return f"{plain} ? format(pow(10, {exponent}), '.2~g') : '10' + {high}"
+
+
+CHARTS: dict[str, Drawing] = {
+    "gradient": Drawing(
+        "Gradient norm over the layers",
+        "The gradient enters at the last layer, on the right, and goes back to the input, on the "
+        "left. A flat line keeps its size; a slope is a factor in every layer. The band spans the "
+        "seeds; a thick dotted line is theory.",
+        "units",
+        {
+            "log10_grad_norm": "log10 |dL/dy|",
+            "low": "lowest seed",
+            "high": "highest seed",
+            "theory_log10_grad_norm": "theory",
+        },
+        gradient,
+        near=12,
+        seen=(-0.5, 0.5),
+    ),
+    "skip-gain": Drawing(
+        "Skip gain: the 1",
+        "The part of the gradient that passes a unit by its shortcut. It is 1 for a plain "
+        "identity and 0 without a shortcut.",
+        "units",
+        {"skip_gain": "skip gain"},
+        skip_gain,
+        near=4,
+    ),
+    "branch-gain": Drawing(
+        "Branch gain: the f\u2032",
+        "The part of the gradient that passes a unit through its branch. In a deep residual stack "
+        "it has to stay well below 1.",
+        "units",
+        {"branch_gain": "branch gain"},
+        branch_gain,
+        near=4,
+    ),
+    "depth": Drawing(
+        "Total gain against depth",
+        "How much larger or smaller the gradient at the input is than at the output. A straight "
+        "fall or rise is exponential in depth; dashed lines bound the healthy range.",
+        "depths",
+        {"total_log10_gain": "log10 of the total gain"},
+        depth,
+        near=12,
+        seen=(-0.5, 0.5),
+    ),
+    "token-cosine": Drawing(
+        "Cosine between tokens",
+        "How alike the tokens of one sample are (samples, where there are no tokens). Near 1 all "
+        "carry the same: the rank has collapsed.",
+        "units",
+        {"act_cos": "cosine between tokens"},
+        token_cosine,
+    ),
+    "gradient-cosine": Drawing(
+        "Cosine between the gradients of samples",
+        "How much the samples agree on the direction. Near 0 in early layers the gradient is "
+        "noise: it has shattered.",
+        "units",
+        {"grad_cos": "cosine between gradients"},
+        gradient_cosine,
+    ),
+    "activation": Drawing(
+        "Growth of the activations",
+        "The root mean square of the stream after each unit. Fast growth drowns the branches of "
+        "later layers and may leave the number format.",
+        "units",
+        {"log10_act_rms": "log10 rms of y"},
+        activation,
+        near=12,
+        seen=(-0.5, 0.5),
+    ),
+    "time": Drawing(
+        "Time per unit",
+        "Median over the layers, forward and backward. Compare only runs that were measured in "
+        "the same environment.",
+        "times",
+        {"ms": "milliseconds"},
+        time,
+    ),
+}

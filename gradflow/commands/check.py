@@ -1,0 +1,129 @@
+"""`gradflow check`: the gate for CI. Exit 0 passed, 1 with the reasons, 4 without a baseline."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gradflow.commands.common import Out, Plain, Quiet, Residual, shortcut
+from gradflow.commands.compare import Runs
+from gradflow.errors import FindingError, UsageError
+from gradflow.options import with_fields
+
+if TYPE_CHECKING:
+    from gradflow.gate import Bounds, Judgement
+    from gradflow.records import Run
+
+# Asked of every run where no bound and no baseline is given.
+DEFAULT_DECADES = 3.0
+RTOL = 0.1
+
+MaxDecades = Annotated[float | None, typer.Option(help="largest change from output to input")]
+MinGain = Annotated[float | None, typer.Option(help="smallest gain of any unit")]
+MaxGain = Annotated[float | None, typer.Option(help="largest gain of any unit")]
+NoNonfinite = Annotated[bool, typer.Option("--no-nonfinite", help="no NaN or infinity anywhere")]
+BaselineFolder = Annotated[Path | None, typer.Option(help="run folder to hold the norms against")]
+Rtol = Annotated[
+    float | None,
+    typer.Option(help=f"relative difference from the baseline that passes  [default: {RTOL}]"),
+]
+
+
+@with_fields()
+def check(
+    given: dict[str, Any],
+    *,
+    runs: Runs = None,
+    max_decades: MaxDecades = None,
+    min_gain: MinGain = None,
+    max_gain: MaxGain = None,
+    no_nonfinite: NoNonfinite = False,
+    baseline: BaselineFolder = None,
+    rtol: Rtol = None,
+    residual: Residual = False,
+    plain: Plain = False,
+    out: Out = Path("results"),
+    quiet: Quiet = False,
+) -> None:
+    """Hold runs against bounds or a baseline; with options instead of runs: measure, then judge."""
+    from gradflow.gate import Bounds, load_baseline
+
+    given |= shortcut(residual, plain)
+    if bool(runs) == bool(given):
+        # With neither, an empty glob in a script would pass as a check of the default stack.
+        rule = "runs are either given as folders or made from options"
+        remedy = "give run folders, or options as for `gradflow run`"
+        raise UsageError(rule, "both" if runs else "neither", remedy)
+    bounds = Bounds(max_decades, min_gain, max_gain, no_nonfinite)
+    if bounds.empty and baseline is None:
+        bounds = Bounds(DEFAULT_DECADES)
+    if rtol is not None and baseline is None:
+        raise UsageError("--rtol needs a --baseline", rtol, "give one, or leave --rtol out")
+    rtol = RTOL if rtol is None else rtol
+    check_bounds(bounds, rtol)
+    expected = load_baseline(baseline) if baseline else None  # before anything is measured
+    failed = [
+        name
+        for run in _wanted(runs, given, out, quiet)
+        for name, judgement in [(_name(run), _judge(run, bounds, expected, rtol))]
+        if not report(name, judgement)
+    ]
+    if failed:
+        raise FindingError(f"check failed for {', '.join(failed)}")
+
+
+def check_bounds(bounds: Bounds, rtol: float) -> None:
+    """Refuse limits that make no sense.
+
+    Raises:
+        UsageError: a negative limit, NaN, or an empty range.
+    """
+    limits = {
+        "--max-decades": bounds.max_decades,
+        "--min-gain": bounds.min_gain,
+        "--max-gain": bounds.max_gain,
+        "--rtol": rtol,
+    }
+    for name, value in limits.items():
+        if value is not None and not (math.isfinite(value) and value >= 0):
+            rule = f"{name} is a finite number of at least 0"
+            raise UsageError(rule, value, f"use for example {name} 1")
+    low, high = bounds.min_gain, bounds.max_gain
+    if low is not None and high is not None and low > high:
+        raise UsageError("--min-gain is at most --max-gain", f"{low} and {high}", "swap the two")
+
+
+def _wanted(runs: list[str] | None, given: dict[str, Any], out: Path, quiet: bool) -> list[Run]:
+    if not runs:
+        from gradflow.commands.run import measure_and_store
+
+        return [measure_and_store({"timing": False} | given, out, quiet)]
+    from gradflow.commands.compare import matching
+    from gradflow.store import load
+
+    # A gate must not pass because a run could not be read: here the error ends the command.
+    return [load(folder) for folder in dict.fromkeys(p for word in runs for p in matching(word))]
+
+
+def _name(run: Run) -> str:
+    return run.path.name if run.path else run.spec.title
+
+
+def _judge(run: Run, bounds: Bounds, baseline: Run | None, rtol: float) -> Judgement:
+    from gradflow.gate import against_baseline, judge
+
+    found = judge(run, bounds)
+    return found if baseline is None else found + against_baseline(run, baseline, rtol)
+
+
+def report(name: str, judgement: Judgement) -> bool:
+    """Say what was compared and why it fails; returns whether it passed."""
+    typer.echo(f"{'ok' if judgement.passed else 'FAILED'}  {name}")
+    for line in judgement.compared:
+        typer.echo(f"    compared: {line}")
+    for reason in judgement.reasons:
+        typer.echo(f"    reason: {reason}")
+    return judgement.passed

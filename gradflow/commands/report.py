@@ -1,0 +1,50 @@
+"""`gradflow report`: a page, pictures and a table of what is stored; nothing is measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gradflow.commands.common import Quiet, say, write_text
+
+Results = Annotated[Path, typer.Option(help="folder that runs are stored in")]
+Page = Annotated[Path | None, typer.Option("--out", help="the page (report.html in --results)")]
+Png = Annotated[Path | None, typer.Option(metavar="DIR", help="each chart as a PNG there")]
+Svg = Annotated[Path | None, typer.Option(metavar="DIR", help="each chart as an SVG there")]
+Markdown = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", help="the runs in a Markdown table, - for stdout"),
+]
+
+
+def report(
+    *,
+    results: Results = Path("results"),
+    out: Page = None,
+    png: Png = None,
+    svg: Svg = None,
+    markdown: Markdown = None,
+    quiet: Quiet = False,
+) -> None:
+    """Make one page of the stored runs: verdicts, charts, environment; measures nothing."""
+    from gradflow import overview, report
+    from gradflow.reading import read_results
+
+    page = results / "report.html" if out is None else out
+    found = read_results(results)
+    for line in found.skipped:
+        say(f"gradflow: {line}")
+    report.write_page(found, page)
+    for folder, kind in ((png, "png"), (svg, "svg")):
+        if folder is not None:
+            report.write_pictures(found, folder, kind)
+    if markdown is not None:
+        write_text(markdown, overview.markdown_table(found))
+    if markdown != "-" and not quiet:
+        from rich.console import Console
+
+        console = Console()
+        console.print(overview.summary_view(found))
+        console.print(f"page: {page}", soft_wrap=True, markup=False, highlight=False)

@@ -1,0 +1,82 @@
+"""`gradflow run`: measure one specification, store it, show it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gradflow.commands.common import (
+    Json,
+    Out,
+    Plain,
+    Quiet,
+    Residual,
+    check_target,
+    progress_bar,
+    say,
+    shortcut,
+    write_text,
+)
+from gradflow.options import split, with_fields
+
+if TYPE_CHECKING:
+    from gradflow.records import Run
+
+
+@with_fields()
+def run(
+    given: dict[str, Any],
+    *,
+    residual: Residual = False,
+    plain: Plain = False,
+    out: Out = Path("results"),
+    json: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """Measure one stack: gradient norms, gains and times per layer, and a verdict."""
+    check_target(json)
+    found = measure_and_store(given | shortcut(residual, plain), out, quiet)
+    if json is not None:
+        write_text(json, as_json(found))
+    if json != "-" and not quiet:
+        show(found)
+    for warning in found.warnings:
+        say(f"warning: {warning}", style="yellow")
+
+
+def measure_and_store(given: dict[str, Any], out: Path, quiet: bool) -> Run:
+    """A stored run of the given fields; bad values and a bad `out` are refused first."""
+    spec, options = split(given)
+    from gradflow import store
+
+    store.check_writable(out)
+    with progress_bar(quiet) as progress:
+        from gradflow.measurement import measure
+
+        return store.save(measure(spec, options, progress=progress), out)
+
+
+def show(found: Run) -> None:
+    """Table, profile and verdict on stdout."""
+    from rich.console import Console
+
+    from gradflow.tables import run_view
+
+    console = Console()
+    console.print(run_view(found))
+    console.print(f"stored in {found.path}", soft_wrap=True, markup=False, highlight=False)
+
+
+def as_json(found: Run) -> str:
+    """One JSON object: run, spec, summary, verdict."""
+    from gradflow.store import about
+
+    content = about(found)
+    shown = {
+        "run": str(found.path),
+        "spec": content["spec"],
+        "summary": content["summary"],
+        "verdict": found.summary.verdict,
+    }
+    return json.dumps(shown, indent=2, allow_nan=False) + "\n"

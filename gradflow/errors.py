@@ -1,0 +1,59 @@
+"""Error types, each with the exit code that the command line gives it.
+
+0 ok · 1 a gate or finding the user asked for · 2 usage · 3 measurement failed · 4 no or
+incompatible baseline · 130 interrupted.
+"""
+
+EXIT_OK = 0
+EXIT_INTERRUPTED = 130
+
+
+class GradflowError(Exception):
+    """Something a person can act on; printed as one line, never as a traceback."""
+
+    exit_code = 3
+
+    def __str__(self) -> str:
+        """The message in one line, whatever was put into it."""
+        return " ".join(super().__str__().split())
+
+
+class FindingError(GradflowError):
+    """A gate that the user asked for does not hold."""
+
+    exit_code = 1
+
+
+class UsageError(GradflowError):
+    """A value that cannot work: names the rule, what arrived and what to do.
+
+    Args:
+        rule: what has to hold.
+        got: the value that arrived, shown as `repr` unless it is text already, and not empty.
+        remedy: what to do instead.
+    """
+
+    exit_code = 2
+
+    def __init__(self, rule: str, got: object, remedy: str) -> None:
+        self.rule, self.got, self.remedy = rule, got, remedy
+        shown = got if isinstance(got, str) and got else repr(got)
+        super().__init__(f"{rule}; got {shown}; {remedy}")
+
+
+class MeasurementError(GradflowError):
+    """The measurement itself failed: out of memory, disk full, no finite answer."""
+
+    exit_code = 3
+
+
+class RunFolderError(GradflowError):
+    """A folder that cannot be read as a run; names the folder and the reason."""
+
+    exit_code = 3
+
+
+class BaselineError(GradflowError):
+    """A baseline is missing, or was measured under other conditions."""
+
+    exit_code = 4

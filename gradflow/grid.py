@@ -1,0 +1,113 @@
+"""The product of lists of options: which cells a sweep has, and which make no network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import product
+from typing import Any
+
+from gradflow.errors import UsageError
+from gradflow.spec import BLOCK_OPTIONS, BLOCKS, RunOptions, StackSpec, check_choice, flag, run_key
+
+# What bare `gradflow compare` measures.
+DEFAULT_GRID: dict[str, list[Any]] = {
+    "shortcut": ["plain", "residual"],
+    "norm": ["none", "pre", "post"],
+    "depth": [12, 50, 200],
+}
+
+# Where cells are measured; the executors themselves need torch, so their names stand here.
+EXECUTORS = ("auto", "serial", "processes", "ray")
+
+STACK_FIELDS = {f.name: f for f in fields(StackSpec)}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One network of a sweep, with how it is measured."""
+
+    spec: StackSpec
+    options: RunOptions
+
+    @property
+    def key(self) -> str:
+        """Names the numbers of this cell, as folders of runs do; devices and limits share it."""
+        return run_key(self.spec, self.options)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The cells of a sweep in order.
+
+    Attributes:
+        cells: each once.
+        skipped: one line for each combination that is no network, with the rule.
+        notes: one line for each option that was left out where it does not apply.
+    """
+
+    cells: tuple[Cell, ...]
+    skipped: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def expand(lists: Mapping[str, Sequence[Any]]) -> Grid:
+    """Every combination of the lists; the last option varies fastest.
+
+    An option that a block does not have is left out of that block's cells, as is a norm kind where
+    there is no norm; cells that come out equal are one. Combinations that break a rule are named
+    with it.
+
+    Raises:
+        UsageError: no combination is a network, a name is unknown, or a measuring option breaks a
+            rule.
+    """
+    _check_names(lists)
+    cells: dict[Cell, None] = {}
+    refused: dict[str, UsageError] = {}
+    for values in product(*lists.values()):
+        chosen = dict(zip(lists, values, strict=True))
+        kept = {name: value for name, value in chosen.items() if not _idle(name, chosen)}
+        options = RunOptions(**{k: v for k, v in kept.items() if k not in STACK_FIELDS})
+        try:
+            spec = StackSpec(**{k: v for k, v in kept.items() if k in STACK_FIELDS})
+        except UsageError as error:
+            refused.setdefault(f"{_spelled(kept, lists)}: {error.rule}", error)
+        else:
+            cells.setdefault(Cell(spec, options))
+    if not cells:
+        raise next(iter(refused.values()))
+    return Grid(tuple(cells), tuple(refused), tuple(_notes(lists)))
+
+
+def _check_names(lists: Mapping[str, Sequence[Any]]) -> None:
+    """A misspelt name is a mistake, not a combination to skip."""
+    for name, values in lists.items():
+        choices = STACK_FIELDS[name].metadata["choices"] if name in STACK_FIELDS else ()
+        for value in values if choices else ():
+            check_choice(flag(name), value, choices)
+
+
+def _idle(name: str, chosen: Mapping[str, Any]) -> bool:
+    """Whether an option means nothing beside the others."""
+    if name == "norm_kind":
+        return _value("norm", chosen) == "none"
+    return name in BLOCK_OPTIONS and name not in BLOCKS[_value("block", chosen)].options
+
+
+def _value(name: str, chosen: Mapping[str, Any]) -> Any:
+    return chosen.get(name, STACK_FIELDS[name].default)
+
+
+def _notes(lists: Mapping[str, Sequence[Any]]) -> Iterator[str]:
+    """Which options were left out where."""
+    for name in lists:
+        decides = "norm" if name == "norm_kind" else "block"
+        for value in lists.get(decides, [STACK_FIELDS[decides].default]):
+            if _idle(name, {decides: value}):
+                yield f"{flag(name)} does not apply to {flag(decides)} {value}"
+
+
+def _spelled(chosen: Mapping[str, Any], lists: Mapping[str, Sequence[Any]]) -> str:
+    varying = {name: chosen[name] for name in chosen if len(lists[name]) > 1} or chosen
+    return " ".join(f"{flag(name)} {value}" for name, value in varying.items())

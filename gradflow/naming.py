@@ -1,0 +1,132 @@
+"""Short names for runs: only the words in which they differ, so that legends stay readable."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
+
+from gradflow.records import Summary
+from gradflow.spec import RunOptions, StackSpec
+
+# Depth is an axis of its own, and these three always stand in a name where they differ.
+LEADING = ("shortcut", "block", "norm")
+MEASURED = ("seed", "seeds", "raw_range")
+DEVICE = "device"
+OTHERS = (
+    *(field.name for field in fields(StackSpec) if field.name not in (*LEADING, "depth")),
+    *MEASURED,
+    DEVICE,
+)
+WORDS: dict[str, Callable[[Any], str]] = {
+    "norm": lambda norm: "no norm" if norm == "none" else f"{norm}-norm",
+    "norm_kind": str,
+    "activation": str,
+    "init": lambda init: f"{init} init",
+    "dtype": str,
+    "loss": lambda loss: f"{loss} loss",
+    "causal": lambda _: "causal",
+    "seeds": lambda seeds: f"{seeds} seeds",
+    "raw_range": lambda _: "raw range",
+    DEVICE: str,
+}
+# Said only where they are not so: nobody looks for these words in a name.
+UNSAID = {
+    "gain": 1.0,
+    "dtype": "float32",
+    "loss": "cotangent",
+    "causal": False,
+    "seeds": 1,
+    "raw_range": False,
+}
+
+
+class Described(Protocol):
+    """What words about a run are made from; whole runs have it, and those of a report."""
+
+    @property
+    def spec(self) -> StackSpec: ...
+    @property
+    def options(self) -> RunOptions: ...
+    @property
+    def summary(self) -> Summary: ...
+    @property
+    def environment(self) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Name:
+    """What a run is called: its design, which runs of other depths share, and its depth.
+
+    Runs of one design and depth are counted by `copy`.
+    """
+
+    design: str
+    depth: int
+    copy: int = 1
+
+    @property
+    def without_depth(self) -> str:
+        """For tables in which the depth has a column of its own."""
+        return self.design if self.copy == 1 else f"{self.design} (#{self.copy})"
+
+    @property
+    def run(self) -> str:
+        """The whole name."""
+        copy = "" if self.copy == 1 else f" (#{self.copy})"
+        return f"{self.design}, depth {self.depth}{copy}"
+
+
+def names(runs: Sequence[Described]) -> list[Name]:
+    """A name for each run, all different."""
+    words = [name for name in OTHERS if _differs(runs, name)]
+    with_block = len({run.spec.block for run in runs}) > 1
+    seen = Counter[tuple[str, int]]()
+    found = []
+    for run in runs:
+        place = _design(run, words, with_block), run.spec.depth
+        seen[place] += 1
+        found.append(Name(*place, seen[place]))
+    return found
+
+
+def shared(runs: Sequence[Described]) -> str:
+    """The settings that all runs have in common, in words."""
+    both = ("depth", *LEADING, *OTHERS)
+    common = [n for n in both if len({_value(run, n) for run in runs}) == 1]
+    if "loss" in common and runs[0].spec.loss != "ce":
+        common.remove("classes")
+    words = [word(n, _value(runs[0], n)) for n in common]
+    return ", ".join(w for w in words if w)
+
+
+def word(name: str, value: object) -> str:
+    """A setting in words; empty where it is not set, or not worth a word."""
+    if value is None or (name in UNSAID and value == UNSAID[name]):
+        return ""
+    if name in WORDS:
+        return WORDS[name](value)
+    plain = name.replace("_", " ")
+    return str(value) if name in LEADING else f"{plain} {value}"
+
+
+def _design(run: Described, words: Sequence[str], with_block: bool) -> str:
+    stack = f"{run.spec.shortcut} {run.spec.block}" if with_block else run.spec.shortcut
+    rest = [word(name, _value(run, name)) for name in words]
+    return ", ".join([f"{stack}, {word('norm', run.spec.norm)}", *filter(None, rest)])
+
+
+def _value(run: Described, name: str) -> Any:
+    if name == DEVICE:
+        return str(run.environment.get(DEVICE))
+    return getattr(run.options if name in MEASURED else run.spec, name)
+
+
+def _differs(runs: Sequence[Described], name: str) -> bool:
+    """Whether a setting says more than block and norm do, whose defaults set many others."""
+    found: dict[tuple[str, str], object] = {}
+    return any(
+        found.setdefault((run.spec.block, run.spec.norm), _value(run, name)) != _value(run, name)
+        for run in runs
+    )

@@ -1,0 +1,198 @@
+"""The records that measuring returns and everything else takes, and the one table of columns.
+
+A column is a field of a record: its name, unit and meaning stand here and nowhere else. None means
+missing and is written as an empty cell; NaN and infinities are numbers and are written as such.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gradflow.spec import RunOptions, StackSpec
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SCHEMA_VERSION = 1
+
+
+def column(meaning: str, unit: str = "", *, missing: bool = False) -> Any:
+    """A field with its unit and meaning; fields that may be missing default to None."""
+    metadata = {"meaning": meaning, "unit": unit}
+    return field(default=None, metadata=metadata) if missing else field(metadata=metadata)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRecord:
+    """One row of `layers.csv`: one unit of one seed, or the input (layer 0)."""
+
+    seed: int = column("seed of the weights, the input and the cotangent")
+    step: int = column("training step; 0 is initialisation")
+    layer: int = column("block, 1 to depth; 0 is the input")
+    unit: str = column("branch of the unit; `input` in layer 0")
+    act_rms: float | None = column("root mean square of the unit's output y")
+    act_max_abs: float | None = column("largest |y|")
+    grad_norm: float | None = column("norm of g = dL/dy over all elements of the batch")
+    log10_grad_norm: float | None = column("its logarithm, exact beyond float64's range", "decades")
+    gain: float | None = column("|dL/dx| / |dL/dy| of the unit, x its input", missing=True)
+    skip_gain: float | None = column("the part of the gain through the shortcut", missing=True)
+    branch_gain: float | None = column("the part of the gain through the branch", missing=True)
+    skip_branch_cos: float | None = column("cosine between the two parts", missing=True)
+    param_norm: float | None = column("norm of all the unit's parameters", missing=True)
+    param_grad_norm: float | None = column("norm of dL/dparameters", missing=True)
+    log10_param_grad_norm: float | None = column("its logarithm", "decades", missing=True)
+    act_cos: float | None = column(
+        "mean cosine between tokens of y (samples, where there are none): rank collapse",
+        missing=True,
+    )
+    grad_cos: float | None = column(
+        "mean cosine of g between samples: gradient shattering", missing=True
+    )
+    nonfinite: int | None = column("NaN and infinite elements of g", missing=True)
+    zero_fraction: float | None = column("fraction of exact zeros in g", missing=True)
+    theory_log10_grad_norm: float | None = column("prediction", "decades", missing=True)
+    saved_bytes: int | None = column("kept by autograd for the unit's backward", "B", missing=True)
+    forward_s: float | None = column("forward time, median over the repeats", "s", missing=True)
+    forward_s_iqr: float | None = column("its interquartile range", "s", missing=True)
+    backward_s: float | None = column("backward time, median over the repeats", "s", missing=True)
+    backward_s_iqr: float | None = column("its interquartile range", "s", missing=True)
+
+
+@dataclass(frozen=True, slots=True)
+class ParamRecord:
+    """One row of `params.csv`: one parameter tensor of one seed."""
+
+    seed: int = column("seed")
+    step: int = column("training step; 0 is initialisation")
+    layer: int = column("block, 1 to depth")
+    unit: str = column("branch of the unit")
+    param: str = column("name within the unit")
+    shape: str = column("sizes joined by x")
+    numel: int = column("number of elements")
+    norm: float = column("norm of the parameter")
+    grad_norm: float | None = column("norm of its gradient; empty if autograd gave none")
+    log10_grad_norm: float | None = column("its logarithm, exact beyond float64", "decades")
+    nonfinite: int | None = column("NaN and infinite elements of its gradient")
+
+
+@dataclass(frozen=True, slots=True)
+class TimeRecord:
+    """One row of `times.csv`: one unit in one timed repeat."""
+
+    repeat: int = column("timed pass, from 0; warm-up passes are not stored")
+    layer: int = column("block, 1 to depth")
+    unit: str = column("branch of the unit")
+    forward_s: float = column("forward time", "s")
+    backward_s: float = column("backward time", "s")
+
+
+Record = LayerRecord | ParamRecord | TimeRecord
+TABLES: dict[str, type[LayerRecord] | type[ParamRecord] | type[TimeRecord]] = {
+    "layers": LayerRecord,
+    "params": ParamRecord,
+    "times": TimeRecord,
+}
+TIMING_COLUMNS = ("forward_s", "forward_s_iqr", "backward_s", "backward_s_iqr")
+
+
+def columns(record: type[Record]) -> tuple[str, ...]:
+    """Column names of a table, in the order of the file."""
+    return tuple(f.name for f in fields(record))
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What the timing passes of a run found.
+
+    Attributes:
+        units: median forward and backward seconds of each unit with their IQRs, in order.
+        repeats: every raw repeat.
+        total_s: median over the repeats of the sum over all units, forward plus backward.
+        bare_s: the same network's forward + backward by torch alone, interleaved; None in a
+            sweep, where the cells take turns instead. `bare_iqr_s` is its interquartile range.
+        spread: interquartile range of `total_s` over its median.
+    """
+
+    units: tuple[tuple[float, float, float, float], ...]
+    repeats: tuple[TimeRecord, ...]
+    total_s: float
+    bare_s: float | None
+    bare_iqr_s: float | None
+    spread: float
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A run in a few numbers. Decades are powers of ten; None is missing.
+
+    `log10_gain_per_layer` is negative where the gradient shrinks towards the input. The interval
+    covers 95 % over seeds and layers. `trend` is `exponential` or `power law` in depth, whichever
+    fits the profile better, and `healthy_depth` the depth at which that trend leaves the
+    healthy range.
+    """
+
+    verdict: str
+    advice: str
+    total_log10_gain: float | None
+    log10_gain_per_layer: float | None
+    log10_gain_per_layer_low: float | None
+    log10_gain_per_layer_high: float | None
+    efolding_layers: float | None
+    trend: str | None
+    healthy_depth: float | None
+    param_grad_spread: float | None
+    skip_share: float | None
+    first_layer: int | None = None
+    first_unit: str | None = None
+    first_pass: str | None = None
+    loss: float | None = None
+    forward_s: float | None = None
+    backward_s: float | None = None
+    forward_s_per_layer: float | None = None
+    backward_s_per_layer: float | None = None
+    peak_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One specification measured for one or more seeds on one device.
+
+    `layers`, `params` and `times` are the three tables as DataFrames; the records behind them are
+    `layer_records`, `param_records` and `time_records`. `path` is the folder, once stored.
+    """
+
+    spec: StackSpec
+    options: RunOptions
+    summary: Summary
+    environment: dict[str, Any]
+    overhead: dict[str, Any] | None
+    warnings: tuple[str, ...]
+    layer_records: Sequence[LayerRecord]
+    param_records: Sequence[ParamRecord]
+    time_records: Sequence[TimeRecord]
+    path: Path | None = None
+
+    @cached_property
+    def layers(self) -> pd.DataFrame:
+        """`layers.csv`: one row per seed and unit."""
+        return _frame(LayerRecord, self.layer_records)
+
+    @cached_property
+    def params(self) -> pd.DataFrame:
+        """`params.csv`: one row per seed and parameter tensor."""
+        return _frame(ParamRecord, self.param_records)
+
+    @cached_property
+    def times(self) -> pd.DataFrame:
+        """`times.csv`: one row per timed repeat and unit."""
+        return _frame(TimeRecord, self.time_records)
+
+
+def _frame(record: type[Record], rows: Sequence[Record]) -> pd.DataFrame:
+    import pandas as pd  # 0.8 s to import, so only where a DataFrame is asked for
+
+    return pd.DataFrame([asdict(row) for row in rows], columns=list(columns(record)))

@@ -1,0 +1,197 @@
+"""From sums on the device to records on the host, with one transfer per pass.
+
+An engine measures a gradient as g * 2^exponent (see `walk`). Here the two become the norm and its
+logarithm: the logarithm is exact even where the norm itself leaves float64's range.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradflow import stats
+from gradflow.records import LayerRecord, ParamRecord
+from gradflow.stack import ParamInfo
+from gradflow.stats import Numbers, Sums
+
+LOG10_2 = math.log10(2)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One unit, or the input, after both passes; all numbers are still on the device.
+
+    Attributes:
+        sums: `stats.forward_sums` of the unit's output, `stats.gradient_sums` of the gradient
+            there, and its `exponent`.
+        parts: `stats.part_sums` of the gradient at the unit's input; empty without a shortcut.
+        params: the unit's parameters.
+        grads: for each its gradient's norm and non-finite count, in units of 2^exponent of the
+            row below; None where autograd gave no gradient.
+    """
+
+    layer: int
+    unit: str
+    sums: Sums
+    parts: Sums
+    saved_bytes: int | None = None
+    params: Sequence[ParamInfo] = ()
+    grads: Sequence[tuple[Tensor, Tensor | float] | None] = ()
+
+
+def to_records(
+    seed: int, rows: Sequence[Row], shape: torch.Size, step: int = 0
+) -> tuple[list[LayerRecord], list[ParamRecord]]:
+    """Records of one pass; waits for the device.
+
+    Args:
+        seed: written into the records.
+        rows: from the input up to the last unit.
+        shape: of the stream.
+        step: written into the records; 0 is initialisation.
+
+    Returns:
+        Layers and parameters, in the order of the rows.
+    """
+    host = _to_host(_by_name(rows))
+    params = _param_numbers(host)
+    exponents = host["exponent"].tolist()
+    columns = _columns(host, shape)
+    layer_records: list[LayerRecord] = []
+    param_records: list[ParamRecord] = []
+    for i, row in enumerate(rows):
+        numbers = {name: values[i] for name, values in columns.items()}
+        # A unit's parameter gradients are measured in the scale of its input, as is its VJP.
+        own = [next(params) for _ in row.params]
+        below = exponents[max(i - 1, 0)]
+        scales = (exponents[i], below)
+        layer_records.append(_layer_record((seed, step), row, numbers, own, scales))
+        param_records += _param_records(seed, step, row, own, below)
+    return layer_records, param_records
+
+
+def _by_name(rows: Sequence[Row]) -> dict[str, list[Tensor | float]]:
+    units = rows[1:]
+    grads = [(math.nan, -1.0) if g is None else g for row in rows for g in row.grads]
+    return {
+        **{name: [row.sums[name] for row in rows] for name in rows[0].sums},
+        **{name: [row.parts[name] for row in units] for name in units[0].parts},
+        "param_norm": [param.norm for row in rows for param in row.params],
+        "param_grad": [size for size, _ in grads],
+        "param_nonfinite": [count for _, count in grads],
+    }
+
+
+def _to_host(columns: Mapping[str, list[Tensor | float]]) -> Numbers:
+    """Stack each column and bring all of them over in one transfer."""
+    device = next(v.device for values in columns.values() for v in values if isinstance(v, Tensor))
+    stacks = [_stack(values, device) for values in columns.values()]
+    flat = torch.cat([stack.flatten() for stack in stacks]).cpu()
+    pieces = torch.split(flat, [stack.numel() for stack in stacks])
+    shapes = [stack.shape for stack in stacks]
+    return {n: p.view(s) for n, p, s in zip(columns, pieces, shapes, strict=True)}
+
+
+def _stack(values: list[Tensor | float], device: torch.device) -> Tensor:
+    if all(isinstance(value, Tensor) for value in values) and values:
+        return torch.stack([v for v in values if isinstance(v, Tensor)]).double()
+    wide = [torch.as_tensor(v, dtype=torch.float64, device=device) for v in values]
+    return torch.stack(wide) if wide else torch.empty(0, dtype=torch.float64, device=device)
+
+
+def _columns(host: Numbers, shape: torch.Size) -> dict[str, list[float]]:
+    """The measured columns of all rows; those of the gains lack a value in row 0."""
+    size, exponent = host["grad_norm"], host["exponent"]
+    # dL/dx in the scale of dL/dy: gains are ratios of neighbours.
+    scale = torch.ldexp(torch.ones_like(size[1:]), (exponent[:-1] - exponent[1:]).int())
+    parts = {name: host[name] for name in stats.PART_SUMS if name in host}
+    gains = stats.part_stats(parts, size[:-1], size[1:])
+    measured = stats.forward_stats(host, shape.numel()) | stats.gradient_stats(host, shape)
+    columns = {name: values.tolist() for name, values in measured.items()}
+    for name, values in gains.items():
+        ratio = values if name == "skip_branch_cos" else values * scale
+        columns[name] = [math.nan, *ratio.tolist()]
+    return columns
+
+
+def _param_numbers(host: Numbers) -> Iterator[tuple[float, float, float]]:
+    return zip(
+        host["param_norm"].tolist(),
+        host["param_grad"].tolist(),
+        host["param_nonfinite"].tolist(),
+        strict=True,
+    )
+
+
+def _layer_record(
+    when: tuple[int, int],
+    row: Row,
+    numbers: Mapping[str, float],
+    own: list[tuple[float, float, float]],
+    scales: tuple[float, float],
+) -> LayerRecord:
+    """A record of seed and step; `scales` are the exponents of dL/dy and of dL/dparameters."""
+    (seed, step), (exponent, below) = when, scales
+    grads = [grad for _, grad, count in own if count >= 0]
+    grad = math.hypot(*grads) if grads else None
+    gains = {n: numbers.get(n) if row.layer else None for n in stats.GAINS}
+    return LayerRecord(
+        seed=seed,
+        step=step,
+        layer=row.layer,
+        unit=row.unit,
+        act_rms=numbers["act_rms"],
+        act_max_abs=numbers["act_max_abs"],
+        grad_norm=scaled(numbers["grad_norm"], exponent),
+        log10_grad_norm=log10(numbers["grad_norm"], exponent),
+        **gains,
+        param_norm=math.hypot(*(value for value, _, _ in own)) if own else None,
+        param_grad_norm=scaled(grad, below),
+        log10_param_grad_norm=log10(grad, below),
+        act_cos=numbers.get("act_cos"),
+        grad_cos=numbers.get("grad_cos"),
+        nonfinite=int(numbers["nonfinite"]),
+        zero_fraction=numbers["zero_fraction"],
+        saved_bytes=row.saved_bytes,
+    )
+
+
+def _param_records(
+    seed: int, step: int, row: Row, own: list[tuple[float, float, float]], exponent: float
+) -> Iterator[ParamRecord]:
+    for info, (value, size, count) in zip(row.params, own, strict=True):
+        grad = size if count >= 0 else None
+        yield ParamRecord(
+            seed,
+            step,
+            row.layer,
+            row.unit,
+            info.name,
+            info.shape,
+            info.numel,
+            value,
+            scaled(grad, exponent),
+            log10(grad, exponent),
+            int(count) if count >= 0 else None,
+        )
+
+
+def scaled(size: float | None, exponent: float) -> float | None:
+    """size * 2^exponent; 0 or inf where that leaves float64's range."""
+    if size is None or not math.isfinite(size):
+        return size
+    try:
+        return math.ldexp(size, int(exponent))
+    except OverflowError:
+        return math.inf
+
+
+def log10(size: float | None, exponent: float) -> float | None:
+    """log10(size * 2^exponent); -inf for a size of 0."""
+    if size is None or math.isnan(size):
+        return size
+    return math.log10(size) + exponent * LOG10_2 if size > 0 else -math.inf

@@ -1,0 +1,218 @@
+"""What a person sees in the terminal: Rich renderables, returned and never printed here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from gradflow.records import LayerRecord, Run, Summary
+from gradflow.units import count, gib, milliseconds, number, rounded, signed
+
+# Rows shown at each end of a long table.
+ENDS = 8
+PROFILE_SIZE = (78, 14)
+STYLES = {"healthy": "bold green", "unstable": "bold yellow"}
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of the layer table: its heading, the field, and how a mean is written."""
+
+    heading: str
+    field: str
+    digits: str
+
+
+COLUMNS = (
+    Column("log10|g|", "log10_grad_norm", "+.3f"),
+    Column("gain", "gain", ".3f"),
+    Column("skip", "skip_gain", ".3f"),
+    Column("branch", "branch_gain", ".3f"),
+    Column("log10|dW|", "log10_param_grad_norm", "+.2f"),
+    Column("act rms", "act_rms", "#.3g"),
+)
+TIMES = (("fwd ms", "forward_s"), ("bwd ms", "backward_s"))
+
+
+def run_view(run: Run) -> RenderableType:
+    """Everything that `gradflow run` shows."""
+    return Group(
+        Text(run.spec.title, style="bold"),
+        *(Text(line, style="dim") for line in subtitle(run)),
+        layer_table(run),
+        profile(run.layer_records),
+        *verdict_lines(run.summary),
+        *cost_lines(run),
+    )
+
+
+def subtitle(run: Run) -> Iterator[str]:
+    """The rest of the specification, and where it was measured."""
+    spec, where = run.spec, run.environment
+    size = {
+        "vectors": f"{spec.batch_size} vectors",
+        "tokens": f"{spec.batch_size} x {spec.seq_len} tokens",
+        "images": f"{spec.batch_size} images of {spec.image_size} x {spec.image_size}",
+    }[spec.kind.domain]
+    seeds = count(run.options.seeds, "seed")
+    yield f"width {spec.width}, {size}, {spec.activation}, init {spec.init}, {seeds}"
+    yield f"loss {spec.loss}, {where['dtype']} on {where['device_name']}"
+
+
+def layer_table(run: Run) -> Table:
+    """One row per unit, the middle of a long stack left out; means over the seeds."""
+    rows = mean_rows(run.layer_records)
+    shown = [c for c in COLUMNS if any(getattr(r, c.field) is not None for r in rows)]
+    timed = [t for t in TIMES if run.time_records]
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
+    table.add_column("layer", justify="right")
+    table.add_column("unit")
+    for heading in [c.heading for c in shown] + [name for name, _ in timed]:
+        table.add_column(heading, justify="right")
+    for row in rows if len(rows) <= 3 * ENDS else rows[:ENDS]:
+        table.add_row(*_cells(row, shown, timed))
+    if len(rows) > 3 * ENDS:
+        dots = ["…"] * (len(shown) + len(timed))
+        table.add_row("…", f"{len(rows) - 2 * ENDS} more", *dots, style="dim")
+        for row in rows[-ENDS:]:
+            table.add_row(*_cells(row, shown, timed))
+    return table
+
+
+def _cells(
+    row: LayerRecord, shown: Sequence[Column], timed: Sequence[tuple[str, str]]
+) -> Iterator[str]:
+    yield str(row.layer)
+    yield row.unit
+    for column in shown:
+        yield number(getattr(row, column.field), column.digits)
+    for _, field in timed:
+        yield milliseconds(getattr(row, field))
+
+
+def mean_rows(records: Iterable[LayerRecord]) -> list[LayerRecord]:
+    """One row per unit from the input up: means over the seeds, missing values left out."""
+    places: dict[tuple[int, str], list[LayerRecord]] = {}
+    for record in records:
+        places.setdefault((record.layer, record.unit), []).append(record)
+    return [rows[0] if len(rows) == 1 else _mean(rows) for rows in places.values()]
+
+
+def _mean(rows: Sequence[LayerRecord]) -> LayerRecord:
+    values: dict[str, Any] = {
+        name: _mean_of([getattr(row, name) for row in rows]) for name in _AVERAGED
+    }
+    first = rows[0]
+    return LayerRecord(first.seed, first.step, first.layer, first.unit, **values)
+
+
+_AVERAGED = tuple(
+    name for name in LayerRecord.__slots__ if name not in ("seed", "step", "layer", "unit")
+)
+
+
+def _mean_of(values: Sequence[float | None]) -> float | None:
+    present = [value for value in values if value is not None]
+    return sum(present) / len(present) if present else None
+
+
+def profile(records: Sequence[LayerRecord]) -> RenderableType:
+    """log10 of the gradient norm over the layers; one line, the mean over the seeds."""
+    rows = mean_rows(records)
+    depth = max(row.layer for row in rows)
+    units = (len(rows) - 1) / depth
+    points = [
+        (i / units, row.log10_grad_norm)
+        for i, row in enumerate(rows)
+        if row.log10_grad_norm is not None and math.isfinite(row.log10_grad_norm)
+    ]
+    if len(points) < 2:
+        return Text("no profile: fewer than two layers have a finite gradient", style="dim")
+    text = _plot([x for x, _ in points], [y for _, y in points], depth)
+    return Padding(text, (1, 0))
+
+
+def _plot(x: Sequence[float], y: Sequence[float], depth: int) -> Text:
+    import plotext  # 50 ms, and only `run` draws
+
+    plotext.clear_figure()
+    plotext.theme("clear")
+    plotext.plotsize(*PROFILE_SIZE)
+    plotext.xticks(sorted({round(depth * quarter / 4) for quarter in range(5)}))
+    plotext.title("log10 |dL/dy| over the layers (0 is the input)")
+    y = [round(value, 2) + 0.0 for value in y]  # no axis label reads -0.00
+    plotext.plot(x, y, marker="braille")
+    if max(y) - min(y) < 1:  # a flat profile is drawn flat, not magnified
+        middle = (max(y) + min(y)) / 2
+        plotext.ylim(middle - 0.5, middle + 0.5)
+    drawing = plotext.uncolorize(plotext.build()).rstrip()
+    return Text(drawing, no_wrap=True, overflow="crop")
+
+
+def verdict_lines(summary: Summary) -> Iterator[RenderableType]:
+    """The verdict with its place and advice, and the numbers behind it."""
+    style = STYLES.get(summary.verdict, "bold red")
+    where = f" at {place(summary)}" if summary.first_layer is not None else ""
+    yield Text.assemble((summary.verdict + where, style), ". ", summary.advice)
+    if summary.total_log10_gain is not None:
+        yield Text(gain_sentence(summary))
+    if summary.trend in ("exponential", "power law"):
+        yield Text(trend_sentence(summary))
+    if summary.skip_share:
+        share = f"{summary.skip_share:.1%} through the shortcuts"
+        yield Text(
+            f"Energy of the gradient: {share}, {1 - summary.skip_share:.1%} through branches."
+        )
+
+
+def place(summary: Summary) -> str:
+    """Where the finding is: layer, unit and direction."""
+    where = "the input" if summary.first_layer == 0 else f"layer {summary.first_layer}"
+    unit = "" if summary.first_layer == 0 else f" ({summary.first_unit})"
+    return f"{where}{unit}, {summary.first_pass} pass"
+
+
+def gain_sentence(summary: Summary) -> str:
+    """Total gain, rate with interval, e-folding depth."""
+    text = f"From output to input: {signed(summary.total_log10_gain)} decades"
+    rate, high = summary.log10_gain_per_layer, summary.log10_gain_per_layer_high
+    if rate is not None:
+        text += f", {signed(rate, 4)}" + (f" ± {high - rate:.4f}" if high is not None else "")
+        text += " per layer"
+    return text + (" (95 %)." if high is not None else ".")
+
+
+def trend_sentence(summary: Summary) -> str:
+    """How the profile goes on with depth."""
+    kind = {"exponential": "exponential", "power law": "a power law"}[str(summary.trend)]
+    text = f"The profile is {kind} in depth"
+    if summary.trend == "exponential" and summary.efolding_layers is not None:
+        text += f", a factor e every {summary.efolding_layers:.3g} layers"
+    if summary.healthy_depth is None:
+        return text + "; it stays in the healthy range at any depth."
+    return text + f"; it leaves the healthy range near depth {rounded(summary.healthy_depth)}."
+
+
+def cost_lines(run: Run) -> Iterator[RenderableType]:
+    """Time, memory and overhead."""
+    summary = run.summary
+    if summary.forward_s is not None and summary.backward_s is not None:
+        yield Text(
+            f"One pass: forward {milliseconds(summary.forward_s)} ms, "
+            f"backward {milliseconds(summary.backward_s)} ms; per layer "
+            f"{milliseconds(summary.forward_s_per_layer)} + "
+            f"{milliseconds(summary.backward_s_per_layer)} ms."
+        )
+    if summary.peak_bytes is not None:
+        overhead = ""
+        if run.overhead:
+            ratio = run.overhead["statistics_over_bare"]
+            overhead = f"; observing cost {ratio:.2f} times a bare pass"
+        yield Text(f"Peak memory {gib(summary.peak_bytes)}{overhead}.")

@@ -1,0 +1,54 @@
+"""Human units at the edge: everything inside is SI and full precision."""
+
+from __future__ import annotations
+
+import math
+
+# Characters of the widest number in a table: ten columns of them fit into 80.
+WIDEST = 7
+
+
+def gib(count: int) -> str:
+    """Bytes in GiB or MiB."""
+    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+def milliseconds(seconds: float | None) -> str:
+    """Seconds as milliseconds, to three digits or a microsecond; empty if missing."""
+    if seconds is None:
+        return ""
+    value = seconds * 1e3
+    return f"{value:.0f}" if value >= 100 else number(value, ".3f" if value < 1 else "#.3g")
+
+
+def number(value: float | None, digits: str) -> str:
+    """A number by its format; empty if missing.
+
+    Where the format would be too wide, or hide a positive quantity, the number is scientific;
+    a number with its sign is a logarithm and loses decimals instead.
+    """
+    if value is None:
+        return ""
+    if not math.isfinite(value):
+        return str(value)
+    text = format(value, digits).removesuffix(".")
+    if "+" in digits:
+        text = text if len(text) <= WIDEST else f"{value:+.1f}"
+        return text if text.strip("-0.") else text.replace("-", "+")
+    hidden = value > 0 and not text.strip("0.")
+    return f"{value:.1e}" if hidden or len(text) > WIDEST else text
+
+
+def rounded(value: float) -> str:
+    """Two significant digits, with thousands separated."""
+    return f"{float(f'{value:.2g}'):,.0f}"
+
+
+def signed(value: float | None, digits: int = 2) -> str:
+    """A number with its sign; empty if missing."""
+    return "" if value is None else f"{value:+.{digits}f}"
+
+
+def count(amount: int, noun: str) -> str:
+    """`1 seed`, `2 seeds`."""
+    return f"{amount} {noun}" if amount == 1 else f"{amount} {noun}s"

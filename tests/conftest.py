@@ -1,0 +1,20 @@
+"""Every test starts from the same state, whatever ran before it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import settings
+
+# Examples build networks, so their first one is slow; the same ones each time, so CI is repeatable.
+settings.register_profile("gradflow", deadline=None, max_examples=50, derandomize=True)
+settings.load_profile("gradflow")
+
+# Tensors here are tiny: threads would only wait for each other.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """pytest-randomly reseeds `random` and numpy, but not torch."""
+    torch.manual_seed(0)

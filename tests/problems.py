@@ -1,0 +1,73 @@
+"""The table of problems: every stack that `StackSpec` accepts, small."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import torch
+
+from gradflow.errors import UsageError
+from gradflow.records import LayerRecord, ParamRecord
+from gradflow.spec import BLOCKS, LOSSES, NORM_KINDS, NORMS, SHORTCUTS, StackSpec
+from gradflow.stack import build_loss, build_stack, input_batch
+from gradflow.walk import Network, walk
+
+CPU = torch.device("cpu")
+
+# Groups and batches are wide enough that no norm sees only two values: it would return +-1
+# whatever they are, with a gradient of pure rounding.
+SIZES: dict[str, dict[str, int]] = {
+    "vectors": {"width": 32, "batch_size": 6},
+    "tokens": {"width": 12, "batch_size": 3},
+    "images": {"width": 16, "batch_size": 4},
+}
+OPTIONS = {"heads": 3, "ffn_mult": 2, "seq_len": 5, "image_size": 5}
+
+
+def small(block: str, **options: Any) -> StackSpec:
+    """A stack of three layers; biases are random, so that none of them hides behind a zero."""
+    kind = BLOCKS[block]
+    own = {name: OPTIONS[name] for name in kind.options if name in OPTIONS}
+    sizes = SIZES[kind.domain]
+    return StackSpec(**{"depth": 3, "block": block, "bias_var": 0.05, **sizes, **own, **options})
+
+
+def retyped(spec: StackSpec, **changes: Any) -> StackSpec:
+    """The same stack, but for some options."""
+    return StackSpec.from_json(spec.to_json() | changes)
+
+
+def network(spec: StackSpec, seed: int = 0) -> Network:
+    """One seed of a stack with its input and loss."""
+    return Network(
+        build_stack(spec, seed, CPU), input_batch(spec, seed, CPU), build_loss(spec, seed, CPU)
+    )
+
+
+def measure(
+    spec: StackSpec, seed: int = 0, *, raw_range: bool = False
+) -> tuple[list[LayerRecord], list[ParamRecord]]:
+    """The engine's records of one seed."""
+    return walk(spec, seed, network(spec, seed), raw_range=raw_range).records()
+
+
+def cell(block: str, shortcut: str, norm: str, kind: str, loss: str) -> StackSpec | None:
+    """One cell of the table, or None where `StackSpec` refuses it."""
+    try:
+        return small(block, shortcut=shortcut, norm=norm, norm_kind=kind, loss=loss)
+    except UsageError:
+        return None
+
+
+def name(spec: StackSpec) -> str:
+    """The cell as a test id."""
+    parts = (spec.block, spec.shortcut, spec.norm, spec.norm_kind, spec.activation, spec.loss)
+    return "-".join(part for part in parts if part)
+
+
+CELLS = tuple(product(BLOCKS, SHORTCUTS, NORMS, NORM_KINDS, LOSSES))
+# Without a norm all kinds of norm are one problem.
+PROBLEMS = tuple(dict.fromkeys(spec for c in CELLS if (spec := cell(*c)) is not None))
+# The same without the losses, for what happens below the output.
+STACKS = tuple(spec for spec in PROBLEMS if spec.loss == "cotangent")

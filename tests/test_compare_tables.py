@@ -1,0 +1,261 @@
+"""What `gradflow compare` shows: 80 columns, whatever the runs are; the same rows for machines."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from records import ENVIRONMENT, layer_rows, run_of, spec_of
+from rich.console import Console
+
+from gradflow import compare_tables as tables
+from gradflow.comparison import Comparison, Ratio, compare
+from gradflow.records import Run, TimeRecord
+from gradflow.spec import StackSpec
+
+HERE = ENVIRONMENT | {"sweep": "s1", "matmul_precision": "highest"}
+
+
+def shown(result: Comparison) -> str:
+    console = Console(width=80, file=io.StringIO(), highlight=False)
+    console.print(tables.comparison_view(result))
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def timed_run(spec: StackSpec, per_layer: float = 0.0, seconds: float = 1.0, **where: Any) -> Run:
+    places = spec.depth * spec.units_per_block
+    profile = [per_layer * (places - place) for place in range(places + 1)]
+    times = [TimeRecord(r, 1, "mlp", seconds, seconds * 1.001**r) for r in range(3)]
+    made = run_of(spec, list(layer_rows(spec, profile)), times=times, environment=HERE | where)
+    cost = {"forward_s_per_layer": seconds, "backward_s_per_layer": seconds, "peak_bytes": 2**30}
+    return replace(made, summary=replace(made.summary, **cost))
+
+
+def seed_grid() -> Comparison:
+    runs = [
+        timed_run(spec_of(shortcut=shortcut, norm=norm, depth=depth), rate)
+        for shortcut in ("plain", "residual")
+        for norm, rate in (("none", -0.1), ("pre", 0.001), ("post", 0.01))
+        for depth in (12, 50, 200)
+    ]
+    return compare(runs, runs[0])
+
+
+def lines_of(text: str) -> list[str]:
+    return text.splitlines()
+
+
+def test_one_line_for_each_run_and_80_columns() -> None:
+    lines = lines_of(shown(seed_grid()))
+    assert max(map(len, lines)) <= 80
+    assert sum("healthy" in line or "vanishing" in line for line in lines) == 18
+    assert len([line for line in lines if line.startswith("design")]) == 2
+
+
+def test_the_name_of_a_design_is_folded_beside_its_rows() -> None:
+    lines = lines_of(shown(seed_grid()))
+    first = next(i for i, line in enumerate(lines) if line.startswith("residual, "))
+    assert [line.split()[:2] for line in lines[first : first + 2]] == [
+        ["residual,", "12"],
+        ["pre-norm", "50"],
+    ]
+    assert lines[first + 2].startswith("  ")
+    assert lines[first + 2].split()[0] == "200"
+
+
+def test_the_answer_comes_last() -> None:
+    last = " ".join(lines_of(shown(seed_grid()))[-4:])
+    assert "In 14 of 18 runs the gradient reaches the first layer; in 4 it vanishes." in last
+    assert "no norm (depths 50 and 200)" in last
+
+
+def test_long_names_stand_above_their_rows() -> None:
+    runs = [
+        timed_run(StackSpec(block=block, norm_kind=kind, init=init, depth=2))
+        for block in ("ffn", "transformer")
+        for kind in ("layernorm", "rmsnorm")
+        for init in ("he", "gpt2")
+    ]
+    lines = lines_of(shown(compare(runs, runs[0])))
+    assert max(map(len, lines)) <= 80
+    assert "residual transformer, pre-norm, rmsnorm, gpt2 init" in lines
+
+
+EXTREME = st.floats(allow_nan=True, allow_infinity=True) | st.none()
+SPECS = st.builds(
+    StackSpec,
+    depth=st.sampled_from([1, 12, 1000]),
+    block=st.just("transformer"),
+    shortcut=st.sampled_from(["plain", "residual"]),
+    norm=st.sampled_from(["none", "pre", "post"]),
+    activation=st.sampled_from(["relu", "gelu"]),
+    init=st.sampled_from(["he", "orthogonal"]),
+    gain=st.sampled_from([1.0, 1 / 3, 1.23456789e-7]),
+    width=st.sampled_from([128, 65536]),
+    loss=st.sampled_from(["cotangent", "ce"]),
+    dtype=st.sampled_from(["float32", "bfloat16"]),
+)
+
+
+@st.composite
+def comparisons(draw: st.DrawFn) -> Comparison:
+    runs = []
+    for _ in range(draw(st.integers(1, 5))):
+        spec = replace(draw(SPECS), depth=1)
+        made = timed_run(spec, seconds=draw(st.floats(1e-9, 1e6)))
+        numbers = {
+            name: draw(EXTREME)
+            for name in (
+                "total_log10_gain",
+                "log10_gain_per_layer",
+                "log10_gain_per_layer_high",
+                "efolding_layers",
+                "skip_share",
+                "param_grad_spread",
+                "forward_s_per_layer",
+                "backward_s_per_layer",
+            )
+        }
+        numbers["peak_bytes"] = draw(st.integers(0, 2**60) | st.none())
+        numbers["verdict"] = draw(st.sampled_from(["healthy", "exploding", "nonfinite"]))
+        profile = draw(st.lists(EXTREME, min_size=3, max_size=3))
+        rows = list(layer_rows(spec, profile))
+        runs.append(replace(made, summary=replace(made.summary, **numbers), layer_records=rows))
+    return compare(runs, draw(st.sampled_from(runs)))
+
+
+@given(result=comparisons())
+def test_80_columns_whatever_the_numbers_are(result: Comparison) -> None:
+    for columns in (tables.GRADIENT, tables.cost_columns(0.01)):
+        lines = tables.table(result, columns).plain.split("\n")
+        assert max(map(len, lines)) <= 80
+    shown(result)
+    tables.as_csv(result)
+    tables.as_markdown(result)
+    json.loads(tables.as_json(result), parse_constant=pytest.fail)
+
+
+def test_the_middle_of_200_rows_is_counted() -> None:
+    runs = [timed_run(spec_of(depth=d), -0.1) for d in range(2, 202)]
+    lines = lines_of(shown(compare(runs, runs[0])))
+    assert len(lines) < 100
+    (elided, _) = (line for line in lines if line.startswith("…"))
+    assert "170 more" in elided
+    assert "vanishing" in elided
+    assert "--csv -" in elided
+
+
+# --- ratios -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ratio", "text"),
+    [
+        (Ratio(1.5, 1.4, 1.6, interleaved=True), "1.50 ±7% ▲"),
+        (Ratio(0.5, 0.45, 0.55, interleaved=True), "0.50 ±10% ▼"),
+        (Ratio(1.02, 0.9, 1.15, interleaved=True), "1.02 ±13%"),
+        (Ratio(1.5, 1.4, 1.6), "1.50 ±7% ~"),
+        (Ratio(1.5, 0.1, 20.0, interleaved=True), "1.50 ±99+%"),
+        (Ratio(1.0, 1.0, 1.0, interleaved=True), "1"),
+        (Ratio(2.0, interleaved=True), "2.00"),
+        (Ratio(None, reason="not timed"), "-"),
+    ],
+)
+def test_what_may_be_said_of_a_ratio_is_marked(ratio: Ratio, text: str) -> None:
+    assert tables.ratio_cell(ratio, 0.01).rstrip() == text
+
+
+def test_the_reason_is_shown_where_there_is_no_ratio() -> None:
+    runs = [timed_run(spec_of()), timed_run(spec_of(depth=4), threads=2)]
+    text = " ".join(shown(compare(runs, runs[0])).split())
+    assert "no ratio in 1 of these rows: threads 2 against 1" in text
+
+
+def test_the_reference_and_the_noise_are_named() -> None:
+    text = " ".join(shown(compare([], timed_run(spec_of()), 0.05)).split())
+    assert "* the reference: residual, pre-norm, depth 3." in text
+    assert "5.0% away" in text
+
+
+def test_runs_without_times_have_no_table_of_costs() -> None:
+    text = shown(compare([], run_of()))
+    assert "fwd ms" not in text
+
+
+# --- profiles -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("profile", "bars"),
+    [
+        ([0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0], "▁▂▃▄▅▆▇█"),
+        ([7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0, 0.0], "█▇▆▅▄▃▂▁"),
+        ([0.0, 0.1], "▁▁"),  # less than a decade is not magnified
+        ([0.0, math.nan, 8.0], "▁·█"),
+        ([math.inf, -math.inf, math.nan], "···"),
+        ([0.0] * 5 + [16.0] * 11, "▁▁▅█████"),
+    ],
+)
+def test_profiles_are_drawn(profile: list[float], bars: str) -> None:
+    assert tables.sparkline(profile) == bars
+
+
+@given(profile=st.lists(st.floats(), min_size=1, max_size=500))
+def test_profiles_have_at_most_eight_cells(profile: list[float]) -> None:
+    assert len(tables.sparkline(profile)) == min(8, len(profile))
+
+
+# --- files --------------------------------------------------------------------------------
+
+
+def test_csv_has_a_row_for_each_run_and_misses_what_is_missing() -> None:
+    rows = list(csv.DictReader(io.StringIO(tables.as_csv(seed_grid()))))
+    assert len(rows) == 18
+    assert rows[0]["norm"] == "post" or rows[0]["norm"] == "pre"
+    assert rows[0]["loss"] == "cotangent"
+    assert rows[0]["loss_value"] == ""
+    assert sum(row["reference"] == "True" for row in rows) == 1
+    assert {row["time_call"] for row in rows} <= {"slower", "faster", "no difference"}
+
+
+def test_json_is_json_and_has_the_same_rows() -> None:
+    result = seed_grid()
+    content = json.loads(tables.as_json(result))
+    assert [row["design"] for row in content["rows"]] == [row.design for row in result.rows]
+    assert content["failures"] == []
+
+
+def test_json_has_the_failures() -> None:
+    result = compare([], run_of(), failures=["a: out of memory"])
+    assert json.loads(tables.as_json(result))["failures"] == ["a: out of memory"]
+
+
+def test_numbers_that_json_has_no_word_for_become_null() -> None:
+    spec = spec_of(depth=1)
+    lost = run_of(spec, list(layer_rows(spec, [math.nan, 0.0], nonfinite=1)))
+    lost = replace(lost, summary=replace(lost.summary, total_log10_gain=math.nan))
+    text = tables.as_json(compare([lost], lost))
+    assert json.loads(text)["rows"][0]["total_log10_gain"] is None
+    assert "NaN" not in text
+
+
+def test_markdown_has_the_answer_and_all_rows() -> None:
+    runs = [timed_run(spec_of(depth=d), -0.1) for d in range(2, 52)]
+    lines = tables.as_markdown(compare(runs, runs[0])).splitlines()
+    assert lines[0].startswith("In ")
+    assert sum(line.startswith("| residual, pre-norm") for line in lines) == 100
+    bars = {line.count("|") for line in lines if line.startswith("|")}
+    assert bars == {10, 8}
+
+
+def test_markdown_escapes_what_would_be_markup() -> None:
+    from gradflow import markdown
+
+    assert markdown.escaped("a|b `c` *d* <e>\n~f~") == r"a\|b \`c\` \*d\* &lt;e&gt; \~f\~"

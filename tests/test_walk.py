@@ -1,0 +1,389 @@
+"""The engine against its double (`oracle`), against whole-graph autograd bit by bit, and itself."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from problems import PROBLEMS, STACKS, measure, name, network, retyped, small
+from torch import Tensor, nn
+
+from gradflow import stats
+from gradflow.records import LayerRecord, ParamRecord, columns
+from gradflow.spec import ACTIVATIONS, BLOCKS, LOSSES, StackSpec
+from gradflow.walk import Network, loss_gradient, record_forward, vjp, walk
+
+TOLERANCE = {"float64": 1e-9, "float32": 1e-4}
+
+RELATIVE = {
+    *("act_rms", "act_max_abs", "grad_norm", "gain", "skip_gain", "branch_gain"),
+    *("param_norm", "param_grad_norm", "norm"),
+}
+ABSOLUTE = {
+    *("act_cos", "grad_cos", "skip_branch_cos", "zero_fraction"),
+    *("log10_grad_norm", "log10_param_grad_norm"),
+}
+
+# Every activation, mask, head and initialisation at least once.
+VARIANTS = (
+    *(small(block, activation=phi) for block in ("mlp", "resnet", "ffn") for phi in ACTIVATIONS),
+    *(small(b, causal=True, norm=n) for b in ("attention", "transformer") for n in ("pre", "none")),
+    *(small("transformer", init=i, bias_var=None) for i in ("gpt2", "orthogonal", "torch")),
+    small("attention", heads=1, seq_len=1),
+    small("ffn", batch_size=1),
+    small("mlp", norm="none", batch_size=1),
+)
+
+
+Row = dict[str, Any]
+
+
+def cells(record: LayerRecord | ParamRecord) -> Row:
+    """A record by column; `dataclasses.asdict` would copy every value."""
+    return {column: getattr(record, column) for column in columns(type(record))}
+
+
+def agree(column: str, got: Any, want: Any, tolerance: float, floor: float = 0.0) -> bool:
+    """Whether a cell of a table is right; NaN and missing cells match only their like."""
+    if want is None or got is None or column not in RELATIVE | ABSOLUTE:
+        return bool(got == want)
+    if not math.isfinite(want):
+        return math.isnan(got) if math.isnan(want) else bool(got == want)
+    relative = tolerance if column in RELATIVE else 0.0
+    absolute = tolerance if column in ABSOLUTE else floor
+    return math.isclose(got, want, rel_tol=relative, abs_tol=absolute)
+
+
+def differences(
+    got: Row, want: Row, tolerance: float, floor: float = 0.0
+) -> dict[str, tuple[Any, Any]]:
+    """Cells of a row that are wrong: what was measured, what is true."""
+    return {
+        column: (got[column], value)
+        for column, value in want.items()
+        if not agree(column, got[column], value, tolerance, floor)
+    }
+
+
+def true_layer(spec: StackSpec, true: Row) -> Row:
+    """A row of the oracle, less what float32 itself decides.
+
+    Where terms cancel, float32 may round to exactly 0; `zero_fraction` is compared with
+    float32 autograd instead.
+    """
+    return {c: v for c, v in true.items() if spec.dtype == "float64" or c != "zero_fraction"}
+
+
+def assert_layers(spec: StackSpec, rows: list[Row], truth: list[Row]) -> None:
+    for row, true in zip(rows, truth, strict=True):
+        wrong = differences(row, true_layer(spec, true), TOLERANCE[spec.dtype])
+        assert not wrong, (row["layer"], row["unit"], wrong)
+
+
+def assert_params(spec: StackSpec, rows: list[Row], truth: list[Row]) -> None:
+    """Relative to each gradient, but for a floor of some roundings of the unit's largest.
+
+    A batchnorm takes away what a bias before it adds: that gradient is zero, and both sides
+    hold only rounding. Plain attention makes its tokens alike: the gradient of its queries is
+    what is left where nearly all cancels, and float32 keeps few digits of it.
+    """
+    for row, true in zip(rows, truth, strict=True):
+        same_unit = [t for t in truth if (t["layer"], t["unit"]) == (true["layer"], true["unit"])]
+        largest = max(t["grad_norm"] for t in same_unit)
+        floor = 16 * torch.finfo(getattr(torch, spec.dtype)).eps * largest
+        logarithm = true.pop("log10_grad_norm")
+        wrong = differences(row, true, TOLERANCE[spec.dtype], floor)
+        assert not wrong, (row["layer"], row["unit"], row["param"], wrong, largest)
+        if true["grad_norm"] > 1e-4 * largest:
+            assert row["log10_grad_norm"] == pytest.approx(logarithm, abs=TOLERANCE[spec.dtype])
+
+
+def assert_right(spec: StackSpec) -> None:
+    net = network(spec)
+    layers, params = walk(spec, 0, net).records()
+    true_layers, true_params = oracle.measure(spec, net)
+    assert_layers(spec, [cells(row) for row in layers], true_layers)
+    assert_params(spec, [cells(row) for row in params], true_params)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("spec", [*PROBLEMS, *VARIANTS], ids=name)
+def test_every_column_is_that_of_the_oracle(spec: StackSpec, dtype: str) -> None:
+    assert_right(retyped(spec, dtype=dtype))
+
+
+def test_the_comparison_can_fail() -> None:
+    """Negative control: an error just beyond the tolerance, in any column, is found."""
+    spec = small("transformer", dtype="float64")
+    (*_, row), _ = measure(spec)
+    got = cells(row)
+    for column in sorted(RELATIVE - {"norm"} | ABSOLUTE):
+        true = got | {column: got[column] * (1 + 3e-9) + 3e-9}
+        assert set(differences(got, true, 1e-9)) == {column}
+    assert set(differences(got, got | {"nonfinite": 1, "act_cos": None}, 1e-9)) == {
+        "nonfinite",
+        "act_cos",
+    }
+
+
+def test_the_oracle_covers_every_measured_column() -> None:
+    spec = small("transformer")
+    rows, _ = oracle.measure(spec, network(spec))
+    not_measured = {"seed", "step", "theory_log10_grad_norm", "saved_bytes"}
+    timed = {"forward_s", "forward_s_iqr", "backward_s", "backward_s_iqr"}
+    assert set(rows[-1]) == set(LayerRecord.__dataclass_fields__) - not_measured - timed
+
+
+def whole_graph(net: Network) -> tuple[list[Tensor], list[Tensor]]:
+    """dL/dy of y_0 and every unit, and dL/dparameters, from one graph over the whole stack."""
+    stack = nn.Sequential(*(unit for block in net.blocks for unit in block))
+    ys = [net.x.clone().requires_grad_()]
+    for unit in stack:
+        ys.append(unit(ys[-1]))
+    weights = list(stack.parameters())
+    grads = torch.autograd.grad(net.loss(ys[-1]), [*ys, *weights])
+    return list(grads[: len(ys)]), list(grads[len(ys) :])
+
+
+def unit_by_unit(net: Network) -> tuple[list[Tensor], list[Tensor | None]]:
+    """The same as the engine goes: one VJP per unit, nothing rescaled."""
+    tapes = list(record_forward(net))
+    _, g = loss_gradient(net.loss, tapes[-1].y)
+    at_outputs, of_weights = [g], []
+    for tape in reversed(tapes):
+        parts, grads = vjp(tape, g)
+        g = parts[0] if len(parts) == 1 else parts[0] + parts[1]
+        at_outputs, of_weights = [g, *at_outputs], grads + of_weights
+    return at_outputs, of_weights
+
+
+@pytest.mark.parametrize("spec", [*STACKS, *VARIANTS, *PROBLEMS[2::9]], ids=name)
+def test_gradients_are_bitwise_those_of_the_whole_graph(spec: StackSpec) -> None:
+    """Tensors as the engine holds them, and with nothing rescaled the norms that it writes."""
+    net = network(spec)
+    at_outputs, of_weights = whole_graph(net)
+    for engine, autograd in zip(unit_by_unit(net), (at_outputs, of_weights), strict=True):
+        assert all(g is not None for g in engine)
+        assert all(torch.equal(g, want) for g, want in zip(engine, autograd, strict=True))
+    layers, params = walk(spec, 0, net, raw_range=True).records()
+    assert [row.grad_norm for row in layers] == [reduced(g) for g in at_outputs]
+    assert [row.grad_norm for row in params] == [stats.norm(g).item() for g in of_weights]
+    for row, g in zip(layers, at_outputs, strict=True):
+        assert row.zero_fraction == pytest.approx((g == 0).double().mean().item(), abs=1e-15)
+
+
+def reduced(g: Tensor) -> float:
+    """`grad_norm` as the engine reduces it."""
+    return float(stats.gradient_sums(g)["grad_norm"])
+
+
+@pytest.mark.parametrize("spec", [small("transformer"), small("resnet", loss="ce")], ids=name)
+def test_walking_leaves_nothing_behind(spec: StackSpec) -> None:
+    net = network(spec)
+    modules = nn.ModuleList([*net.blocks, net.loss])
+    before = {n: p.detach().clone() for n, p in modules.named_parameters()}
+    x = net.x.clone()
+    walk(spec, 0, net).records()
+    assert torch.equal(net.x, x)
+    assert net.x.grad is None
+    assert not net.x.requires_grad
+    for key, p in modules.named_parameters():
+        assert torch.equal(p, before[key])
+        assert p.grad is None
+        assert not p._backward_hooks
+        assert not p._post_accumulate_grad_hooks
+    for part in modules.modules():
+        hooks = [kept for attribute, kept in vars(part).items() if "hooks" in attribute]
+        assert not any(hooks), part
+
+
+def test_a_second_walk_sees_the_same() -> None:
+    spec = small("transformer", loss="ce")
+    net = network(spec)
+    assert walk(spec, 0, net).records() == walk(spec, 0, net).records()
+
+
+@pytest.mark.parametrize("spec", PROBLEMS[::7], ids=name)
+def test_identical_spec_and_seed_give_identical_records(spec: StackSpec) -> None:
+    assert repr(measure(spec, 3)) == repr(measure(spec, 3))
+
+
+def test_seeds_differ_and_are_written() -> None:
+    spec = small("mlp")
+    runs = {seed: measure(spec, seed) for seed in (0, 1)}
+    assert runs[0][0][0].grad_norm != runs[1][0][0].grad_norm
+    assert all(row.seed == seed for seed, tables in runs.items() for t in tables for row in t)
+
+
+@pytest.mark.parametrize("spec", STACKS, ids=name)
+def test_rescaling_rounds_nothing(spec: StackSpec) -> None:
+    """Multiples by powers of two are exact: all columns but the logarithms (a sum) are the same."""
+    for scaled, raw in zip(measure(spec), measure(spec, raw_range=True), strict=True):
+        for a, b in zip(scaled, raw, strict=True):
+            assert not {c for c in differences(cells(a), cells(b), 0) if "log10" not in c}
+            assert a.log10_grad_norm == pytest.approx(b.log10_grad_norm, abs=1e-12)
+
+
+@given(
+    spec=st.sampled_from(STACKS),
+    seed=st.integers(0, 10),
+    k=st.integers(-400, 400),
+)
+def test_scaling_the_cotangent_by_2_to_the_k_adds_k(spec: StackSpec, seed: int, k: int) -> None:
+    """In float64, where the squares of the cotangent neither over- nor underflow."""
+    spec = retyped(spec, dtype="float64")
+    base, scaled = network(spec, seed), network(spec, seed)
+    scaled.loss.v.mul_(2.0**k)
+    for tables in zip(*(walk(spec, seed, net).records() for net in (base, scaled)), strict=True):
+        for a, b in zip(*tables, strict=True):
+            assert math.ldexp(a.grad_norm, k) == b.grad_norm
+            assert b.log10_grad_norm - a.log10_grad_norm == pytest.approx(
+                k * math.log10(2), rel=1e-14, abs=1e-12
+            )
+
+
+@given(
+    spec=st.sampled_from(STACKS),
+    depth=st.integers(1, 12),
+    seed=st.integers(0, 1000),
+    dtype=st.sampled_from(sorted(TOLERANCE)),
+)
+def test_gains_multiply_and_their_parts_add(
+    spec: StackSpec, depth: int, seed: int, dtype: str
+) -> None:
+    first, *units = measure(retyped(spec, depth=depth, dtype=dtype), seed)[0]
+    product = math.prod(row.gain for row in units)
+    assert product == pytest.approx(first.grad_norm / units[-1].grad_norm, rel=1e-6)
+    for row in units:
+        cos = row.skip_branch_cos or 0.0  # empty where plain, and the skip is 0
+        parts = row.skip_gain**2 + row.branch_gain**2 + 2 * cos * row.skip_gain * row.branch_gain
+        assert row.gain**2 == pytest.approx(parts, rel=1e-5)
+
+
+def tanh_mlp(**options: Any) -> StackSpec:
+    """Plain tanh, ordered phase: the gradient shrinks exponentially towards the input."""
+    sizes = {"width": 32, "batch_size": 8, "bias_var": 0.05}
+    options = {"depth": 2000, "weight_var": 1.0, **sizes, **options}
+    return StackSpec(block="mlp", shortcut="plain", norm="none", activation="tanh", **options)
+
+
+def test_depth_2000_is_finite_and_raw_range_says_where_float32_dies() -> None:
+    spec = tanh_mlp()
+    (rows, params), (raw, _) = measure(spec), measure(spec, raw_range=True)
+    assert len(rows) == 2001
+    assert rows[0].log10_grad_norm < -100
+    assert all(math.isfinite(row.log10_grad_norm) for row in (*rows, *params))
+    assert all(row.nonfinite == 0 and row.zero_fraction < 0.01 for row in rows)
+    dead = [row for row in raw if row.grad_norm == 0]
+    assert [row.layer for row in dead] == list(range(len(dead)))
+    assert len(dead) > 100
+    assert all(row.log10_grad_norm == -math.inf and row.zero_fraction == 1 for row in dead)
+    # Between float32's smallest normal number, 10^-37.9, and its smallest, 10^-44.9.
+    assert -46 < rows[len(dead) - 1].log10_grad_norm < -37
+    assert -46 < raw[len(dead)].log10_grad_norm < -37
+
+
+def test_the_logarithm_goes_on_where_float64_ends() -> None:
+    rows, params = measure(tanh_mlp(weight_var=0.1, depth=1000))
+    assert rows[0].grad_norm == params[0].grad_norm == rows[1].param_grad_norm == 0
+    assert -2000 < rows[0].log10_grad_norm < -400
+    assert -2000 < params[0].log10_grad_norm < -400
+    total = sum(math.log10(row.gain) for row in rows[1:])
+    assert rows[0].log10_grad_norm == pytest.approx(total, rel=1e-9, abs=1e-6)
+
+
+def test_the_logarithm_goes_on_above_float64() -> None:
+    rows, _ = measure(tanh_mlp(weight_var=400.0, width=64, depth=1000))
+    assert rows[0].grad_norm == math.inf
+    assert 308.3 < rows[0].log10_grad_norm < 2000
+    assert all(row.nonfinite == 0 for row in rows)
+
+
+def test_a_single_unit_may_shrink_the_gradient_to_subnormals() -> None:
+    spec = small("mlp", shortcut="plain", norm="none", activation="linear", bias_var=None)
+    rows, _ = measure(retyped(spec, weight_var=1e-80))
+    for row in rows:
+        assert row.nonfinite == 0
+        assert row.log10_grad_norm == pytest.approx(-40 * (spec.depth - row.layer), abs=0.5)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("layer", [1, 3, 5])
+def test_a_planted_nonfinite_weight_shows(layer: int, bad: float) -> None:
+    spec = small("mlp", depth=5, norm="none", activation="linear", dtype="float64")
+    net = network(spec)
+    with torch.no_grad():
+        net.blocks[layer - 1][0].branch.linear.weight[0, 0] = bad
+    rows, _ = walk(spec, 0, net).records()
+    truth, _ = oracle.measure(spec, net)
+    assert [row.nonfinite for row in rows] == [true["nonfinite"] for true in truth]
+    assert all(row.nonfinite > 0 for row in rows[:layer])
+    assert all(row.nonfinite == 0 for row in rows[layer:])
+    finite = [math.isfinite(row.act_max_abs) and math.isfinite(row.act_rms) for row in rows]
+    assert finite == [row.layer < layer for row in rows]
+
+
+def test_a_dead_layer_is_an_exact_zero_below_it() -> None:
+    spec = small("mlp", shortcut="plain", norm="none", depth=5)
+    net = network(spec)
+    with torch.no_grad():
+        net.blocks[2][0].branch.linear.weight.zero_()
+    rows, params = walk(spec, 0, net).records()
+    assert [row.grad_norm == 0 for row in rows] == [row.layer < 3 for row in rows]
+    assert [row.zero_fraction == 1 for row in rows] == [row.layer < 3 for row in rows]
+    assert [row.log10_grad_norm == -math.inf for row in rows] == [row.layer < 3 for row in rows]
+    assert all((row.grad_norm == 0) == (row.layer < 3) for row in params)
+
+
+def saved_storages(y: Tensor, params: set[int]) -> int:
+    """Bytes of the distinct storages in the `_saved_*` attributes of a graph, parameters aside."""
+    kept: dict[int, int] = {}
+    seen, todo = set(), [y.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        todo += [below for below, _ in node.next_functions]
+        for attribute in filter(lambda a: a.startswith("_saved_"), dir(node)):
+            value = getattr(node, attribute)
+            if isinstance(value, Tensor):
+                storage = value.untyped_storage()
+                kept[storage.data_ptr()] = storage.nbytes()
+    return sum(n for address, n in kept.items() if address not in params)
+
+
+@pytest.mark.parametrize("spec", STACKS, ids=name)
+def test_saved_bytes_are_those_that_the_graph_holds(spec: StackSpec) -> None:
+    net = network(spec)
+    rows, _ = walk(spec, 0, net).records()
+    for row, tape in zip(rows[1:], record_forward(net), strict=True):
+        own = {p.untyped_storage().data_ptr() for p in tape.unit.parameters()}
+        assert row.saved_bytes == saved_storages(tape.y, own)
+
+
+def test_a_relu_layer_keeps_its_input_and_its_output() -> None:
+    rows, _ = measure(small("mlp", shortcut="plain", norm="none"))
+    batch_of_float32 = 6 * 32 * 4
+    assert [row.saved_bytes for row in rows] == [None, *[2 * batch_of_float32] * 3]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("block", BLOCKS)
+def test_the_loss_is_that_of_the_oracle(block: str, loss: str) -> None:
+    spec = small(block, loss=loss, dtype="float64")
+    net = network(spec)
+    true = oracle.total_loss(spec, net.loss, oracle.forward(spec, net)[-1].y)
+    assert walk(spec, 0, net).loss.item() == pytest.approx(true.item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_the_cotangent_has_norm_1(block: str) -> None:
+    rows, _ = measure(small(block, dtype="float64"))
+    assert rows[-1].grad_norm == pytest.approx(1, abs=1e-14)
+    assert rows[-1].log10_grad_norm == pytest.approx(0, abs=1e-14)
