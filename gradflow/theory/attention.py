@@ -1,0 +1,215 @@
+"""Softmax attention: moments of the mixed values, and of the gradient through the mixing.
+
+With random weights the logits l_ts of a query t are normal, of variance (per head, scaled)
+g = E q^2 E (k - mean k)^2; A_ts = softmax_s. E sum_s A_ts^2 = (1 + h)/T defines the excess h, about
+e^g - 1. Derived here in the manner of Noci et al. 2022 (arXiv:2206.03126) and Kedia et al. 2024
+(arXiv:2403.09635), and checked against measurement. Limits: many features per head; g below about
+2, beyond which softmax condenses on few tokens (Giorlandino & Goldt 2025, arXiv:2505.24333).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import numpy.typing as npt
+
+from gradflow.theory.layouts import Moments
+from gradflow.theory.maths import Array, Number
+from gradflow.theory.units import NoTheoryError, Unit
+
+LOGIT_LIMIT = 2.0
+
+_TABLE_END = 4.0
+_TABLE_STEPS = 128
+
+
+@cache
+def _excess_table(first: int, last: int) -> Array:
+    """h(g, t) for t = first ... last (rows) and g on an even grid from 0 to `_TABLE_END`.
+
+    1/S^2 = int_0^inf u e^{-uS} du for S = sum e^l makes the mean over t independent logits
+    E sum A^2 = t int u E[e^{2l - u e^l}] (E e^{-u e^l})^{t-1} du, exact for any t.
+    """
+    g = np.linspace(0.0, _TABLE_END, _TABLE_STEPS + 1)[:, None, None]
+    z = np.linspace(-7.0, 7.0, 71)
+    weight = np.exp(-0.5 * z * z) / np.exp(-0.5 * z * z).sum()
+    log_u = np.linspace(-np.log(last) - 14.0, 10.0, 241)
+    exponent = log_u[:, None] + np.sqrt(g) * z
+    decay = np.exp(-np.exp(exponent)) * weight
+    one, two = decay.sum(-1), (decay * np.exp(2 * exponent)).sum(-1)
+    two *= one ** (first - 1) * (log_u[1] - log_u[0])
+    rows = []
+    for t in range(first, last + 1):
+        rows.append(t * t * two.sum(-1) - 1)
+        two *= one
+    return np.maximum(np.asarray(rows), 0.0)
+
+
+@cache
+def _excess_list(tokens: int) -> list[float]:
+    return [float(h) for h in _excess_table(tokens, tokens)[0]]
+
+
+def excess(g: float, tokens: int) -> float:
+    """h = T E sum_s A_s^2 - 1 for T independent logits of variance g; for g < 0, -e^g h(-g).
+
+    Negative g: two queries whose logits are anticorrelated, so that E sum A A' < 1/T.
+    """
+    place = min(abs(g) / _TABLE_END, 1.0) * _TABLE_STEPS
+    low = min(int(place), _TABLE_STEPS - 1)
+    table = _excess_list(tokens)
+    h = table[low] + (place - low) * (table[low + 1] - table[low])
+    return h if g >= 0 else -h * float(np.exp(g))
+
+
+def excess_array(g: Array, tokens: npt.NDArray[np.int64]) -> Array:
+    """`excess`, element by element."""
+    table = _excess_table(1, int(tokens.max()))
+    place = np.minimum(np.abs(g) / _TABLE_END, 1.0) * _TABLE_STEPS
+    low = np.minimum(place.astype(int), _TABLE_STEPS - 1)
+    below, above = table[tokens - 1, low], table[tokens - 1, low + 1]
+    h = below + (place - low) * (above - below)
+    return np.where(g < 0, -h * np.exp(np.minimum(g, 0.0)), h)
+
+
+@dataclass(frozen=True)
+class MixTape:
+    """What the way back through the mixing needs; covariances between rows as `Moments`.
+
+    Attributes:
+        values: scale of the value weights.
+        gap: E (u - mean u)^2 over the tokens seen, u the input of the branch.
+        query: covariances of the queries; `keys` scales `gap` to that of the keys.
+        to_query: scale on the way back through the query weights; `to_key` through the key's.
+        h: the excess, per class.
+    """
+
+    values: float
+    gap: Number
+    query: Moments
+    keys: Number
+    to_query: Number
+    to_key: Number
+    h: Moments
+
+
+def mix(unit: Unit, u: Moments, tokens: int) -> tuple[Moments, MixTape]:
+    """Moments of sum_s A_ts v_s, before the output projection.
+
+    Exchangeable tokens: E = p_v + (q_v - p_v)(1 + h)/T, h for g on the diagonal and for g times the
+    cosine of the queries off it. Causal: the same with the sums over each token's past.
+    """
+    return _mix_rows(unit, u, tokens) if len(u) == 2 else _mix_causal(unit, u[0])
+
+
+def pull_mix(tape: MixTape, g: Moments, tokens: int) -> Moments:
+    """Moments of the gradient at the branch's input: through values, queries and keys.
+
+    Values: A^T g, which keeps the sum over tokens. Logits: dl_ts = A_ts (v_s - mean v) g_t, to the
+    query as sum_s dl_ts k_s, to the key as sum_t dl_ts q_t, whose sum over s is 0.
+    """
+    return _pull_rows(tape, g, tokens) if len(g) == 2 else (_pull_causal(tape, g[0]),)
+
+
+def _mix_rows(unit: Unit, u: Moments, tokens: int) -> tuple[Moments, MixTape]:
+    q, p = (float(x) for x in u)
+    query, cross = (unit.w_query.scale * x + unit.w_query.bias for x in (q, p))
+    keys, to_query, to_key = unit.w_key.scale, unit.w_query.scale, unit.w_key.scale
+    if unit.qk_norm:
+        norm = unit.w_key.scale * q + unit.w_key.bias
+        keys, to_query, to_key = keys / norm, to_query / query, to_key / norm
+        query, cross = 1.0, cross / query
+    g = max(query * keys * (q - p), 0.0)
+    _check_logits(g)
+    h = excess(g, tokens), excess(g * cross / query if query else 0.0, tokens)
+    values = unit.w_in.scale
+    mean = values * p + unit.w_in.bias
+    mixed = tuple([mean + values * (q - p) * (1 + x) / tokens for x in h])
+    return mixed, MixTape(values, q - p, (query, cross), keys, to_query, to_key, h)
+
+
+def _check_logits(variance: float) -> None:
+    if not variance <= LOGIT_LIMIT:
+        raise NoTheoryError(
+            f"attention logits of variance {variance:.2g}, above {LOGIT_LIMIT:g}: "
+            "softmax condenses on few tokens"
+        )
+
+
+def _pull_rows(tape: MixTape, g: Moments, tokens: int) -> Moments:
+    own, cross = (float(x) for x in g)
+    others = (tokens - 1) * cross
+    thin = 1 - 1 / tokens
+    seen = (1 + tape.h[0]) / tokens, (1 + tape.h[1]) / tokens
+    gap = float(tape.gap) * thin
+    by_values = own * seen[0] + others * seen[1]
+    by_query = float(tape.to_query * tape.keys) * gap * gap
+    by_key = own * seen[0] * tape.query[0] + others * seen[1] * tape.query[1]
+    by_key *= float(tape.to_key) * gap
+    total = tape.values * (by_values + by_query * own * seen[0] + by_key)
+    resultant = tape.values * (own + others + by_query * by_values)
+    return float(total), float(resultant - total) / max(tokens - 1, 1)
+
+
+def _mix_causal(unit: Unit, u: Number) -> tuple[Moments, MixTape]:
+    k = np.asarray(u)
+    t = np.arange(1.0, len(k) + 1)
+    first, pairs = _grid(len(k))
+    past = k.cumsum(0).cumsum(1) / pairs
+    q = k.diagonal()
+    average = q.cumsum() / t
+    gap = np.maximum(average - past.diagonal(), 0.0) * t / np.maximum(t - 1, 1)
+    query = unit.w_query.scale * k + unit.w_query.bias
+    keys: Number = unit.w_key.scale
+    to_query: Number = unit.w_query.scale
+    to_key: Number = unit.w_key.scale
+    if unit.qk_norm:
+        norm = unit.w_key.scale * average + unit.w_key.bias
+        lengths = np.sqrt(np.multiply.outer(query.diagonal(), query.diagonal()))
+        keys, to_key = keys / norm, (to_key / norm)[first - 1]
+        to_query, query = to_query / lengths, query / lengths
+    variance = query.diagonal() * keys * gap
+    _check_logits(float(variance.max()))
+    root = np.sqrt(variance / np.maximum(query.diagonal(), 1e-300))
+    h = excess_array(query * np.multiply.outer(root, root), first)
+    values = unit.w_in.scale
+    near = gap[first - 1]
+    mixed = values * (past + h * near * first / pairs) + unit.w_in.bias
+    keys = keys if isinstance(keys, float) else np.asarray(keys)[first - 1]
+    return (mixed,), MixTape(values, near, (query,), keys, to_query, to_key, (h,))
+
+
+def _pull_causal(tape: MixTape, g: Number) -> Array:
+    first, pairs = _grid(len(np.asarray(g)))
+    share = np.asarray(g) / pairs
+    thin = 1 - 1 / first
+    gap = np.asarray(tape.gap) * thin
+    noisy = share * (1 + tape.h[0])
+    by_key = tape.to_key * gap * noisy * tape.query[0]
+    own = share * tape.h[0] + by_key
+    total = _later(share) - _later(own / np.maximum(first - 1, 1)).diagonal()[_last(len(first)) - 1]
+    corner = np.arange(len(first))
+    total[corner, corner] = (_later(share) + _later(own)).diagonal()
+    by_query = tape.to_query * tape.keys * gap * gap * first * noisy
+    return np.asarray(tape.values * (total + by_query))
+
+
+def _later(x: Array) -> Array:
+    """The sum over t >= s, t' >= s' of x[t, t'], for all s, s'."""
+    return x[::-1, ::-1].cumsum(0).cumsum(1)[::-1, ::-1]
+
+
+@cache
+def _grid(tokens: int) -> tuple[npt.NDArray[np.int64], Array]:
+    """min(t, t') and t t', t from 1."""
+    t = np.arange(1, tokens + 1)
+    return np.minimum.outer(t, t), np.multiply.outer(t, t).astype(float)
+
+
+@cache
+def _last(tokens: int) -> npt.NDArray[np.int64]:
+    """max(t, t')."""
+    t = np.arange(1, tokens + 1)
+    return np.maximum.outer(t, t)

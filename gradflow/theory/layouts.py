@@ -1,0 +1,214 @@
+"""Second moments of a stream: which entries of the covariance between rows are kept apart.
+
+A row is a vector of features: a sample, a token, a pixel. Moments are E x_r x_s per feature,
+covariances of gradients likewise. By symmetry few entries differ, and a `Moments` tuple holds one
+number (or array) for each class of them:
+
+- `Exchangeable`: (q, p): E x_r^2, and E x_r x_s for two rows of a batch (of a sample, where
+  attention mixes tokens). Pixels differ by their distance to the zero padding: then q and p are
+  arrays over a quarter of the image, the rest being its mirror image.
+- `CausalTokens`: (K,) with K the T x T covariance: tokens differ by their past.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+
+from gradflow.theory.kernels import PAIRS, Kernel
+from gradflow.theory.maths import Array, Number
+from gradflow.theory.moments import ACTIVATIONS, Moment
+from gradflow.theory.units import Shape
+
+Moments = tuple[Number, ...]
+
+
+class Layout(Protocol):
+    """The classes of entries of one stream, and the sums that need to know them."""
+
+    @property
+    def shape(self) -> Shape:
+        """Of the stream."""
+
+    def start(self, square: float) -> Moments:
+        """Moments of independent elements of the given mean square."""
+
+    def diagonal(self, s: Moments) -> Number:
+        """E x_r^2, for each kind of row."""
+
+    def ends(self, s: Moments) -> tuple[tuple[Number, Number], ...]:
+        """For each class of entries (r, s): E x_r^2 and E x_s^2."""
+
+    def outer(self, x: Number) -> Moments:
+        """x_r x_s of a number per row."""
+
+    def mean(self, x: Number) -> float:
+        """Average of a number per row."""
+
+    def cosine(self, s: Moments) -> float:
+        """Average cosine between two rows."""
+
+    def batch_mean(self, s: Moments) -> float:
+        """E (mean over the batch's rows)^2, per feature."""
+
+    def batch_common(self, s: Moments) -> Moments:
+        """What subtracting the batch's mean takes from each class, for each kind of row."""
+
+    def mix_pixels(self, x: Number) -> Number:
+        """Average over the 3 x 3 neighbours of each pixel, 0 beyond the border."""
+
+    def activate(self, name: str, s: Moments) -> Moments:
+        """E phi phi for each class."""
+
+    def slopes(self, name: str, s: Moments) -> Moments:
+        """E phi' phi' for each class."""
+
+
+@dataclass(frozen=True)
+class Exchangeable:
+    """(q, p); see the module."""
+
+    shape: Shape
+
+    @cached_property
+    def _neighbours(self) -> Array:
+        """(1/3) tridiagonal over a side of the image, folded onto half of it."""
+        side = self.shape.side
+        band = (np.eye(side, k=-1) + np.eye(side) + np.eye(side, k=1)) / 3
+        half = (side + 1) // 2
+        folded = np.array(band[:half, :half])
+        mirror = band[:half, half:][:, ::-1]
+        folded[:, : mirror.shape[1]] += mirror
+        return folded
+
+    @cached_property
+    def _share(self) -> Array:
+        """Share of the pixels that each pixel of the quarter stands for."""
+        side = self.shape.side
+        ones = np.full((side + 1) // 2, 2.0)
+        if side % 2:
+            ones[-1] = 1.0
+        return np.outer(ones, ones) / side**2
+
+    def start(self, square: float) -> Moments:
+        """(square, 0)."""
+        if self.shape.side == 1:
+            return square, 0.0
+        return np.full_like(self._share, square), np.zeros_like(self._share)
+
+    def diagonal(self, s: Moments) -> Number:
+        """q."""
+        return s[0]
+
+    def ends(self, s: Moments) -> tuple[tuple[Number, Number], ...]:
+        """The same q at both ends, of both classes."""
+        return (s[0], s[0]), (s[0], s[0])
+
+    def outer(self, x: Number) -> Moments:
+        """x^2 for both classes."""
+        return x * x, x * x
+
+    def mean(self, x: Number) -> float:
+        """x, or its average over the pixels."""
+        return x if isinstance(x, float) else float((x * self._share).sum())
+
+    def cosine(self, s: Moments) -> float:
+        """p / q."""
+        q, p = (self.mean(x) for x in s)
+        return p / q if q else 0.0
+
+    def batch_mean(self, s: Moments) -> float:
+        """(q + (R - 1) p) / R over the R rows of the batch."""
+        q, p = (self.mean(x) for x in s)
+        return p + (q - p) / self.shape.rows
+
+    def batch_common(self, s: Moments) -> Moments:
+        """`batch_mean`; of pixels 2 r m - m^2, r = sqrt(p) their share in the mean m of r."""
+        if isinstance(s[0], float):
+            return (self.batch_mean(s),) * 2
+        r = np.sqrt(np.maximum(s[1], 0.0))
+        m = self.mean(r)
+        return (2 * m * r - m * m,) * 2
+
+    def mix_pixels(self, x: Number) -> Number:
+        """A x A, with A the average of three; x itself where there are no pixels."""
+        return x if isinstance(x, float) else np.asarray(self._neighbours @ x @ self._neighbours.T)
+
+    def activate(self, name: str, s: Moments) -> Moments:
+        """E phi^2, and E phi phi' of two rows."""
+        square = ACTIVATIONS[name].square
+        return square(s[0]), self._across(PAIRS[name].value, square, s)
+
+    def slopes(self, name: str, s: Moments) -> Moments:
+        """E phi'^2, and E phi' phi' of two rows."""
+        square = ACTIVATIONS[name].slope_square
+        return square(s[0]), self._across(PAIRS[name].slope, square, s)
+
+    def _across(self, kernel: Kernel, square: Moment, s: Moments) -> Number:
+        """The kernel between rows; for pixels by the cosine of the average, a small correction."""
+        q, p = (self.mean(x) for x in s)
+        between = kernel(q, q, p)
+        if isinstance(s[0], float):
+            return between
+        return square(s[0]) * (between / square(q))
+
+
+@dataclass(frozen=True)
+class CausalTokens:
+    """(K,); see the module."""
+
+    shape: Shape
+
+    def start(self, square: float) -> Moments:
+        """square times the identity."""
+        return (square * np.eye(self.shape.tokens),)
+
+    def diagonal(self, s: Moments) -> Number:
+        """Of K."""
+        return np.asarray(np.diagonal(s[0]))
+
+    def ends(self, s: Moments) -> tuple[tuple[Number, Number], ...]:
+        """The diagonal as a column and as a row."""
+        q = np.diagonal(s[0])
+        return ((q[:, None], q[None, :]),)
+
+    def outer(self, x: Number) -> Moments:
+        """x_r x_s, T x T."""
+        return (np.multiply.outer(x, x),)
+
+    def mean(self, x: Number) -> float:
+        """Over the tokens."""
+        return float(np.mean(x))
+
+    def cosine(self, s: Moments) -> float:
+        """Off the diagonal, by the average length."""
+        k = np.asarray(s[0])
+        trace, n = float(np.trace(k)), len(k)
+        return (float(k.sum()) - trace) / max(n - 1, 1) / trace if trace else 0.0
+
+    def batch_mean(self, s: Moments) -> float:
+        """Not defined: batchnorm would mix what the mask keeps apart."""
+        raise NotImplementedError
+
+    def batch_common(self, s: Moments) -> Moments:
+        """Not defined, as `batch_mean`."""
+        raise NotImplementedError
+
+    def mix_pixels(self, x: Number) -> Number:
+        """Tokens are no pixels."""
+        return x
+
+    def activate(self, name: str, s: Moments) -> Moments:
+        """E phi phi between all tokens."""
+        return self._kernel(PAIRS[name].value, s)
+
+    def slopes(self, name: str, s: Moments) -> Moments:
+        """E phi' phi' between all tokens."""
+        return self._kernel(PAIRS[name].slope, s)
+
+    def _kernel(self, kernel: Kernel, s: Moments) -> Moments:
+        ((q1, q2),) = self.ends(s)
+        return (kernel(q1, q2, s[0]),)

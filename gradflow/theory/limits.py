@@ -1,0 +1,148 @@
+"""Where theory holds, and how closely. The bounds are measured: tests/test_theory_measured.py."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from gradflow.spec import StackSpec
+from gradflow.theory.layouts import Layout
+from gradflow.theory.maths import Array
+from gradflow.theory.moments import ACTIVATIONS
+from gradflow.theory.norms import KNOWN
+from gradflow.theory.passes import Passes
+from gradflow.theory.spread import Noise
+from gradflow.theory.units import NoTheoryError, Stack, Unit
+
+LEAST_WIDTH = 32
+LEAST_ELEMENTS = 64  # that a norm averages
+LEAST_ROWS = 16  # of a batchnorm
+MOST_NOISE = 1.0  # nats^2 of |g|^2
+MOST_DRIFT = 0.02  # likewise
+MOST_TOLERANCE = 0.15  # decades of |g|
+
+CLOSE, WIDE = 0.025, 0.1  # decades of |g|; the latter for post-norm and causal
+
+
+def check_spec(spec: StackSpec) -> None:
+    """Refuse what the template does not describe.
+
+    Raises:
+        NoTheoryError: the block or the loss has no formula.
+    """
+    if spec.block == "resnet":
+        raise NoTheoryError(
+            "the resnet block has no formula: it places its norms and activations itself"
+        )
+    if spec.loss == "mse":
+        raise NoTheoryError("the gradient of mse contains the output, and so the weights")
+
+
+def check_stack(stack: Stack) -> None:
+    """Refuse a stack with a unit, norm or size that the formulas do not cover.
+
+    Raises:
+        NoTheoryError: says which.
+    """
+    shape = stack.shape
+    if shape.width < LEAST_WIDTH:
+        raise NoTheoryError(f"width {shape.width} is too small for a theory of infinite width")
+    units = tuple(dict.fromkeys(stack.units))
+    kinds = {unit.kind for unit in units}
+    for unit in units:
+        _check_unit(unit)
+        for norm in unit.norms:
+            _check_norm(norm)
+    if any(unit.kind == "ffn" and not unit.a and "batchnorm" in unit.norms for unit in units):
+        raise NoTheoryError("batchnorm in a plain ffn: the rows' own sizes drift apart")
+    if stack.head is not None and not any(unit.a or unit.norms for unit in units):
+        raise NoTheoryError("cross-entropy leans on the output, which a plain net amplifies")
+    if "attention" in kinds and any("batchnorm" in unit.norms for unit in units):
+        raise NoTheoryError("batchnorm beside attention: tokens of one sample and of others differ")
+
+
+def _check_unit(unit: Unit) -> None:
+    if unit.kind == "attention" and not unit.a:
+        raise NoTheoryError("attention without a shortcut collapses the tokens at once")
+    odd = unit.activation in ACTIVATIONS and ACTIVATIONS[unit.activation].odd
+    if unit.activation not in ACTIVATIONS:
+        raise NoTheoryError(f"the activation {unit.activation} has no moments")
+    if unit.is_single and unit.a and not odd and not unit.norms:
+        raise NoTheoryError(
+            f"x + {unit.activation}(Wx): its mean adds up along the shortcut, and the gradient "
+            "gathers in that one direction"
+        )
+
+
+def _check_norm(norm: str) -> None:
+    if norm not in KNOWN:
+        raise NoTheoryError(f"the norm {norm} has no formula")
+
+
+def check_passes(stack: Stack, passes: Passes, layout: Layout, noise: Noise) -> None:
+    """Refuse a result beyond the range of its own formulas.
+
+    Raises:
+        NoTheoryError: says why.
+    """
+    count, kind = min(
+        ((norm.count, norm.kind) for tape in passes.tapes for norm in tape.norms),
+        default=(np.inf, ""),
+    )
+    if count < (LEAST_ROWS if kind == "batchnorm" else LEAST_ELEMENTS):
+        raise NoTheoryError(f"{kind} over {count:.0f} independent elements is too noisy")
+    if not noise.variance[0] <= MOST_NOISE:
+        raise NoTheoryError(
+            f"width {stack.shape.width} is too small for this depth: seeds would differ by "
+            f"{0.5 / np.log(10) * np.sqrt(noise.variance[0]):.2g} decades"
+        )
+    if not noise.drift <= MOST_DRIFT:
+        raise NoTheoryError(
+            f"a plain net of {stack.units[0].activation} without norms: rows of unlike size come "
+            f"further apart, and width {stack.shape.width} makes them unlike"
+        )
+    if not tolerance(stack, passes, layout)[0] <= MOST_TOLERANCE:
+        raise NoTheoryError("batchnorm: rows grow correlated at this width and depth")
+
+
+def tolerance(stack: Stack, passes: Passes, layout: Layout) -> Array:
+    """What the formulas may be off by, decades of |g|, at the input and after every unit.
+
+    0.05 decades of |g|^2, or 0.2 where a norm follows the shortcut or a mask is causal. Besides,
+    0.5/n nats of |g|^2 per plain unit of width n, an order that `corrections` has in part; and for
+    batchnorm 0.5 nats per unit for each mean square correlation between rows that finite width
+    brings (`_correlations`): fitted.
+    """
+    post = any(unit.norm_out and unit.a for unit in stack.units)
+    base = WIDE if post or stack.shape.causal else CLOSE
+    rows = np.full(len(stack.units) + 1, base)
+    if any("batchnorm" in unit.norms for unit in stack.units):
+        drift = 0.5 * np.array(passes.shares) * _correlations(stack, passes, layout)
+        rows[:-1] += 0.5 / np.log(10) * drift[::-1].cumsum()[::-1]
+    plain = np.array([0.0 if unit.a else 0.5 / stack.shape.width for unit in stack.units])
+    rows[:-1] += 0.5 / np.log(10) * plain[::-1].cumsum()[::-1]
+    rows[-1] = 0.0
+    return rows
+
+
+def _correlations(stack: Stack, passes: Passes, layout: Layout) -> Array:
+    """E c^2 between rows after each unit: c^2' = r^2 c^2 + 1/n.
+
+    r is what a unit leaves of a small correlation: (a^2 V_x + b^2 s (E phi')^2 V_u)/V_y, V the
+    variances without the rows' common part. A convolution averages over 9 pairs of pixels.
+    """
+    found = np.zeros(len(stack.units))
+    c = 0.0
+    for place, (unit, tape) in enumerate(zip(stack.units, passes.tapes, strict=True)):
+        x, y = passes.streams[place].s, passes.streams[place + 1].s
+        out = 1.0 if tape.after is None else float(layout.mean(tape.after.scale[0]))
+        own, after = (layout.mean(layout.diagonal(s)) - layout.batch_mean(s) for s in (x, y))
+        u = layout.mean(layout.diagonal(tape.u)) - layout.batch_mean(tape.u)
+        slopes = tape.inside.slopes
+        gain = unit.w_in.scale * (1.0 if unit.is_single else unit.w_out.scale)
+        through = 0.0 if slopes is None else gain * layout.mean(slopes[1]) * u
+        if unit.kind == "conv":
+            through /= 3
+        kept = (unit.a**2 * own + unit.b**2 * through) * out / after
+        c = kept**2 * c + 1 / stack.shape.width
+        found[place] = c
+    return found

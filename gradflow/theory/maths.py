@@ -1,0 +1,59 @@
+"""Elementary functions that take a float or an array alike, and are quick on floats.
+
+A NumPy call on a single number costs ten times the arithmetic; the predictor of a deep stack is a
+long chain of such calls.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float64]
+Number = float | Array
+
+TINY = 1e-300
+
+
+def sqrt(x: Number) -> Number:
+    """Square root."""
+    return math.sqrt(x) if isinstance(x, float) else np.asarray(np.sqrt(x))
+
+
+def asin(x: Number) -> Number:
+    """Inverse sine; rounding beyond +-1 is cut off."""
+    return math.asin(max(-1.0, min(1.0, x))) if isinstance(x, float) else _array_asin(x)
+
+
+def acos(x: Number) -> Number:
+    """Inverse cosine; rounding beyond +-1 is cut off."""
+    return math.pi / 2 - asin(x)
+
+
+def exp(x: Number) -> Number:
+    """Exponential."""
+    return math.exp(x) if isinstance(x, float) else np.asarray(np.exp(x))
+
+
+def cosine(q1: Number, q2: Number, p: Number) -> Number:
+    """p / sqrt(q1 q2), within +-1; 0 where a variance is 0."""
+    if isinstance(p, float):
+        length = math.sqrt(q1 * q2)
+        return max(-1.0, min(1.0, p / length)) if length else 0.0
+    return np.clip(p / np.sqrt(np.maximum(q1 * q2, TINY)), -1.0, 1.0)
+
+
+def constant(value: float, like: Number) -> Number:
+    """The value in the shape of `like`."""
+    return value if isinstance(like, float) else np.full_like(like, value)
+
+
+def rounded(x: float) -> float:
+    """To eight digits: a key under which nearly equal numbers share one quadrature."""
+    return float(f"{x:.8g}")
+
+
+def _array_asin(x: Array) -> Array:
+    return np.asarray(np.arcsin(np.clip(x, -1.0, 1.0)))

@@ -1,0 +1,212 @@
+"""Forward and backward through a stack: second moments of the stream, and of its gradient.
+
+x' = Np(a x + b No(f(c Ni(x)))), G' = E |dL/dx|^2 per feature. The branch's last weights are
+independent of its input and of zero mean, so shortcut and branch add in the mean square; only
+phi(Wx), which has a mean, needs the cross term of the means. Poole et al. 2016 (arXiv:1606.05340)
+and Schoenholz et al. 2017 (arXiv:1611.01232) for plain nets; Yang & Schoenholz 2017
+(arXiv:1712.08969) for residual ones. Limits: width to infinity at fixed depth; the gradient at the
+output independent of the weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from gradflow.theory.attention import MixTape, mix, pull_mix
+from gradflow.theory.layouts import Layout, Moments
+from gradflow.theory.moments import ACTIVATIONS
+from gradflow.theory.norms import NormTape, Stream, is_zero, normalise, pull_norm
+from gradflow.theory.units import NoTheoryError, Unit, Weights
+
+_LEAST_SQUARE, _MOST_SQUARE = 1e-70, 1e70
+
+
+@dataclass(frozen=True)
+class BranchTape:
+    """Inside a branch.
+
+    Attributes:
+        hidden: moments of the pre-activations; of attention the mixed values.
+        slopes: E phi' phi' for each class; None for attention.
+        mixing: of attention, else None.
+        mid: of the norm before the output projection.
+    """
+
+    hidden: Moments
+    slopes: Moments | None = None
+    mixing: MixTape | None = None
+    mid: NormTape | None = None
+
+
+@dataclass(frozen=True)
+class Tape:
+    """One unit after its forward pass: its norms Ni, No, Np, and its branch, whose input is u."""
+
+    u: Moments
+    before: NormTape | None
+    inside: BranchTape
+    branch: NormTape | None
+    after: NormTape | None
+
+    @property
+    def norms(self) -> list[NormTape]:
+        """Those that the unit has."""
+        placed = (self.before, self.inside.mid, self.branch, self.after)
+        return [norm for norm in placed if norm is not None]
+
+
+def through(weights: Weights, x: Moments) -> Moments:
+    """Moments of W x + b."""
+    return tuple([weights.scale * entry + weights.bias for entry in x])
+
+
+def _scaled(factor: float, x: Moments) -> Moments:
+    return x if factor == 1.0 else tuple([factor * entry for entry in x])
+
+
+def _plus(x: Moments, y: Moments) -> Moments:
+    return tuple([one + two for one, two in zip(x, y, strict=True)])
+
+
+def forward(unit: Unit, x: Stream, layout: Layout) -> tuple[Stream, Tape]:
+    """The stream after the unit."""
+    u, before = normalise(unit.norm_in, x, layout, alpha=unit.alpha)
+    u = u if unit.c == 1.0 else Stream(_scaled(unit.c**2, u.s), u.mean * unit.c)
+    f, inside = _BRANCHES[unit.kind](unit, u, layout)
+    f, branch = normalise(unit.norm_branch, f, layout)
+    y = _joined(unit, x, f)
+    fixed = _kept(unit, x, y, layout) if unit.norm_out == x.normed else 0.0
+    y, after = normalise(unit.norm_out, y, layout, fixed)
+    return y, Tape(u.s, before, inside, branch, after)
+
+
+def backward(unit: Unit, tape: Tape, g: Moments, layout: Layout) -> tuple[Moments, float]:
+    """Moments of the gradient at the unit's input; the branch's share in its mean square."""
+    g = pull_norm(tape.after, g, layout)
+    through_f = pull_norm(tape.branch, _scaled(unit.b**2, g), layout)
+    through_f = _pull_branch(unit, tape.inside, through_f, layout)
+    through_f = pull_norm(tape.before, _scaled(unit.c**2, through_f), layout)
+    if not unit.a:
+        return through_f, 1.0
+    total = _plus(_scaled(unit.a**2, g), through_f)
+    part, whole = (layout.mean(layout.diagonal(x)) for x in (through_f, total))
+    return total, part / whole
+
+
+def _kept(unit: Unit, x: Stream, y: Stream, layout: Layout) -> float:
+    """The shortcut's share in the mean square."""
+    before, after = (layout.mean(layout.diagonal(part.s)) for part in (x, y))
+    return unit.a**2 * before / after
+
+
+def _joined(unit: Unit, x: Stream, f: Stream) -> Stream:
+    """a x + b f; x and f share only their means over the features."""
+    if not unit.a:
+        return Stream(_scaled(unit.b**2, f.s), unit.b * f.mean, f.source)
+    s = _plus(_scaled(unit.a**2, x.s), _scaled(unit.b**2, f.s))
+    if not (is_zero(x.mean) or is_zero(f.mean)):
+        common = 2 * unit.a * unit.b * x.mean * f.mean
+        s = tuple([entry + common for entry in s])
+    return Stream(s, unit.a * x.mean + unit.b * f.mean)
+
+
+def _single(unit: Unit, u: Stream, layout: Layout) -> tuple[Stream, BranchTape]:
+    """phi(W u): E phi^2, with a mean E phi over the features."""
+    hidden = through(unit.w_in, tuple(layout.mix_pixels(entry) for entry in u.s))
+    phi = ACTIVATIONS[unit.activation]
+    mean = 0.0 if phi.odd else phi.mean(layout.diagonal(hidden))
+    slopes = layout.slopes(unit.activation, hidden)
+    f = layout.activate(unit.activation, hidden)
+    source = (unit.activation, layout.mean(layout.diagonal(hidden)))
+    return Stream(f, mean, source), BranchTape(hidden, slopes)
+
+
+def _ffn(unit: Unit, u: Stream, layout: Layout) -> tuple[Stream, BranchTape]:
+    """W_out M(phi(W_in u))."""
+    hidden = through(unit.w_in, u.s)
+    phi = ACTIVATIONS[unit.activation]
+    mean = 0.0 if phi.odd or unit.norm_mid is None else phi.mean(layout.diagonal(hidden))
+    source = (unit.activation, layout.mean(layout.diagonal(hidden)))
+    inner = Stream(layout.activate(unit.activation, hidden), mean, source)
+    inner, mid = normalise(unit.norm_mid, inner, layout)
+    slopes = layout.slopes(unit.activation, hidden)
+    return Stream(through(unit.w_out, inner.s)), BranchTape(hidden, slopes, mid=mid)
+
+
+def _attention(unit: Unit, u: Stream, layout: Layout) -> tuple[Stream, BranchTape]:
+    """W_out M(softmax(q k) v)."""
+    mixed, mixing = mix(unit, u.s, layout.shape.tokens)
+    inner, mid = normalise(unit.norm_mid, Stream(mixed), layout)
+    return Stream(through(unit.w_out, inner.s)), BranchTape(mixed, mixing=mixing, mid=mid)
+
+
+_BRANCHES = {"mlp": _single, "conv": _single, "ffn": _ffn, "attention": _attention}
+
+
+def _pull_branch(unit: Unit, tape: BranchTape, g: Moments, layout: Layout) -> Moments:
+    if not unit.is_single:
+        g = pull_norm(tape.mid, _scaled(unit.w_out.scale, g), layout)
+    if tape.mixing is not None:
+        return pull_mix(tape.mixing, g, layout.shape.tokens)
+    assert tape.slopes is not None
+    g = tuple([unit.w_in.scale * k * e for k, e in zip(tape.slopes, g, strict=True)])
+    return tuple([layout.mix_pixels(entry) for entry in g]) if unit.kind == "conv" else g
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Both passes through a stack.
+
+    Attributes:
+        streams: at the input and after every unit.
+        gradients: moments of the gradient there, but for the factor e^`log_scales`.
+        log_scales: nats.
+        tapes: of the units.
+        shares: of the units' branches in |g|^2 at their inputs.
+    """
+
+    streams: list[Stream]
+    gradients: list[Moments]
+    log_scales: list[float]
+    tapes: list[Tape]
+    shares: list[float]
+
+
+def run(
+    units: Sequence[Unit], x: Stream, g_last: Callable[[Stream], Moments], layout: Layout
+) -> Passes:
+    """Forward, then backward.
+
+    Args:
+        units: first to last.
+        x: the input.
+        g_last: moments of the gradient at the output, given the output.
+        layout: of the moments.
+
+    Raises:
+        NoTheoryError: the stream leaves the range of number formats, or attention that of theory.
+    """
+    streams, tapes = [x], []
+    for unit in units:
+        x, tape = forward(unit, x, layout)
+        _check_range(layout.mean(layout.diagonal(x.s)))
+        streams.append(x)
+        tapes.append(tape)
+    g = g_last(x)
+    gradients, shares, log_scales = [g], [], [0.0]
+    for unit, tape in zip(reversed(units), reversed(tapes), strict=True):
+        g, share = backward(unit, tape, g, layout)
+        size, log_scale = layout.mean(layout.diagonal(g)), log_scales[-1]
+        if not 1e-50 < size < 1e50:  # the pass is linear: carry the scale, lose no digits
+            g, log_scale = _scaled(1 / size, g), log_scale + math.log(size)
+        gradients.append(g)
+        shares.append(share)
+        log_scales.append(log_scale)
+    return Passes(streams, gradients[::-1], log_scales[::-1], tapes, shares[::-1])
+
+
+def _check_range(square: float) -> None:
+    if not _LEAST_SQUARE < square < _MOST_SQUARE:
+        raise NoTheoryError(f"a stream of mean square {square:.0e} leaves the range of float32")

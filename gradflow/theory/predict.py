@@ -1,0 +1,147 @@
+"""`predict`: the gradient's profile of a stack by theory, with its band, or why there is none.
+
+The prediction is log10 of |dL/dy_u| relative to |dL/dy_D|. It holds for every loss whose gradient
+at y_D has independent elements that do not depend on the stack's weights: the default cotangent
+exactly, cross-entropy by a head of its own (its tokens share the softmax's mean: `_start`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from gradflow.spec import StackSpec
+from gradflow.theory.attention import excess, excess_array
+from gradflow.theory.describe import describe
+from gradflow.theory.layouts import CausalTokens, Exchangeable, Layout, Moments
+from gradflow.theory.limits import check_passes, check_spec, check_stack, tolerance
+from gradflow.theory.maths import Array
+from gradflow.theory.norms import Stream, normalise
+from gradflow.theory.passes import Passes, run
+from gradflow.theory.spread import Noise, finite_width
+from gradflow.theory.units import NoTheoryError, Stack
+
+_NATS_OF_SQUARE = 0.5 / math.log(10)  # decades of a norm per nat of its square
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What theory says of a stack; one entry per row of `LayerRecord`: the input, then the units.
+
+    Attributes:
+        log10_grad_norm: of the norm of the gradient, relative to that at the output; None where
+            theory has no answer.
+        spread: standard deviation of one seed about it, decades.
+        tolerance: what theory itself may be off by, decades.
+        act_rms: root mean square of the stream.
+        act_cos: cosine between tokens (samples, where there are none).
+        reason: why there is no prediction, else None.
+    """
+
+    log10_grad_norm: tuple[float, ...] | None
+    spread: tuple[float, ...] = ()
+    tolerance: tuple[float, ...] = ()
+    act_rms: tuple[float, ...] = ()
+    act_cos: tuple[float, ...] = ()
+    reason: str | None = None
+
+    def band(self, seeds: int = 1) -> tuple[tuple[float, float], ...]:
+        """Lowest and highest value expected of the mean over `seeds`, row by row.
+
+        Tolerance plus two standard deviations. Empty where there is no prediction.
+        """
+        if self.log10_grad_norm is None:
+            return ()
+        halves = (
+            t + 2 * s / math.sqrt(seeds) for t, s in zip(self.tolerance, self.spread, strict=True)
+        )
+        return tuple((x - h, x + h) for x, h in zip(self.log10_grad_norm, halves, strict=True))
+
+
+def predict(spec: StackSpec) -> Prediction:
+    """The prediction for a stack that gradflow builds.
+
+    Args:
+        spec: the stack; its seed and dtype do not matter.
+
+    Returns:
+        The prediction, or one whose `reason` says why there is none.
+    """
+    try:
+        check_spec(spec)
+    except NoTheoryError as limit:
+        return Prediction(None, reason=str(limit))
+    return predict_stack(describe(spec))
+
+
+def predict_stack(stack: Stack) -> Prediction:
+    """The prediction for units of the template, as a scheme makes them.
+
+    Args:
+        stack: shape, units, and the head if the loss is cross-entropy.
+    """
+    try:
+        check_stack(stack)
+        layout = layout_of(stack)
+        start = Stream(layout.start(stack.input_square))
+        passes = run(stack.units, start, lambda y: _start(stack, y, layout), layout)
+        noise = finite_width(stack.units, passes, layout, _fewer_probes(stack))
+        check_passes(stack, passes, layout, noise)
+    except NoTheoryError as limit:
+        return Prediction(None, reason=str(limit))
+    return _to_prediction(stack, passes, layout, noise)
+
+
+def layout_of(stack: Stack) -> Layout:
+    """Which rows of the stream differ."""
+    attends = any(unit.kind == "attention" for unit in stack.units)
+    if stack.shape.causal and attends:
+        return CausalTokens(stack.shape)
+    return Exchangeable(stack.shape)
+
+
+def _to_prediction(stack: Stack, passes: Passes, layout: Layout, noise: Noise) -> Prediction:
+    square = np.array([layout.mean(layout.diagonal(g)) for g in passes.gradients])
+    level = np.log(square / square[-1]) + np.array(passes.log_scales) + noise.bias
+    return Prediction(
+        tuple((_NATS_OF_SQUARE * level).tolist()),
+        tuple((_NATS_OF_SQUARE * np.sqrt(noise.variance)).tolist()),
+        tuple(tolerance(stack, passes, layout).tolist()),
+        tuple(math.sqrt(layout.mean(layout.diagonal(x.s))) for x in passes.streams),
+        tuple(layout.cosine(x.s) for x in passes.streams),
+    )
+
+
+def _fewer_probes(stack: Stack) -> float:
+    """1/N that cross-entropy adds: few classes; one gradient for all pixels of an image."""
+    if stack.head is None:
+        return 0.0
+    pooled = 1 / stack.shape.batch if stack.shape.domain == "images" else 0.0
+    return 1 / (stack.head.classes - 1) + pooled
+
+
+def _start(stack: Stack, y: Stream, layout: Layout) -> Moments:
+    """Moments of the gradient at y_D, but for a factor: 1 for each row, and what rows share.
+
+    Cross-entropy: g = W^T (p - e), p the softmax of logits of variance v, e the random label.
+    E |p - e|^2 = 1 - 1/C + h(v)/C and E (p - e)(p' - e') = h(v c)/C for two tokens whose logits
+    have cosine c, h the excess of `attention`. The head's norm scales both alike.
+    """
+    if stack.head is None or stack.shape.domain != "tokens":
+        return layout.start(1.0)
+    logits, _ = normalise(stack.head.norm, y, layout)
+    s = tuple(stack.head.weights.scale * x + stack.head.weights.bias for x in logits.s)
+    classes = stack.head.classes
+    if len(s) == 2:
+        own, cross = (excess(float(x), classes) for x in s)
+        return 1.0, cross / (classes - 1 + own)
+    return (_shared_softmax(np.asarray(s[0]), classes),)
+
+
+def _shared_softmax(logits: Array, classes: int) -> Array:
+    h = excess_array(logits, np.full(logits.shape, classes))
+    g: Array = h / (classes - 1 + np.diagonal(h).mean())
+    np.fill_diagonal(g, 1.0)
+    return g

@@ -1,0 +1,125 @@
+"""What theory knows of a network: its units as data, all of one template.
+
+    x' = Np(a x + b No(f(c Ni(x))))
+
+f is a branch with independent weights of zero mean; the norms N have gains 1 and shifts 0. A
+published scheme is a choice of these numbers (SCHEMES.md). Nothing here computes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+
+class NoTheoryError(Exception):
+    """Theory does not hold; the message says why."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Second moments of one matrix: `scale` = variance times fan_in, `bias` = variance."""
+
+    scale: float = 1.0
+    bias: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unit:
+    """One step of the stream; the names of matrices are those of `blocks`.
+
+    Attributes:
+        kind: `mlp` phi(Wx), `conv` phi(conv3x3(x)), `ffn` W_out M(phi(W_in x)) or `attention`
+            W_out M(softmax(q k) v), M the norm `norm_mid`.
+        activation: of mlp, conv and ffn.
+        w_in: W, the convolution, or the first matrix of an ffn; the values of attention.
+        w_out: the output projection; unused by mlp and conv.
+        w_query: queries; `w_key` keys, of attention only.
+        a: weight of the shortcut; 0 for a plain unit.
+        b: weight of the branch's output.
+        c: weight of the branch's input.
+        norm_in: kind of Ni, or None; so for `norm_branch` No, `norm_out` Np and `norm_mid` M.
+        qk_norm: queries and keys are normalised per head.
+        alpha: of the pointwise norms dyt, tanh(alpha x), and derf, erf(alpha x).
+    """
+
+    kind: str
+    activation: str = "linear"
+    w_in: Weights = field(default=Weights())
+    w_out: Weights = field(default=Weights())
+    w_query: Weights = field(default=Weights())
+    w_key: Weights = field(default=Weights())
+    a: float = 1.0
+    b: float = 1.0
+    c: float = 1.0
+    norm_in: str | None = None
+    norm_branch: str | None = None
+    norm_out: str | None = None
+    norm_mid: str | None = None
+    qk_norm: bool = False
+    alpha: float = 0.5
+
+    @property
+    def is_single(self) -> bool:
+        """Whether the branch ends in its activation, so that its output has a mean."""
+        return self.kind in ("mlp", "conv")
+
+    @cached_property
+    def norms(self) -> tuple[str, ...]:
+        """The kinds of norm that it has."""
+        placed = (self.norm_in, self.norm_branch, self.norm_mid, self.norm_out)
+        return tuple(kind for kind in placed if kind is not None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Shape of the stream, and what all units share.
+
+    Attributes:
+        domain: `vectors`, `tokens` or `images`.
+        width: features, or channels.
+        batch: samples; `tokens` in a sample; `side`: pixels on a side of an image.
+        hidden: width inside an ffn.
+        heads: attention heads.
+        causal: whether attention sees the past only.
+    """
+
+    domain: str
+    width: int
+    batch: int = 1
+    tokens: int = 1
+    side: int = 1
+    hidden: int = 1
+    heads: int = 1
+    causal: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Vectors of features in a batch: over these batchnorm averages."""
+        return self.batch * self.tokens * self.side**2
+
+
+@dataclass(frozen=True)
+class Head:
+    """A classifier after the stack, with cross-entropy against random labels."""
+
+    classes: int
+    weights: Weights
+    norm: str | None = None
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A network for theory.
+
+    Attributes:
+        shape: of the stream.
+        units: first to last.
+        input_square: E x^2 of the input's elements, which are independent.
+        head: what turns y_D into the loss; None for a random cotangent.
+    """
+
+    shape: Shape
+    units: tuple[Unit, ...]
+    input_square: float = 1.0
+    head: Head | None = None
