@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own convention)
 from torch import Tensor, nn
 
-from gradflow.spec import GROUPS, StackSpec
+from gradflow.spec import GROUPS, POINTWISE, StackSpec
+from gradflow.wiring import Wiring
 
 EPS = 1e-5
 
@@ -62,7 +63,7 @@ PHI: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Branch(nn.Module):
-    """What a unit computes.
+    """What a unit computes; made from the spec and the unit's wiring.
 
     Attributes:
         feeds_activation: names of the linear maps whose output goes into the activation.
@@ -80,7 +81,7 @@ class Mlp(Branch):
 
     feeds_activation = ("linear",)
 
-    def __init__(self, spec: StackSpec) -> None:
+    def __init__(self, spec: StackSpec, _: Wiring) -> None:
         super().__init__()
         self.linear = Linear(spec.width, spec.width)
         self.phi = PHI[str(spec.activation)]
@@ -94,7 +95,7 @@ class Conv(Branch):
 
     feeds_activation = ("conv",)
 
-    def __init__(self, spec: StackSpec) -> None:
+    def __init__(self, spec: StackSpec, _: Wiring) -> None:
         super().__init__()
         self.conv = Conv3x3(spec.width)
         self.phi = PHI[str(spec.activation)]
@@ -116,14 +117,15 @@ class ResNet(Branch):
     output = "conv2"
     norms_inside = True
 
-    def __init__(self, spec: StackSpec) -> None:
+    def __init__(self, spec: StackSpec, wiring: Wiring) -> None:
         super().__init__()
-        bias = spec.norm == "none"  # a norm's own shift takes the place of the bias
+        bias = not wiring.norms  # a norm's own shift takes the place of the bias
         self.conv1 = Conv3x3(spec.width, bias=bias)
         self.conv2 = Conv3x3(spec.width, bias=bias)
-        self.norm1, self.norm2 = make_norm(spec), make_norm(spec)
+        norms = (make_norm(spec, wiring, *wiring.norms) for _ in range(2))
+        self.norm1, self.norm2 = norms
         self.phi = PHI[str(spec.activation)]
-        self.activation_last = spec.norm == "post"
+        self.activation_last = "out" in wiring.norms
 
     def forward(self, x: Tensor) -> Tensor:
         if self.activation_last:
@@ -134,25 +136,31 @@ class ResNet(Branch):
 class Attention(Branch):
     """Multi-head self-attention, Vaswani et al. 2017 (arXiv:1706.03762). x: (B, T, d).
 
-    f(x) = W_o concat_h softmax(q_h k_h^T / sqrt(d / heads)) v_h + b_o through torch's fused
-    kernel. The keys have no bias: softmax does not change when all logits of a row move
-    together, so its gradient would be zero.
+    f(x) = W_o M(concat_h softmax(q_h k_h^T / sqrt(d / heads)) v_h) + b_o through torch's fused
+    kernel, M the norm in the middle, where there is one; queries, keys and values are normalised
+    per head where the wiring says so. The keys have no bias: softmax does not change when all
+    logits of a row move together, so its gradient would be zero.
     """
 
     output = "out"
 
-    def __init__(self, spec: StackSpec) -> None:
+    def __init__(self, spec: StackSpec, wiring: Wiring) -> None:
         super().__init__()
         self.q = Linear(spec.width, spec.width)
         self.k = Linear(spec.width, spec.width, bias=False)
         self.v = Linear(spec.width, spec.width)
         self.out = Linear(spec.width, spec.width)
         self.heads, self.causal = int(spec.heads or 1), bool(spec.causal)
+        self.q_norm = make_norm(spec, wiring, "query-key", heads=self.heads)
+        self.k_norm = make_norm(spec, wiring, "query-key", heads=self.heads)
+        self.v_norm = make_norm(spec, wiring, "value", heads=self.heads)
+        self.mid = make_norm(spec, wiring, "mid")
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (self._split(proj(x)) for proj in (self.q, self.k, self.v))
+        q, k, v = self.q_norm(q), self.k_norm(k), self.v_norm(v)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
-        return self.out(mixed.transpose(1, 2).flatten(2))
+        return self.out(self.mid(mixed.transpose(1, 2).flatten(2)))
 
     def _split(self, x: Tensor) -> Tensor:
         """(B, T, d) to (B, heads, T, d / heads)."""
@@ -161,20 +169,21 @@ class Attention(Branch):
 
 
 class Ffn(Branch):
-    """f(x) = W_2 phi(W_1 x + b_1) + b_2, hidden width `ffn_mult` d. x: (B, T, d)."""
+    """f(x) = W_2 M(phi(W_1 x + b_1)) + b_2, hidden width `ffn_mult` d. x: (B, T, d)."""
 
     feeds_activation = ("up",)
     output = "down"
 
-    def __init__(self, spec: StackSpec) -> None:
+    def __init__(self, spec: StackSpec, wiring: Wiring) -> None:
         super().__init__()
         hidden = spec.width * int(spec.ffn_mult or 1)
         self.up = Linear(spec.width, hidden)
         self.down = Linear(hidden, spec.width)
         self.phi = PHI[str(spec.activation)]
+        self.mid = make_norm(spec, wiring, "mid", width=hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.phi(self.up(x)))
+        return self.down(self.mid(self.phi(self.up(x))))
 
 
 BRANCHES: dict[str, type[Branch]] = {
@@ -203,12 +212,42 @@ class Norm(nn.Module):
     def __init__(self, kind: str, domain: str, width: int) -> None:
         super().__init__()
         self.shapes = {"weight": (width,)} | ({"bias": (width,)} if kind != "rmsnorm" else {})
+        self.starts = {"weight": 1.0, "bias": 0.0}
         self.bias = None
         self.kind = kind
         self.apply_norm = NORMALISE[kind, domain]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.apply_norm(x, self.weight, self.bias)
+
+
+class Pointwise(nn.Module):
+    """A function of each element in the place of a norm; empty as `Linear` is.
+
+    dyt: weight tanh(alpha x) + bias, Zhu et al. 2025 (arXiv:2503.10622). derf: weight
+    erf(alpha x + shift) + bias, Chen et al. 2025 (arXiv:2512.10938). alpha and shift are one
+    number each; weight and bias are per feature (channel), 1 and 0 at the start.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    alpha: Tensor
+    shift: Tensor | None
+
+    def __init__(self, kind: str, domain: str, width: int, alpha: float) -> None:
+        super().__init__()
+        shift = {"shift": (1,)} if kind == "derf" else {}
+        self.shapes = {"alpha": (1,), **shift, "weight": (width,), "bias": (width,)}
+        self.starts = {"alpha": alpha, "shift": 0.0, "weight": 1.0, "bias": 0.0}
+        self.shift = None
+        self.kind = kind
+        self.squash = torch.tanh if kind == "dyt" else torch.erf
+        self.per_feature = (-1, 1, 1) if domain == "images" else (-1,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.alpha * x if self.shift is None else self.alpha * x + self.shift
+        weight, bias = self.weight.view(self.per_feature), self.bias.view(self.per_feature)
+        return weight * self.squash(z) + bias
 
 
 def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -245,8 +284,27 @@ NORMALISE: dict[tuple[str, str], Callable[[Tensor, Tensor, Tensor | None], Tenso
 }
 
 
-def make_norm(spec: StackSpec) -> nn.Module:
-    """The normalisation of the spec, or the identity where there is none."""
-    if spec.norm_kind is None:
+def make_norm(
+    spec: StackSpec, wiring: Wiring, *places: str, width: int | None = None, heads: int = 1
+) -> nn.Module:
+    """The normalisation at a place of a unit, or the identity where it has none.
+
+    Args:
+        spec: the kind, where the wiring has none of its own for the place.
+        wiring: where the unit normalises.
+        places: of `wiring.NORM_PLACES`; the first that the unit has counts.
+        width: features, where these are not the stream's.
+        heads: the features are those of one head.
+    """
+    place = next((p for p in places if p in wiring.norms), None)
+    if place is None:
         return nn.Identity()
-    return Norm(spec.norm_kind, spec.kind.domain, spec.width)
+    kind = wiring.kinds.get(place, str(spec.norm_kind or spec.domain.norm_kind))
+    return norm_of_kind(kind, spec.kind.domain, (width or spec.width) // heads, wiring.alpha)
+
+
+def norm_of_kind(kind: str, domain: str, width: int, alpha: float = 0.5) -> nn.Module:
+    """A normalisation by its name."""
+    if kind in POINTWISE:
+        return Pointwise(kind, domain, width, alpha)
+    return Norm(kind, domain, width)

@@ -8,7 +8,17 @@ from itertools import product
 from typing import Any
 
 from gradflow.errors import UsageError
-from gradflow.spec import BLOCK_OPTIONS, BLOCKS, RunOptions, StackSpec, check_choice, flag, run_key
+from gradflow.schemes import find
+from gradflow.spec import (
+    BLOCK_OPTIONS,
+    BLOCKS,
+    DEFAULT_BLOCK,
+    RunOptions,
+    StackSpec,
+    check_choice,
+    flag,
+    run_key,
+)
 
 # What bare `gradflow compare` measures.
 DEFAULT_GRID: dict[str, list[Any]] = {
@@ -91,21 +101,32 @@ def _check_names(lists: Mapping[str, Sequence[Any]]) -> None:
 def _idle(name: str, chosen: Mapping[str, Any]) -> bool:
     """Whether an option means nothing beside the others."""
     if name == "norm_kind":
-        return _value("norm", chosen) == "none"
-    return name in BLOCK_OPTIONS and name not in BLOCKS[_value("block", chosen)].options
+        return chosen.get("norm") == "none" or not _has_norms(chosen)
+    return name in BLOCK_OPTIONS and name not in BLOCKS[_block(chosen)].options
 
 
-def _value(name: str, chosen: Mapping[str, Any]) -> Any:
-    return chosen.get(name, STACK_FIELDS[name].default)
+def _has_norms(chosen: Mapping[str, Any]) -> bool:
+    scheme = chosen.get("scheme")
+    return scheme is None or find(scheme).normalises
+
+
+def _block(chosen: Mapping[str, Any]) -> str:
+    scheme = chosen.get("scheme")
+    usual = DEFAULT_BLOCK if scheme is None else find(scheme).blocks[0]
+    return str(chosen.get("block", usual))
 
 
 def _notes(lists: Mapping[str, Sequence[Any]]) -> Iterator[str]:
     """Which options were left out where."""
     for name in lists:
-        decides = "norm" if name == "norm_kind" else "block"
-        for value in lists.get(decides, [STACK_FIELDS[decides].default]):
-            if _idle(name, {decides: value}):
-                yield f"{flag(name)} does not apply to {flag(decides)} {value}"
+        by_norm = ("norm", "scheme") if name == "norm_kind" else ("block", "scheme")
+        for decides in by_norm:
+            if decides == "scheme" and by_norm[0] in lists:
+                continue
+            usual = [DEFAULT_BLOCK] if decides == "block" and "scheme" not in lists else []
+            for value in lists.get(decides, usual):
+                if _idle(name, {decides: value}):
+                    yield f"{flag(name)} does not apply to {flag(decides)} {value}"
 
 
 def _spelled(chosen: Mapping[str, Any], lists: Mapping[str, Sequence[Any]]) -> str:

@@ -73,6 +73,7 @@ def weight_std(spec: StackSpec, shape: tuple[int, ...], *, feeds: bool, output: 
     he: He et al. 2015 (arXiv:1502.01852), variance 2/fan_in before a rectifier, else 1/fan_in.
     xavier: Glorot & Bengio 2010, 2/(fan_in + fan_out). lecun: LeCun et al. 1998, 1/fan_in.
     gpt2: Radford et al. 2019, N(0, 0.02), output projections over sqrt(residual units).
+    normal: N(0, 0.02).
     """
     fan_in, fan_out = fans(shape)
     if spec.weight_var is not None:
@@ -80,6 +81,8 @@ def weight_std(spec: StackSpec, shape: tuple[int, ...], *, feeds: bool, output: 
     if spec.init == "gpt2":
         depth = spec.depth * spec.units_per_block
         return spec.gain * 0.02 / (math.sqrt(depth) if output else 1.0)
+    if spec.init == "normal":
+        return spec.gain * 0.02
     rectified = feeds and spec.activation in RECTIFIERS
     variance = {
         "he": (2.0 if rectified else 1.0) / fan_in,
@@ -87,7 +90,7 @@ def weight_std(spec: StackSpec, shape: tuple[int, ...], *, feeds: bool, output: 
         "xavier": 2.0 / (fan_in + fan_out),
         "lecun": 1.0 / fan_in,
         "torch": 1.0 / fan_in,
-    }[spec.init]
+    }[str(spec.init)]
     return spec.gain * math.sqrt(variance)
 
 

@@ -27,6 +27,8 @@ WORDS: dict[str, Callable[[Any], str]] = {
     "dtype": str,
     "loss": lambda loss: f"{loss} loss",
     "causal": lambda _: "causal",
+    "qk_norm": lambda _: "qk-norm",
+    "scheme": str,
     "seeds": lambda seeds: f"{seeds} seeds",
     "raw_range": lambda _: "raw range",
     DEVICE: str,
@@ -37,6 +39,7 @@ UNSAID = {
     "dtype": "float32",
     "loss": "cotangent",
     "causal": False,
+    "qk_norm": False,
     "seeds": 1,
     "raw_range": False,
 }
@@ -112,9 +115,11 @@ def word(name: str, value: object) -> str:
 
 
 def _design(run: Described, words: Sequence[str], with_block: bool) -> str:
-    stack = f"{run.spec.shortcut} {run.spec.block}" if with_block else run.spec.shortcut
-    rest = [word(name, _value(run, name)) for name in words]
-    return ", ".join([f"{stack}, {word('norm', run.spec.norm)}", *filter(None, rest)])
+    design = run.spec.scheme or run.spec.shortcut
+    stack = f"{design} {run.spec.block}" if with_block else str(design)
+    norm = "" if run.spec.scheme else word("norm", run.spec.norm)
+    rest = [word(name, _value(run, name)) for name in words if name != "scheme"]
+    return ", ".join(filter(None, [stack, norm, *rest]))
 
 
 def _value(run: Described, name: str) -> Any:
@@ -124,9 +129,10 @@ def _value(run: Described, name: str) -> Any:
 
 
 def _differs(runs: Sequence[Described], name: str) -> bool:
-    """Whether a setting says more than block and norm do, whose defaults set many others."""
-    found: dict[tuple[str, str], object] = {}
+    """Whether a setting says more than block, norm and scheme, whose defaults set many others."""
+    found: dict[tuple[object, ...], object] = {}
     return any(
-        found.setdefault((run.spec.block, run.spec.norm), _value(run, name)) != _value(run, name)
+        found.setdefault((run.spec.block, run.spec.norm, run.spec.scheme), _value(run, name))
+        != _value(run, name)
         for run in runs
     )

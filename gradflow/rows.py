@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 from gradflow import stats
 from gradflow.records import LayerRecord, ParamRecord
 from gradflow.stack import ParamInfo
-from gradflow.stats import Numbers, Sums
+from gradflow.stats import Counts, Numbers, Sums
 
 LOG10_2 = math.log10(2)
 
@@ -26,6 +27,7 @@ class Row:
     """One unit, or the input, after both passes; all numbers are still on the device.
 
     Attributes:
+        shape: of the unit's output; units of several streams may change it.
         sums: `stats.forward_sums` of the unit's output, `stats.gradient_sums` of the gradient
             there, and its `exponent`.
         parts: `stats.part_sums` of the gradient at the unit's input; empty without a shortcut.
@@ -36,6 +38,7 @@ class Row:
 
     layer: int
     unit: str
+    shape: torch.Size
     sums: Sums
     parts: Sums
     saved_bytes: int | None = None
@@ -44,14 +47,14 @@ class Row:
 
 
 def to_records(
-    seed: int, rows: Sequence[Row], shape: torch.Size, step: int = 0
+    seed: int, rows: Sequence[Row], *, tokens: bool, step: int = 0
 ) -> tuple[list[LayerRecord], list[ParamRecord]]:
     """Records of one pass; waits for the device.
 
     Args:
         seed: written into the records.
         rows: from the input up to the last unit.
-        shape: of the stream.
+        tokens: whether the stream has tokens: see `stats.forward_sums`.
         step: written into the records; 0 is initialisation.
 
     Returns:
@@ -60,7 +63,9 @@ def to_records(
     host = _to_host(_by_name(rows))
     params = _param_numbers(host)
     exponents = host["exponent"].tolist()
-    columns = _columns(host, shape)
+    count = stats.counts([row.shape for row in rows], tokens=tokens)
+    plain = torch.tensor([not row.parts for row in rows])
+    columns = _columns(host, count, plain)
     layer_records: list[LayerRecord] = []
     param_records: list[ParamRecord] = []
     for i, row in enumerate(rows):
@@ -79,7 +84,8 @@ def _by_name(rows: Sequence[Row]) -> dict[str, list[Tensor | float]]:
     grads = [(math.nan, -1.0) if g is None else g for row in rows for g in row.grads]
     return {
         **{name: [row.sums[name] for row in rows] for name in rows[0].sums},
-        **{name: [row.parts[name] for row in units] for name in units[0].parts},
+        # Plain units have no parts; what stands in their place is not read.
+        **{name: [row.parts.get(name, math.nan) for row in units] for name in stats.PART_SUMS},
         "param_norm": [param.norm for row in rows for param in row.params],
         "param_grad": [size for size, _ in grads],
         "param_nonfinite": [count for _, count in grads],
@@ -103,18 +109,28 @@ def _stack(values: list[Tensor | float], device: torch.device) -> Tensor:
     return torch.stack(wide) if wide else torch.empty(0, dtype=torch.float64, device=device)
 
 
-def _columns(host: Numbers, shape: torch.Size) -> dict[str, list[float]]:
-    """The measured columns of all rows; those of the gains lack a value in row 0."""
+def _columns(host: Numbers, count: Counts, plain: Tensor) -> dict[str, list[float | None]]:
+    """The measured columns of all rows; None where a row has no such number."""
     size, exponent = host["grad_norm"], host["exponent"]
     # dL/dx in the scale of dL/dy: gains are ratios of neighbours.
     scale = torch.ldexp(torch.ones_like(size[1:]), (exponent[:-1] - exponent[1:]).int())
-    parts = {name: host[name] for name in stats.PART_SUMS if name in host}
-    gains = stats.part_stats(parts, size[:-1], size[1:])
-    measured = stats.forward_stats(host, shape.numel()) | stats.gradient_stats(host, shape)
+    gains = stats.part_stats({n: host[n] for n in stats.PART_SUMS}, size[:-1] * scale, size[1:])
+    gains |= {n: gains[n] * scale for n in ("skip_gain", "branch_gain")}
+    gains["skip_gain"][plain[1:]] = 0.0
+    gains["branch_gain"] = torch.where(plain[1:], gains["gain"], gains["branch_gain"])
+    measured = stats.forward_stats(host, count) | stats.gradient_stats(host, count)
     columns = {name: values.tolist() for name, values in measured.items()}
-    for name, values in gains.items():
-        ratio = values if name == "skip_branch_cos" else values * scale
-        columns[name] = [math.nan, *ratio.tolist()]
+    columns |= {name: [None, *values.tolist()] for name, values in gains.items()}
+    missing = {
+        "act_cos": count.vectors < 2,
+        "grad_cos": count.samples < 2,
+        "skip_branch_cos": plain,
+    }
+    for name, mask in missing.items():
+        columns[name] = [
+            None if gone else value
+            for value, gone in zip(columns[name], mask.tolist(), strict=True)
+        ]
     return columns
 
 
@@ -130,7 +146,7 @@ def _param_numbers(host: Numbers) -> Iterator[tuple[float, float, float]]:
 def _layer_record(
     when: tuple[int, int],
     row: Row,
-    numbers: Mapping[str, float],
+    numbers: Mapping[str, Any],
     own: list[tuple[float, float, float]],
     scales: tuple[float, float],
 ) -> LayerRecord:
@@ -138,7 +154,6 @@ def _layer_record(
     (seed, step), (exponent, below) = when, scales
     grads = [grad for _, grad, count in own if count >= 0]
     grad = math.hypot(*grads) if grads else None
-    gains = {n: numbers.get(n) if row.layer else None for n in stats.GAINS}
     return LayerRecord(
         seed=seed,
         step=step,
@@ -148,12 +163,12 @@ def _layer_record(
         act_max_abs=numbers["act_max_abs"],
         grad_norm=scaled(numbers["grad_norm"], exponent),
         log10_grad_norm=log10(numbers["grad_norm"], exponent),
-        **gains,
+        **{name: numbers[name] for name in stats.GAINS},
         param_norm=math.hypot(*(value for value, _, _ in own)) if own else None,
         param_grad_norm=scaled(grad, below),
         log10_param_grad_norm=log10(grad, below),
-        act_cos=numbers.get("act_cos"),
-        grad_cos=numbers.get("grad_cos"),
+        act_cos=numbers["act_cos"],
+        grad_cos=numbers["grad_cos"],
         nonfinite=int(numbers["nonfinite"]),
         zero_fraction=numbers["zero_fraction"],
         saved_bytes=row.saved_bytes,

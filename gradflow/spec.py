@@ -10,10 +10,12 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from gradflow.errors import UsageError
+from gradflow.schemes import Scheme, find
+from gradflow.wiring import Place, Wiring
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ BLOCKS: dict[str, BlockKind] = {
         "tokens",
         "gelu",
         "multi-head self-attention",
-        ("heads", "causal", "seq_len"),
+        ("heads", "causal", "qk_norm", "seq_len"),
     ),
     "ffn": BlockKind(
         ("ffn",), "tokens", "gelu", "Linear, activation, Linear", ("ffn_mult", "seq_len")
@@ -52,9 +54,13 @@ BLOCKS: dict[str, BlockKind] = {
         "tokens",
         "gelu",
         "an attention unit, then an ffn unit",
-        ("heads", "causal", "ffn_mult", "seq_len"),
+        ("heads", "causal", "qk_norm", "ffn_mult", "seq_len"),
     ),
 }
+
+
+# f(alpha x) in the place of a norm: no statistics.
+POINTWISE = ("dyt", "derf")
 
 
 @dataclass(frozen=True)
@@ -67,25 +73,29 @@ class Domain:
 
 
 DOMAINS: dict[str, Domain] = {
-    "vectors": Domain("layernorm", 64, ("layernorm", "rmsnorm", "batchnorm", "groupnorm")),
-    "tokens": Domain("layernorm", 8, ("layernorm", "rmsnorm", "batchnorm")),
-    "images": Domain("batchnorm", 8, ("batchnorm", "layernorm", "groupnorm")),
+    "vectors": Domain(
+        "layernorm", 64, ("layernorm", "rmsnorm", "batchnorm", "groupnorm", *POINTWISE)
+    ),
+    "tokens": Domain("layernorm", 8, ("layernorm", "rmsnorm", "batchnorm", *POINTWISE)),
+    "images": Domain("batchnorm", 8, ("batchnorm", "layernorm", "groupnorm", *POINTWISE)),
 }
 
 # Options that belong to some blocks only, with the value used where they apply.
 BLOCK_OPTIONS: dict[str, Any] = {
     "heads": 4,
     "causal": False,
+    "qk_norm": False,
     "ffn_mult": 4,
     "seq_len": 32,
     "image_size": 16,
 }
 
+DEFAULT_BLOCK = "transformer"
 SHORTCUTS = ("residual", "plain")
 NORMS = ("none", "pre", "post")
-NORM_KINDS = ("layernorm", "rmsnorm", "batchnorm", "groupnorm")
+NORM_KINDS = ("layernorm", "rmsnorm", "batchnorm", "groupnorm", *POINTWISE)
 ACTIVATIONS = ("relu", "gelu", "tanh", "silu", "erf", "linear")
-INITS = ("he", "xavier", "lecun", "gpt2", "orthogonal", "torch")
+INITS = ("he", "xavier", "lecun", "normal", "gpt2", "orthogonal", "torch")
 LOSSES = ("cotangent", "mse", "ce")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
@@ -110,20 +120,24 @@ class StackSpec:
     """
 
     depth: int = option(12, "number of blocks (layers)")
-    block: str = option("transformer", "what one layer is", tuple(BLOCKS))
-    shortcut: str = option("residual", "residual: y = x + f(x); plain: y = f(x)", SHORTCUTS)
-    norm: str = option("pre", "where a unit normalises", NORMS)
+    scheme: str | None = option(None, "a published recipe: `gradflow schemes` lists them")
+    block: str | None = option(None, "what one layer is (transformer)", tuple(BLOCKS))
+    shortcut: str | None = option(
+        None, "residual: y = x + f(x); plain: y = f(x) (residual)", SHORTCUTS
+    )
+    norm: str | None = option(None, "where a unit normalises (pre)", NORMS)
     norm_kind: str | None = option(
         None, "layernorm for tokens and vectors, batchnorm for images", NORM_KINDS
     )
     activation: str | None = option(None, "gelu for token blocks, relu for the others", ACTIVATIONS)
-    init: str = option("he", "rule for the initial weights", INITS)
+    init: str | None = option(None, "rule for the initial weights (he)", INITS)
     gain: float = option(1.0, "multiplies the standard deviation of every initial weight")
     weight_var: float | None = option(None, "variance of the weights times fan_in")
     bias_var: float | None = option(None, "variance of the biases (0 by default)")
     width: int = option(128, "features, or channels, of the stream")
     heads: int | None = option(None, "attention heads (4)")
     causal: bool | None = option(None, "mask the future in attention")
+    qk_norm: bool | None = option(None, "normalise queries and keys, per head")
     ffn_mult: int | None = option(None, "hidden width of an ffn over the width (4)")
     seq_len: int | None = option(None, "tokens in a sample (32)")
     image_size: int | None = option(None, "pixels on a side (16)")
@@ -133,20 +147,10 @@ class StackSpec:
     dtype: str = option("float32", "number format of the whole pass", DTYPES)
 
     def __post_init__(self) -> None:
-        for name in ("block", "shortcut", "norm", "init", "loss", "dtype"):
+        self._resolve_design()
+        for name in ("block", "shortcut", "norm", "norm_kind", "init", "loss", "dtype"):
             _check_name(self, name)
-        if self.norm_kind is not None:
-            _check_name(self, "norm_kind")
-        kind = BLOCKS[self.block]
-        self._resolve("activation", kind.activation)
-        if self.norm == "none":
-            object.__setattr__(self, "norm_kind", None)
-        else:
-            self._resolve("norm_kind", self.domain.norm_kind)
-        self._resolve("batch_size", self.domain.batch_size)
-        for name, default in BLOCK_OPTIONS.items():
-            if name in kind.options:
-                self._resolve(name, default)
+        self._resolve_details()
         _check_name(self, "activation")
         _check_numbers(self)
         # 2 and 2.0 are one network, so they have one key.
@@ -155,6 +159,30 @@ class StackSpec:
                 object.__setattr__(self, name, float(getattr(self, name)))
         _check_fit(self)
 
+    def _resolve_details(self) -> None:
+        """The defaults that depend on the block and its norms."""
+        self._resolve("activation", self.kind.activation)
+        if self.normalises:
+            self._resolve("norm_kind", self.domain.norm_kind)
+        else:
+            object.__setattr__(self, "norm_kind", None)
+        self._resolve("batch_size", self.domain.batch_size)
+        for name, default in BLOCK_OPTIONS.items():
+            if name in self.kind.options:
+                self._resolve(name, default)
+
+    def _resolve_design(self) -> None:
+        """The fields that a scheme decides, or their defaults where there is none."""
+        if self.scheme is None:
+            defaults = {"block": DEFAULT_BLOCK, "shortcut": "residual", "norm": "pre", "init": "he"}
+        else:
+            _check_scheme(self, self.recipe)
+            shortcut = "plain" if self.recipe.plain else "residual"
+            own = {"block": self.recipe.blocks[0], "shortcut": shortcut, "init": "he"}
+            defaults = own | dict(self.recipe.defaults)
+        for name, value in defaults.items():
+            self._resolve(name, value)
+
     def _resolve(self, name: str, default: Any) -> None:
         if getattr(self, name) is None:
             object.__setattr__(self, name, default)
@@ -162,7 +190,7 @@ class StackSpec:
     @property
     def kind(self) -> BlockKind:
         """The entry of `BLOCKS`."""
-        return BLOCKS[self.block]
+        return BLOCKS[str(self.block)]
 
     @property
     def domain(self) -> Domain:
@@ -180,15 +208,47 @@ class StackSpec:
         return len(self.kind.units)
 
     @property
+    def recipe(self) -> Scheme:
+        """The scheme; only where `scheme` is not None."""
+        return find(str(self.scheme))
+
+    @property
+    def normalises(self) -> bool:
+        """Whether its units have norms."""
+        return self.norm != "none" if self.scheme is None else self.recipe.normalises
+
+    @property
+    def has_final_norm(self) -> bool:
+        """Whether a head normalises the stream first, as nets with norms in the branch need it."""
+        return self.norm == "pre" if self.scheme is None else self.recipe.final_norm
+
+    def wiring(self, layer: int, unit: int) -> Wiring:
+        """How unit number `unit` (from 0) of layer `layer` (from 1) is wired."""
+        kinds = self.kind.units
+        if self.scheme is not None:
+            place = Place(self.depth, layer, unit, len(kinds), kinds[unit])
+            wiring = self.recipe.wire(place)
+        else:
+            places = {"none": (), "pre": ("in",), "post": ("out",)}[str(self.norm)]
+            wiring = Wiring(a=float(self.has_shortcut), norms=places)
+        if self.qk_norm and kinds[unit] == "attention":
+            wiring = replace(wiring, norms=(*wiring.norms, "query-key"))
+        return wiring
+
+    @property
     def title(self) -> str:
         """The stack in a few words, for headings and folder names."""
+        if self.scheme is not None:
+            kind = f"{self.norm_kind}, " if self.norm_kind else ""
+            return f"{self.scheme} {self.block}, {kind}depth {self.depth}"
         norm = "no norm" if self.norm == "none" else f"{self.norm}-{self.norm_kind}"
         return f"{self.shortcut} {self.block}, {norm}, depth {self.depth}"
 
     @property
     def slug(self) -> str:
         """The stack as a part of a folder name."""
-        return f"{self.block}-{self.shortcut}-{self.norm}-d{self.depth}"
+        design = self.scheme or f"{self.shortcut}-{self.norm}"
+        return f"{self.block}-{design}-d{self.depth}"
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary of plain values that `from_json` takes."""
@@ -306,7 +366,20 @@ def _known_fields(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_name(spec: StackSpec, name: str) -> None:
     choices = StackSpec.__dataclass_fields__[name].metadata["choices"]
-    check_choice(flag(name), getattr(spec, name), choices)
+    if getattr(spec, name) is not None:
+        check_choice(flag(name), getattr(spec, name), choices)
+
+
+def _check_scheme(spec: StackSpec, recipe: Scheme) -> None:
+    """A scheme decides where units add and normalise; a block that it is not defined on fails."""
+    own = {"norm": None, "shortcut": "plain" if recipe.plain else "residual"}
+    for name, value in own.items():
+        given = getattr(spec, name)
+        if given not in (None, value):
+            rule = f"--scheme {spec.scheme} wires its units itself"
+            raise UsageError(rule, f"{flag(name)} {given}", f"leave out {flag(name)}, or --scheme")
+    if spec.block is not None:
+        check_choice(f"--block for --scheme {spec.scheme}", spec.block, recipe.blocks)
 
 
 def _check_numbers(spec: StackSpec) -> None:
@@ -317,8 +390,11 @@ def _check_numbers(spec: StackSpec) -> None:
     for name in ("heads", "ffn_mult", "seq_len", "image_size"):
         if getattr(spec, name) is not None:
             at_least(spec, name, 1)
-    if spec.causal is not None and not isinstance(spec.causal, bool):
-        raise UsageError("--causal is true or false", spec.causal, "use --causal or --no-causal")
+    for name in ("causal", "qk_norm"):
+        given = getattr(spec, name)
+        if given is not None and not isinstance(given, bool):
+            remedy = f"use {flag(name)} or {flag('no_' + name)}"
+            raise UsageError(f"{flag(name)} is true or false", given, remedy)
     if spec.weight_var is not None:
         positive(spec, "weight_var")
     if spec.bias_var is not None:
@@ -351,7 +427,7 @@ def _check_norm_kind(spec: StackSpec) -> None:
     if spec.norm_kind == "batchnorm" and spec.causal:
         rule = "batchnorm mixes the tokens that a causal mask keeps apart"
         raise UsageError(rule, "--causal --norm-kind batchnorm", "use --norm-kind layernorm")
-    if _values_per_statistic(spec) < 2:
+    if spec.norm_kind not in POINTWISE and _values_per_statistic(spec) < 2:
         rule = f"{spec.norm_kind} takes its statistics from two values or more"
         raise UsageError(rule, "one", "raise --width, --batch-size, --seq-len or --image-size")
 

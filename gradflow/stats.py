@@ -10,6 +10,8 @@ a NaN or an infinity in the tensor is one in the norm.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -44,38 +46,62 @@ def _lengths(rows: Tensor) -> tuple[Tensor, Tensor]:
     return norms, torch.linalg.vector_norm(resultants, dim=(-2, -1))
 
 
-def mean_cosine(lengths: Tensor, count: int) -> Tensor:
-    """Mean cosine over all pairs of `count` different unit vectors u_i with |sum u_i| = length.
+def mean_cosine(square: Tensor, count: Tensor) -> Tensor:
+    """Mean cosine over all pairs of `count` different unit vectors u_i with |sum u_i|^2 = square.
 
     mean over i != j of u_i . u_j = (|sum u_i|^2 - n) / (n (n - 1)), which needs no n x n matrix.
-
+    Not finite for a single vector, which has no pairs.
     """
-    return (lengths.square() - count) / (count * (count - 1))
+    return (square - count) / (count * (count - 1))
 
 
 def forward_sums(y: Tensor, *, tokens: bool) -> Sums:
     """Sums behind `act_rms`, `act_max_abs` and `act_cos` of the output y of a unit.
 
     Args:
-        y: (batch, tokens, features), or (batch, ...) where the stream has no tokens.
+        y: (batch, ..., tokens, features), or (batch, ...) where the stream has no tokens.
         tokens: cosines between the tokens of a sample, else between samples.
     """
     norms, lengths = _lengths((y if tokens else y.flatten(1)).double())
     low, high = torch.aminmax(y)
-    return {"y_norms": norms, "y_lengths": lengths, "low": low, "high": high}
+    size, length = torch.linalg.vector_norm(norms), torch.linalg.vector_norm(lengths)
+    return {"y_norm": size, "y_length": length, "low": low, "high": high}
 
 
-def forward_stats(sums: Numbers, numel: int) -> Numbers:
-    """`act_rms`, `act_max_abs`, `act_cos` from `forward_sums` of units stacked on axis 0."""
-    norms, count = sums["y_norms"], sums["y_norms"].shape[-1]
-    numbers = {
-        "act_rms": (norms.flatten(1).square().sum(1) / numel).sqrt(),
+@dataclass(frozen=True)
+class Counts:
+    """Of several units, stacked: elements of y; groups of vectors; vectors in a group; samples.
+
+    The vectors are those whose cosines are taken: the tokens of a sample, or the samples.
+    """
+
+    numel: Tensor
+    groups: Tensor
+    vectors: Tensor
+    samples: Tensor
+
+
+def counts(shapes: Sequence[torch.Size], *, tokens: bool) -> Counts:
+    """The counts of units with outputs of these shapes."""
+    rows = [
+        (shape.numel(), shape[:-2].numel(), shape[-2], shape[0])
+        if tokens
+        else (shape.numel(), 1, shape[0], shape[0])
+        for shape in shapes
+    ]
+    return Counts(*torch.tensor(rows, dtype=torch.float64).unbind(1))
+
+
+def forward_stats(sums: Numbers, count: Counts) -> Numbers:
+    """`act_rms`, `act_max_abs`, `act_cos` from `forward_sums` of units stacked on axis 0.
+
+    The cosine of a single vector is not finite.
+    """
+    return {
+        "act_rms": sums["y_norm"] / count.numel.sqrt(),
         "act_max_abs": torch.maximum(-sums["low"], sums["high"]),
+        "act_cos": mean_cosine(sums["y_length"].square() / count.groups, count.vectors),
     }
-    if count > 1:
-        cosines = mean_cosine(sums["y_lengths"], count)
-        numbers["act_cos"] = cosines.reshape(len(cosines), -1).mean(1)
-    return numbers
 
 
 def gradient_sums(g: Tensor) -> Sums:
@@ -84,22 +110,20 @@ def gradient_sums(g: Tensor) -> Sums:
     size = torch.linalg.vector_norm(norms)
     return {
         "grad_norm": size,
-        "g_lengths": length,
+        "g_length": length,
         "nonzero": torch.count_nonzero(g),
         "nonfinite": count_nonfinite(g, size),
     }
 
 
-def gradient_stats(sums: Numbers, shape: torch.Size) -> Numbers:
+def gradient_stats(sums: Numbers, count: Counts) -> Numbers:
     """The columns from `gradient_sums` of units stacked on axis 0; cosines between samples."""
-    numbers = {
+    return {
         "grad_norm": sums["grad_norm"],
         "nonfinite": sums["nonfinite"],
-        "zero_fraction": 1 - sums["nonzero"] / shape.numel(),
+        "zero_fraction": 1 - sums["nonzero"] / count.numel,
+        "grad_cos": mean_cosine(sums["g_length"].square(), count.samples),
     }
-    if shape[0] > 1:
-        numbers["grad_cos"] = mean_cosine(sums["g_lengths"], shape[0])
-    return numbers
 
 
 def count_nonfinite(x: Tensor, size: Tensor) -> Tensor | float:
@@ -129,16 +153,13 @@ def part_stats(sums: Numbers, below: Tensor, above: Tensor) -> Numbers:
     """The gains of units, with gain^2 = skip^2 + branch^2 + 2 cos skip branch.
 
     Args:
-        sums: `part_sums` of the units stacked on axis 0; empty where units are plain.
+        sums: `part_sums` of the units stacked on axis 0.
         below: norms of dL/dx.
         above: norms of dL/dy.
     """
-    gain = below / above
-    if not sums:
-        return {"gain": gain, "skip_gain": torch.zeros_like(gain), "branch_gain": gain}
     skip, branch = sums["skip_sq"].sqrt(), sums["branch_sq"].sqrt()
     return {
-        "gain": gain,
+        "gain": below / above,
         "skip_gain": skip / above,
         "branch_gain": branch / above,
         "skip_branch_cos": sums["cross"] / (skip * branch),

@@ -184,6 +184,12 @@ def _remedy(finding: Finding, spec: StackSpec, options: RunOptions) -> str:
         normalise = "Normalise (--norm pre), lower" if spec.norm == "none" else "Lower"
         wider = "float64" if spec.dtype == "float32" else "float32"
         return f"{normalise} {_scale(spec)}, or try --dtype {wider}."
+    return _redesign(spec)
+
+
+def _redesign(spec: StackSpec) -> str:
+    if spec.scheme is not None:
+        return f"{spec.scheme} does so here; `gradflow schemes` lists the others."
     if not spec.has_shortcut:
         return "Add shortcuts: --shortcut residual."
     if spec.norm == "none":

@@ -59,13 +59,13 @@ class Walk:
     """What one pass over one seed found, still on the device; rows from the input up."""
 
     seed: int
-    shape: torch.Size
+    tokens: bool
     rows: list[Row]
     loss: Tensor
 
     def records(self) -> tuple[list[LayerRecord], list[ParamRecord]]:
         """The rows of `layers.csv` and `params.csv`; waits for the device."""
-        return to_records(self.seed, self.rows, self.shape)
+        return to_records(self.seed, self.rows, tokens=self.tokens)
 
 
 def walk(
@@ -96,7 +96,7 @@ def walk(
         kept.append(saved.of(tape.unit, tape.x_branch))
     loss, g = loss_gradient(network.loss, tapes[-1].y)
     rows = list(_backward(tapes, sums, g, kept, raw_range=raw_range, tick=tick))
-    return Walk(seed, network.x.shape, rows[::-1], loss)
+    return Walk(seed, tokens, rows[::-1], loss)
 
 
 def record_forward(network: Network, tick: Tick = lambda: None) -> Iterator[Tape]:
@@ -171,6 +171,7 @@ def _backward(
         yield Row(
             tape.layer,
             tape.unit.name,
+            tape.y.shape,
             sums,
             part_sums(*parts) if len(parts) == 2 else {},
             kept.pop(),
@@ -179,4 +180,4 @@ def _backward(
         )
         if not tapes or tapes[-1].layer != tape.layer:
             tick()
-    yield Row(0, "input", forward.pop() | gradient_sums(g) | {"exponent": exponent}, {})
+    yield Row(0, "input", g.shape, forward.pop() | gradient_sums(g) | {"exponent": exponent}, {})

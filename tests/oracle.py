@@ -70,10 +70,19 @@ def normalise(spec: StackSpec, x: Tensor) -> Tensor:
     raise ValueError(spec.norm_kind)
 
 
+def pointwise(spec: StackSpec, p: Params, at: str, x: Tensor) -> Tensor:
+    """tanh(alpha x) and erf(alpha x + shift), in the place of a norm."""
+    if spec.norm_kind == "dyt":
+        return torch.tanh(p[f"{at}.alpha"] * x)
+    return torch.erf(p[f"{at}.alpha"] * x + p[f"{at}.shift"])
+
+
 def norm(spec: StackSpec, p: Params, at: str, x: Tensor) -> Tensor:
     """The norm of the spec and its affine map, per feature or channel."""
     over = (1, -1, 1, 1) if x.ndim == 4 else (-1,)
-    y = normalise(spec, x) * p[f"{at}.weight"].view(over)
+    is_pointwise = spec.norm_kind in ("dyt", "derf")
+    y = pointwise(spec, p, at, x) if is_pointwise else normalise(spec, x)
+    y = y * p[f"{at}.weight"].view(over)
     return y + p[f"{at}.bias"].view(over) if f"{at}.bias" in p else y
 
 

@@ -29,6 +29,7 @@ def test_bare_compare_is_the_seed_grid() -> None:
 # Two values of every field, both of which make a network of an mlp or a transformer.
 TWO_VALUES: dict[str, list[Any]] = {
     "depth": [2, 3],
+    "scheme": ["pre-ln", "keel"],
     "block": ["transformer", "ffn"],
     "shortcut": ["residual", "plain"],
     "norm": ["none", "post"],
@@ -41,6 +42,7 @@ TWO_VALUES: dict[str, list[Any]] = {
     "width": [64, 128],
     "heads": [2, 4],
     "causal": [True, False],
+    "qk_norm": [True, False],
     "ffn_mult": [2, 4],
     "seq_len": [8, 16],
     "image_size": [8, 16],

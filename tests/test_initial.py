@@ -73,6 +73,7 @@ RULES: dict[str, Rule] = {
     "he": lambda name, i, o, units: (2 if name in FEED else 1) / i,
     "xavier": lambda name, i, o, units: 2 / (i + o),
     "lecun": lambda name, i, o, units: 1 / i,
+    "normal": lambda name, i, o, units: 0.02**2,
     "gpt2": lambda name, i, o, units: 0.02**2 / (units if name in OUTPUT else 1),
     "orthogonal": lambda name, i, o, units: (2 if name in FEED else 1) / i,
     "torch": lambda name, i, o, units: 1 / (3 * i),

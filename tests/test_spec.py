@@ -258,6 +258,7 @@ BASES = {
 }
 CHANGES: dict[str, Any] = {
     "depth": 13,
+    "scheme": "pre-ln",
     "block": "attention",
     "shortcut": "plain",
     "norm": "post",
@@ -270,6 +271,7 @@ CHANGES: dict[str, Any] = {
     "width": 64,
     "heads": 2,
     "causal": True,
+    "qk_norm": True,
     "ffn_mult": 2,
     "seq_len": 16,
     "image_size": 8,
@@ -283,7 +285,8 @@ CHANGES: dict[str, Any] = {
 @pytest.mark.parametrize("name", [f.name for f in fields(StackSpec)])
 def test_the_key_depends_on_every_field(name: str) -> None:
     base = BASES["images" if name == "image_size" else "tokens"]
-    changes = {name: CHANGES[name]} | ({"ffn_mult": None} if name == "block" else {})
+    without = {"block": {"ffn_mult": None}, "scheme": {"norm": None}}.get(name, {})
+    changes = {name: CHANGES[name]} | without
     assert run_key(replace(base, **changes), RunOptions()) != run_key(base, RunOptions())
 
 

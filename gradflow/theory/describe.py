@@ -9,7 +9,8 @@ from dataclasses import replace
 from typing import Any
 
 from gradflow.spec import StackSpec
-from gradflow.theory.units import Head, Shape, Stack, Unit, Weights
+from gradflow.theory.units import Head, NoTheoryError, Shape, Stack, Unit, Weights
+from gradflow.wiring import Wiring
 
 RECTIFIERS = ("relu", "gelu", "silu")
 
@@ -27,7 +28,7 @@ def weights(
         output: whether it is the output projection.
     """
     uniform = spec.init == "torch" and spec.weight_var is None
-    bias = spec.gain**2 / (3 * fan_in) if uniform else 0.0
+    bias = 1 / (3 * fan_in) if uniform else 0.0
     scale = spec.gain**2 * _scale(spec, fan_in, fan_out, feeds=feeds, output=output)
     return Weights(scale, bias if spec.bias_var is None else spec.bias_var)
 
@@ -36,6 +37,8 @@ def _scale(spec: StackSpec, fan_in: int, fan_out: int, *, feeds: bool, output: b
     """Variance times fan_in at gain 1; sources in `gradflow.initial`."""
     if spec.weight_var is not None:
         return spec.weight_var
+    if spec.init == "normal":
+        return 4e-4 * fan_in
     if spec.init == "gpt2":
         return 4e-4 * fan_in / (spec.depth * spec.units_per_block if output else 1)
     he = 2.0 if feeds and spec.activation in RECTIFIERS else 1.0
@@ -45,19 +48,38 @@ def _scale(spec: StackSpec, fan_in: int, fan_out: int, *, feeds: bool, output: b
         "xavier": 2.0 * fan_in / (fan_in + fan_out),
         "lecun": 1.0,
         "torch": 1.0 / 3.0,
-    }[spec.init]
+    }[str(spec.init)]
 
 
 def describe(spec: StackSpec) -> Stack:
-    """What theory knows of the stack."""
-    block = tuple(_unit(spec, kind) for kind in spec.kind.units)
-    return Stack(_shape(spec), block * spec.depth, head=_head(spec))
+    """What theory knows of the stack.
+
+    Raises:
+        NoTheoryError: a unit is wired in a way that the template does not cover.
+    """
+    scale = spec.recipe.input_scale(spec.depth) if spec.scheme else 1.0
+    return Stack(_shape(spec), _units(spec), scale**2, _head(spec))
+
+
+def _units(spec: StackSpec) -> tuple[Unit, ...]:
+    """Units of equal wiring are one object: a deep stack is described in no time."""
+    kinds = spec.kind.units
+    layers = range(1, spec.depth + 1) if spec.scheme else range(1, 2)
+    units: list[Unit] = []
+    last: list[tuple[Wiring, Unit] | None] = [None] * len(kinds)
+    for layer in layers:
+        for number, kind in enumerate(kinds):
+            wiring, before = spec.wiring(layer, number), last[number]
+            unit = before[1] if before and before[0] == wiring else _unit(spec, wiring, kind)
+            last[number] = wiring, unit
+            units.append(unit)
+    return tuple(units) * (1 if spec.scheme else spec.depth)
 
 
 def _head(spec: StackSpec) -> Head | None:
     if spec.loss != "ce":
         return None
-    norm = spec.norm_kind if spec.norm == "pre" else None
+    norm = str(spec.norm_kind or spec.domain.norm_kind) if spec.has_final_norm else None
     return Head(spec.classes, weights(spec, spec.width, spec.classes), norm)
 
 
@@ -74,27 +96,56 @@ def _shape(spec: StackSpec) -> Shape:
     )
 
 
-def _unit(spec: StackSpec, kind: str) -> Unit:
-    unit = Unit(
+def _unit(spec: StackSpec, wiring: Wiring, kind: str) -> Unit:
+    _check_wiring(spec, wiring)
+    norms: dict[str, Any] = {
+        name: wiring.kinds.get(place, str(spec.norm_kind))
+        for place, name in NORMS.items()
+        if place in wiring.norms
+    }
+    return Unit(
         kind=kind,
         activation=str(spec.activation),
-        a=float(spec.has_shortcut),
-        norm_in=spec.norm_kind if spec.norm == "pre" else None,
-        norm_out=spec.norm_kind if spec.norm == "post" else None,
+        a=wiring.a,
+        b=wiring.b,
+        c=wiring.c,
+        qk_norm="query-key" in wiring.norms,
+        alpha=wiring.alpha,
+        **norms,
+        **_matrices(spec, wiring, kind),
     )
-    return replace(unit, **_matrices(spec, kind))
 
 
-def _matrices(spec: StackSpec, kind: str) -> dict[str, Any]:
+# Places of `wiring.NORM_PLACES` that the template has, with their names in `Unit`.
+NORMS = {"in": "norm_in", "branch": "norm_branch", "out": "norm_out", "mid": "norm_mid"}
+
+
+def _check_wiring(spec: StackSpec, wiring: Wiring) -> None:
+    if wiring.unit != "template":
+        raise NoTheoryError(f"{spec.scheme} wires its units beyond the template")
+    beyond = set(wiring.norms) - {*NORMS, "query-key"}
+    if beyond:
+        raise NoTheoryError(f"no formula for a norm at {', '.join(sorted(beyond))}")
+
+
+def _matrices(spec: StackSpec, wiring: Wiring, kind: str) -> dict[str, Any]:
     d = spec.width
+
+    def scaled(role: str, fan_in: int, fan_out: int, **what: bool) -> Weights:
+        made = weights(spec, fan_in, fan_out, **what)
+        return replace(made, scale=made.scale * wiring.gains.get(role, 1.0) ** 2)
+
     if kind == "ffn":
         hidden = d * int(spec.ffn_mult or 1)
-        up, down = weights(spec, d, hidden, feeds=True), weights(spec, hidden, d, output=True)
-        return {"w_in": up, "w_out": down}
+        up = scaled("up", d, hidden, feeds=True)
+        return {"w_in": up, "w_out": scaled("down", hidden, d, output=True)}
     if kind == "attention":
-        square = weights(spec, d, d)
-        key = Weights(square.scale, 0.0)  # no bias: softmax would not see it
-        out = weights(spec, d, d, output=True)
-        return {"w_in": square, "w_out": out, "w_query": square, "w_key": key}
-    kernel = 9 if kind == "conv" else 1
-    return {"w_in": weights(spec, d * kernel, d * kernel, feeds=True)}
+        key = replace(scaled("k", d, d), bias=0.0)  # no bias: softmax would not see it
+        return {
+            "w_in": scaled("v", d, d),
+            "w_out": scaled("out", d, d, output=True),
+            "w_query": scaled("q", d, d),
+            "w_key": key,
+        }
+    kernel, role = (9, "conv") if kind == "conv" else (1, "linear")
+    return {"w_in": scaled(role, d * kernel, d * kernel, feeds=True)}

@@ -71,9 +71,10 @@ def predict(spec: StackSpec) -> Prediction:
     """
     try:
         check_spec(spec)
+        stack = describe(spec)
     except NoTheoryError as limit:
         return Prediction(None, reason=str(limit))
-    return predict_stack(describe(spec))
+    return predict_stack(stack)
 
 
 def predict_stack(stack: Stack) -> Prediction:
