@@ -20,7 +20,7 @@ PLAIN = Scheme(
 
 HE_V1 = Scheme(
     equation="x' = phi(x + BN(W_2 phi(BN(W_1 x))))",
-    init="He",
+    init="He: variance 2/fan_in",
     paper="He et al. 2015, arXiv:1512.03385",
     claim="the activation after the addition stops the shortcut: the stream only grows",
     wire=lambda _: Wiring(norms=("out",)),
@@ -30,7 +30,7 @@ HE_V1 = Scheme(
 
 HE_V2 = Scheme(
     equation="x' = x + W_2 phi(BN(W_1 phi(BN(x)))), BN and phi after the last block",
-    init="He",
+    init="He: variance 2/fan_in",
     paper="He et al. 2016, arXiv:1603.05027",
     claim="the variance grows linearly: the branch of block l has a share of 1/(l + 1)",
     wire=lambda _: Wiring(norms=("in",)),
