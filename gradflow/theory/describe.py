@@ -121,10 +121,11 @@ NORMS = {"in": "norm_in", "branch": "norm_branch", "out": "norm_out", "mid": "no
 
 
 # Classes of unit that are the template at initialisation, and those without a formula.
-AS_TEMPLATE = ("template", "pb-relax", "normformer", "fixup")
+AS_TEMPLATE = ("template", "normformer", "fixup")
 REASONS = {
     "highway": "no formula for a gate that multiplies the branch",
     "stochastic": "which branches are dropped is drawn from the seed",
+    "pb-relax": "no formula for norms of 8 x / max|x|, whose eps counts for less",
     "admin": "the shortcuts' weights come from a forward pass",
     "ngpt": "no formula for vectors normalised to length 1",
 }
