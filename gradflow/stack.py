@@ -74,8 +74,8 @@ def _draw_block(spec: StackSpec, seed: int, layer: int, device: torch.device) ->
     return block
 
 
-# The last few are kept: each layer of a stack asks for the same one.
-@lru_cache(maxsize=4)
+# Each layer of a stack asks for the same one; it holds one stream, so few are kept.
+@lru_cache(maxsize=2)
 def _profile(spec: StackSpec, seed: int, device: torch.device) -> Profile:
     def draw(layer: int) -> list[Unit]:
         return list(_draw_block(spec, seed, layer, device).units)

@@ -11,7 +11,14 @@ import pytest
 import scheme_oracle
 import torch
 from problems import CPU, SIZES, network
-from test_walk import assert_layers, assert_params, cells
+from test_walk import (
+    assert_layers,
+    assert_params,
+    cells,
+    saved_storages,
+    unit_by_unit,
+    whole_graph,
+)
 from torch import Tensor
 
 from gradflow.errors import UsageError
@@ -124,6 +131,27 @@ def differs(spec: StackSpec, net: Network, other: str) -> bool:
     except (KeyError, RuntimeError):  # weights or shapes that the stack does not have
         return True
     return relative(engine(net)[0], y.detach()) > 1e-6
+
+
+@pytest.mark.parametrize(("name", "block"), CASES)
+def test_gradients_are_bitwise_those_of_the_whole_graph(name: str, block: str) -> None:
+    """In float32; those of rezero's shared alpha come unit by unit in the engine."""
+    net = perturbed(small(name, block, dtype="float32"))
+    (outputs, weights), (true_outputs, true_weights) = unit_by_unit(net), whole_graph(net)
+    assert all(torch.equal(g, want) for g, want in zip(outputs, true_outputs, strict=True))
+    if name != "rezero":
+        assert all(torch.equal(g, want) for g, want in zip(weights, true_weights, strict=True))
+
+
+@pytest.mark.parametrize(("name", "block"), CASES)
+def test_saved_bytes_are_those_that_the_graph_holds(name: str, block: str) -> None:
+    """But for constants of the wiring, which the graph keeps as numbers of 8 bytes."""
+    spec = small(name, block)
+    net = network(spec)
+    rows, _ = walk(spec, 0, net).records()
+    for row, tape in zip(rows[1:], record_forward(net), strict=True):
+        own = {p.untyped_storage().data_ptr() for p in tape.unit.parameters()}
+        assert saved_storages(tape.y, own) - int(row.saved_bytes or 0) in (0, 8, 16)
 
 
 def test_units_share_rezero_s_alpha_and_their_gradients_add_up() -> None:
