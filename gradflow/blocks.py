@@ -19,6 +19,13 @@ from gradflow.wiring import Wiring
 EPS = 1e-5
 
 
+class ConstantStart(nn.Module):
+    """Parameters that start at constants, `starts`; empty before, as those of `Linear` are."""
+
+    shapes: dict[str, tuple[int, ...]]
+    starts: dict[str, float]
+
+
 class Linear(nn.Module):
     """y = x W^T + b. The parameters hold nothing until `initial.fill` gives them values.
 
@@ -195,7 +202,7 @@ BRANCHES: dict[str, type[Branch]] = {
 }
 
 
-class Norm(nn.Module):
+class Norm(ConstantStart):
     """A normalisation with an affine map after it, 1 and 0 at the start; empty as `Linear` is.
 
     layernorm: over the features of a token or vector, over C x H x W of an image (Ba et al. 2016,
@@ -211,7 +218,8 @@ class Norm(nn.Module):
 
     def __init__(self, kind: str, domain: str, width: int) -> None:
         super().__init__()
-        self.shapes = {"weight": (width,)} | ({"bias": (width,)} if kind != "rmsnorm" else {})
+        names = ("weight",) if kind == "rmsnorm" else ("weight", "bias")
+        self.shapes = dict.fromkeys(names, (width,))
         self.starts = {"weight": 1.0, "bias": 0.0}
         self.bias = None
         self.kind = kind
@@ -221,7 +229,7 @@ class Norm(nn.Module):
         return self.apply_norm(x, self.weight, self.bias)
 
 
-class Pointwise(nn.Module):
+class Pointwise(ConstantStart):
     """A function of each element in the place of a norm; empty as `Linear` is.
 
     dyt: weight tanh(alpha x) + bias, Zhu et al. 2025 (arXiv:2503.10622). derf: weight

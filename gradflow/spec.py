@@ -158,6 +158,7 @@ class StackSpec:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, float(getattr(self, name)))
         _check_fit(self)
+        self.wiring(1, 0)  # a scheme refuses here what it is not defined for
 
     def _resolve_details(self) -> None:
         """The defaults that depend on the block and its norms."""

@@ -7,151 +7,34 @@ it, so any layer can be replayed by itself.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own convention)
 from torch import Tensor, nn
 
-from gradflow.blocks import (
-    BRANCHES,
-    PHI,
-    Branch,
-    Conv3x3,
-    Linear,
-    Norm,
-    Pointwise,
-    make_norm,
-    norm_of_kind,
-)
+from gradflow.blocks import PHI, ConstantStart, Conv3x3, Linear, norm_of_kind
+from gradflow.fixup import FixupUnit
 from gradflow.initial import Slot, bias_std, fans, fill, generator, weight_std
+from gradflow.ngpt import NgptUnit, unit_norm
+from gradflow.profiled import AdminUnit, Profile
+from gradflow.residual import ParamInfo as ParamInfo
+from gradflow.residual import Scale
+from gradflow.residual import Unit as Unit
 from gradflow.spec import StackSpec
-from gradflow.stats import norm
-from gradflow.wiring import Wiring
-
-
-class Activation(nn.Module):
-    """phi as a module."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.phi = PHI[name]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.phi(x)
-
-
-@dataclass(frozen=True)
-class ParamInfo:
-    """What is known of one parameter without a pass; `norm` is that of its value."""
-
-    name: str
-    shape: str
-    numel: int
-    norm: Tensor
-
-
-class Scale(nn.Module):
-    """b x, b a parameter: one number, or one for each feature; empty as `Linear` is."""
-
-    weight: Tensor
-
-    def __init__(self, spec: StackSpec, learned: str, start: float) -> None:
-        super().__init__()
-        self.shapes = {"weight": (spec.width if learned == "vector" else 1,)}
-        self.starts = {"weight": start}
-        self.is_shared = learned == "shared scalar"
-        self.channels = learned == "vector" and spec.kind.domain == "images"
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * (self.weight.view(-1, 1, 1) if self.channels else self.weight)
-
-
-class Factor(nn.Module):
-    """A constant times x."""
-
-    def __init__(self, factor: float) -> None:
-        super().__init__()
-        self.factor = factor
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.factor
-
-
-class Unit(nn.Module):
-    """One step of the stream: y = Np(a x + b No(f(c Ni(x)))), without a x if plain (`wiring`).
-
-    Attributes:
-        shortcut: whether it is residual.
-        weights: its parameters, once they have values.
-        infos: for each what needs no pass.
-        structure: equal for units that keep equally much for their backward.
-    """
-
-    weights: tuple[nn.Parameter, ...]
-    infos: tuple[ParamInfo, ...]
-    structure: tuple[object, ...]
-
-    def __init__(self, spec: StackSpec, wiring: Wiring, name: str) -> None:
-        super().__init__()
-        self.name, self.wiring = name, wiring
-        self.shortcut = wiring.a != 0
-        self.branch: Branch = BRANCHES[name](spec, wiring)
-        inside = self.branch.norms_inside
-        self.shared = nn.Identity() if inside else make_norm(spec, wiring, "shared")
-        self.before = nn.Identity() if inside else make_norm(spec, wiring, "in")
-        self.scale_in = _factor(wiring.c)
-        self.branch_norm = make_norm(spec, wiring, "branch")
-        self.scale = Scale(spec, wiring.learned, wiring.b) if wiring.learned else _factor(wiring.b)
-        self.after = _after(spec, wiring, inside=inside)
-
-    def f(self, x: Tensor) -> Tensor:
-        """b No(f(c Ni(x)))."""
-        return self.scale(self.branch_norm(self.branch(self.scale_in(self.before(x)))))
-
-    def join(self, x_skip: Tensor | None, x_branch: Tensor) -> Tensor:
-        """y from the two uses of x, given apart so that their gradients come apart.
-
-        Args:
-            x_skip: x as the shortcut takes it; None for a plain unit.
-            x_branch: x as the branch takes it.
-        """
-        f = self.f(self.shared(x_branch))
-        if x_skip is None:
-            return self.after(f)
-        skip = self.shared(x_skip)
-        return self.after((skip if self.wiring.a == 1 else self.wiring.a * skip) + f)
-
-    def seal(self) -> None:
-        """Note what the engines ask of every unit in every pass."""
-        named = list(self.named_parameters())
-        self.weights = tuple(p for _, p in named)
-        self.infos = tuple(
-            ParamInfo(name, "x".join(map(str, p.shape)), p.numel(), norm(p.detach()))
-            for name, p in named
-        )
-        scalars = (self.wiring.a, self.shortcut)
-        self.structure = (scalars, *(type(part) for part in self.modules()))
-
-    def forward(self, x: Tensor) -> Tensor:
-        # The view gathers the branch's uses of x before the shortcut's is added, in the order
-        # in which the engine adds the two parts: the gradients agree bit by bit.
-        return self.join(x if self.shortcut else None, x.view_as(x))
-
-
-def _factor(factor: float) -> nn.Module:
-    return nn.Identity() if factor == 1 else Factor(factor)
-
-
-def _after(spec: StackSpec, wiring: Wiring, *, inside: bool) -> nn.Module:
-    """What follows the addition: a norm, or the activation of He et al. 2015."""
-    if not inside:
-        return make_norm(spec, wiring, "out")
-    return Activation(str(spec.activation)) if "out" in wiring.norms else nn.Identity()
-
+from gradflow.unit_kinds import HighwayUnit, NormformerUnit, PbRelaxUnit, StochasticUnit
 
 # The template, and wirings of their own (`Wiring.unit`).
-UNITS: dict[str, type[Unit]] = {"template": Unit}
+UNITS: dict[str, type[Unit]] = {
+    "template": Unit,
+    "highway": HighwayUnit,
+    "stochastic": StochasticUnit,
+    "pb-relax": PbRelaxUnit,
+    "normformer": NormformerUnit,
+    "fixup": FixupUnit,
+    "admin": AdminUnit,
+    "ngpt": NgptUnit,
+}
 
 
 class Block(nn.Sequential):
@@ -172,13 +55,38 @@ class Block(nn.Sequential):
 
 def build_block(spec: StackSpec, seed: int, layer: int, device: torch.device) -> Block:
     """Layer `layer` (from 1) of the stack, with the weights of this seed."""
+    block = _draw_block(spec, seed, layer, device)
+    if spec.scheme and spec.recipe.profiled:
+        _set_omegas(block, _profile(spec, seed, device).omegas(layer))
+    for unit in block.units:
+        unit.seal()
+    return block
+
+
+def _draw_block(spec: StackSpec, seed: int, layer: int, device: torch.device) -> Block:
+    """What does not depend on a forward pass."""
     block = Block(spec, layer)
     slots = [slot for unit in block.units for slot in unit_slots(spec, unit)]
     fill(slots, spec, device, generator(device, seed, "layer", layer))
     _share_scales(block)
     for unit in block.units:
-        unit.seal()
+        unit.settle(seed, layer)
     return block
+
+
+# Each layer of a stack asks for the same one; it holds one stream, so few are kept.
+@lru_cache(maxsize=2)
+def _profile(spec: StackSpec, seed: int, device: torch.device) -> Profile:
+    def draw(layer: int) -> list[Unit]:
+        return list(_draw_block(spec, seed, layer, device).units)
+
+    return Profile(draw, input_batch(spec, seed, device))
+
+
+def _set_omegas(block: Block, omegas: tuple[float, ...]) -> None:
+    for unit, omega in zip(block.units, omegas, strict=True):
+        assert isinstance(unit, AdminUnit)
+        unit.set_omega(omega)
 
 
 def _share_scales(block: Block) -> None:
@@ -217,7 +125,7 @@ def module_slots(
         yield Slot(part, "weight", shape, std, matrix=True)
         if "bias" in part.shapes:
             yield Slot(part, "bias", part.shapes["bias"], bias_std(spec, fans(shape)[0]))
-    elif isinstance(part, Norm | Pointwise | Scale):
+    elif isinstance(part, ConstantStart):
         for name, size in part.shapes.items():
             yield Slot(part, name, size, None, part.starts[name])
 
@@ -238,10 +146,23 @@ def stream_shape(spec: StackSpec) -> tuple[int, ...]:
 
 
 def input_batch(spec: StackSpec, seed: int, device: torch.device) -> Tensor:
-    """y_0: independent standard normal elements, times the scheme's own scale."""
+    """y_0: independent standard normal elements, scaled or normalised as the scheme has it."""
     x = _normal(spec, stream_shape(spec), generator(device, seed, "input"))
-    scale = spec.recipe.input_scale(spec.depth) if spec.scheme else 1.0
-    return x if scale == 1 else x * scale
+    if spec.scheme is None:
+        return x
+    scale = spec.recipe.input_scale(spec.depth)
+    return _normalised_input(spec, x if scale == 1 else x * scale)
+
+
+@torch.no_grad()
+def _normalised_input(spec: StackSpec, x: Tensor) -> Tensor:
+    if spec.recipe.input_norm == "unit":
+        return unit_norm(x)
+    if spec.recipe.input_norm is None:
+        return x
+    norm = norm_of_kind(str(spec.norm_kind), spec.kind.domain, spec.width)
+    fill(list(module_slots(spec, norm)), spec, x.device, generator(x.device, 0, "input norm"))
+    return norm(x)
 
 
 def _normal(spec: StackSpec, shape: tuple[int, ...], source: torch.Generator) -> Tensor:
@@ -276,8 +197,9 @@ class MseLoss(nn.Module):
 class CrossEntropyLoss(nn.Module):
     """A classifier head with random labels.
 
-    Final norm where the net is pre-norm, mean over the pixels of an image, projection to
-    `--classes`; mean cross-entropy over tokens, or over samples where there are none.
+    Final norm where the net is pre-norm (with he-v2's activation), mean over the pixels of an
+    image, projection to `--classes`; mean cross-entropy over tokens, or over samples where there
+    are none.
     """
 
     def __init__(self, spec: StackSpec, seed: int, device: torch.device) -> None:
@@ -285,6 +207,8 @@ class CrossEntropyLoss(nn.Module):
         kind = str(spec.norm_kind or spec.domain.norm_kind)
         final = spec.has_final_norm
         self.norm = norm_of_kind(kind, spec.kind.domain, spec.width) if final else nn.Identity()
+        active = spec.scheme is not None and spec.recipe.final_activation
+        self.phi = PHI[str(spec.activation) if active else "linear"]
         self.project = Linear(spec.width, spec.classes)
         slots = [slot for part in self.modules() for slot in module_slots(spec, part)]
         fill(slots, spec, device, generator(device, seed, "head"))
@@ -296,7 +220,7 @@ class CrossEntropyLoss(nn.Module):
         )
 
     def forward(self, y: Tensor) -> Tensor:
-        y = self.norm(y)
+        y = self.phi(self.norm(y))
         features = y.mean((2, 3)) if self.pool else y.flatten(0, -2)
         return F.cross_entropy(self.project(features), self.labels)
 

@@ -120,8 +120,21 @@ def _unit(spec: StackSpec, wiring: Wiring, kind: str) -> Unit:
 NORMS = {"in": "norm_in", "branch": "norm_branch", "out": "norm_out", "mid": "norm_mid"}
 
 
+# Classes of unit that are the template at initialisation, and those without a formula.
+AS_TEMPLATE = ("template", "normformer", "fixup")
+REASONS = {
+    "highway": "no formula for a gate that multiplies the branch",
+    "stochastic": "which branches are dropped is drawn from the seed",
+    "pb-relax": "no formula for norms of 8 x / max|x|, whose eps counts for less",
+    "admin": "the shortcuts' weights come from a forward pass",
+    "ngpt": "no formula for vectors normalised to length 1",
+}
+
+
 def _check_wiring(spec: StackSpec, wiring: Wiring) -> None:
-    if wiring.unit != "template":
+    if wiring.unit in REASONS:
+        raise NoTheoryError(REASONS[wiring.unit])
+    if wiring.unit not in AS_TEMPLATE:
         raise NoTheoryError(f"{spec.scheme} wires its units beyond the template")
     beyond = set(wiring.norms) - {*NORMS, "query-key"}
     if beyond:
@@ -133,6 +146,7 @@ def _matrices(spec: StackSpec, wiring: Wiring, kind: str) -> dict[str, Any]:
 
     def scaled(role: str, fan_in: int, fan_out: int, **what: bool) -> Weights:
         made = weights(spec, fan_in, fan_out, **what)
+        made = replace(made, bias=0.0) if wiring.unit == "fixup" else made  # has scalar ones: 0
         return replace(made, scale=made.scale * wiring.gains.get(role, 1.0) ** 2)
 
     if kind == "ffn":
