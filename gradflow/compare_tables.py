@@ -22,6 +22,7 @@ from gradflow.comparison import SPEED_KEYS, Comparison, Ratio, Row
 from gradflow.overview import STYLES, answer, designs_through
 from gradflow.records import Summary
 from gradflow.store import plain
+from gradflow.theory_words import theory_cell
 from gradflow.units import gib, milliseconds, number, rounded
 
 WIDTH = 80
@@ -103,13 +104,14 @@ GRADIENT = (
     Column("e-fold", _efolding),
     Column("skip", lambda row: _short(row.summary.skip_share, ".0%", 4)),
     Column("dW", lambda row: _short(row.summary.param_grad_spread, ".1f", 6)),
+    Column("theory", lambda row: theory_cell(row.summary)),
     Column("profile", lambda row: sparkline(row.profile), left=True),
 )
 GRADIENT_NOTE = (
     "decades: growth of the gradient norm from output to input, in all and per layer with its "
     "95 % interval. e-fold: layers for a factor e. skip: share that comes through the shortcuts. "
-    "dW: decades between the largest and the smallest parameter gradient. profile: log |gradient| "
-    "from the input to the output."
+    "dW: decades between the largest and the smallest parameter gradient. theory: decades above "
+    "theory, ! beyond its band. profile: log |gradient| from the input to the output."
 )
 
 

@@ -23,6 +23,7 @@ LOGIT_LIMIT = 2.0
 
 _TABLE_END = 4.0
 _TABLE_STEPS = 128
+_SCATTER_NUMBERS = 1 << 17
 
 
 @cache
@@ -72,6 +73,16 @@ def excess_array(g: Array, tokens: npt.NDArray[np.int64]) -> Array:
     below, above = table[tokens - 1, low], table[tokens - 1, low + 1]
     h = below + (place - low) * (above - below)
     return np.where(g < 0, -h * np.exp(np.minimum(g, 0.0)), h)
+
+
+@cache
+def scatter(g: float, tokens: int) -> float:
+    """Relative variance of sum_s (A_s - 1/T)^2 for T logits of variance g, by a fixed sample."""
+    draws = max(_SCATTER_NUMBERS // tokens, 256)
+    logits = np.sqrt(g) * np.random.default_rng(0).standard_normal((draws, tokens))
+    weights = np.exp(logits - logits.max(1, keepdims=True))
+    off = ((weights / weights.sum(1, keepdims=True) - 1 / tokens) ** 2).sum(1)
+    return float(off.var() / off.mean() ** 2) if g > 0 else 2 / (tokens - 1)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ LEAST_ROWS = 16  # of a batchnorm
 MOST_NOISE = 1.0  # nats^2 of |g|^2
 MOST_DRIFT = 0.02  # likewise
 MOST_TOLERANCE = 0.15  # decades of |g|
+MOST_ENTRIES = 1 << 23  # of the T x T kernels of all causal units: they take 50 bytes each
 
 CLOSE, WIDE = 0.025, 0.1  # decades of |g|; the latter for post-norm and causal
 
@@ -56,8 +57,27 @@ def check_stack(stack: Stack) -> None:
         raise NoTheoryError("batchnorm in a plain ffn: the rows' own sizes drift apart")
     if stack.head is not None and not any(unit.a or unit.norms for unit in units):
         raise NoTheoryError("cross-entropy leans on the output, which a plain net amplifies")
+    if "attention" in kinds and shape.causal:
+        _check_memory(stack)
+    if stack.head is not None and shape.domain == "images":
+        _check_pooled(units)
     if "attention" in kinds and any("batchnorm" in unit.norms for unit in units):
         raise NoTheoryError("batchnorm beside attention: tokens of one sample and of others differ")
+
+
+def _check_memory(stack: Stack) -> None:
+    if len(stack.units) * stack.shape.tokens**2 > MOST_ENTRIES:
+        raise NoTheoryError(
+            f"a causal mask over {stack.shape.tokens} tokens in {len(stack.units):,} units: "
+            "theory would hold too many T x T kernels"
+        )
+
+
+def _check_pooled(units: tuple[Unit, ...]) -> None:
+    """Norms over few pixels or samples see that all pixels of an image get one gradient."""
+    for norm in ("batchnorm", "groupnorm"):
+        if any(norm in unit.norms for unit in units):
+            raise NoTheoryError(f"{norm} under cross-entropy: an image's pixels share one gradient")
 
 
 def _check_unit(unit: Unit) -> None:
@@ -109,14 +129,15 @@ def tolerance(stack: Stack, passes: Passes, layout: Layout) -> Array:
 
     0.05 decades of |g|^2, or 0.2 where a norm follows the shortcut or a mask is causal. Besides,
     0.5/n nats of |g|^2 per plain unit of width n, an order that `corrections` has in part; and for
-    batchnorm 0.5 nats per unit for each mean square correlation between rows that finite width
-    brings (`_correlations`): fitted.
+    batchnorm 0.5 nats per unit (1 beside a shortcut) for each mean square correlation between rows
+    that finite width brings (`_correlations`): fitted.
     """
     post = any(unit.norm_out and unit.a for unit in stack.units)
     base = WIDE if post or stack.shape.causal else CLOSE
     rows = np.full(len(stack.units) + 1, base)
     if any("batchnorm" in unit.norms for unit in stack.units):
-        drift = 0.5 * np.array(passes.shares) * _correlations(stack, passes, layout)
+        each = np.array([1.0 if unit.a else 0.5 for unit in stack.units])
+        drift = each * np.array(passes.shares) * _correlations(stack, passes, layout)
         rows[:-1] += 0.5 / np.log(10) * drift[::-1].cumsum()[::-1]
     plain = np.array([0.0 if unit.a else 0.5 / stack.shape.width for unit in stack.units])
     rows[:-1] += 0.5 / np.log(10) * plain[::-1].cumsum()[::-1]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gradflow.spec import StackSpec
-from gradflow.theory.attention import excess, excess_array
+from gradflow.theory.attention import excess, excess_array, scatter
 from gradflow.theory.describe import describe
 from gradflow.theory.layouts import CausalTokens, Exchangeable, Layout, Moments
 from gradflow.theory.limits import check_passes, check_spec, check_stack, tolerance
@@ -88,6 +88,7 @@ def predict_stack(stack: Stack) -> Prediction:
         start = Stream(layout.start(stack.input_square))
         passes = run(stack.units, start, lambda y: _start(stack, y, layout), layout)
         noise = finite_width(stack.units, passes, layout, _fewer_probes(stack))
+        noise = noise.plus(_start_noise(stack, passes, layout))
         check_passes(stack, passes, layout, noise)
     except NoTheoryError as limit:
         return Prediction(None, reason=str(limit))
@@ -120,6 +121,25 @@ def _fewer_probes(stack: Stack) -> float:
         return 0.0
     pooled = 1 / stack.shape.batch if stack.shape.domain == "images" else 0.0
     return 1 / (stack.head.classes - 1) + pooled
+
+
+def _start_noise(stack: Stack, passes: Passes, layout: Layout) -> Array:
+    """Variance of ln |g|^2 that cross-entropy brings by what the tokens of a sample share.
+
+    (R_u - R_D)^2 (a^2 k + (1 - a)^2 2/(C - 1))/B: R the share of the token mean in |g|^2, a that of
+    the softmax's common part in the mean, k the relative variance of `scatter`; the rest are the
+    labels. Derived here; samples are taken for independent.
+    """
+    if stack.head is None or stack.shape.domain != "tokens":
+        return np.zeros(len(passes.gradients))
+    tokens, classes = stack.shape.tokens, stack.head.classes
+    means = np.array([(1 + (tokens - 1) * layout.cosine(g)) / tokens for g in passes.gradients])
+    softmax = max(1 - 1 / (tokens * means[-1]), 0.0)
+    logits, _ = normalise(stack.head.norm, passes.streams[-1], layout)
+    common = stack.head.weights.scale * layout.mean(layout.diagonal(logits.s))
+    common *= max(layout.cosine(logits.s), 0.0)
+    each = softmax**2 * scatter(common, classes) + (1 - softmax) ** 2 * 2 / (classes - 1)
+    return np.asarray((means - means[-1]) ** 2 * each / stack.shape.batch)
 
 
 def _start(stack: Stack, y: Stream, layout: Layout) -> Moments:
