@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gradflow.records import LayerRecord, Run, Summary
+from gradflow.spec import StackSpec
 from gradflow.theory_words import theory_sentence
 from gradflow.units import count, gib, milliseconds, number, rounded, signed
 
@@ -59,14 +60,18 @@ def run_view(run: Run) -> RenderableType:
 def subtitle(run: Run) -> Iterator[str]:
     """The rest of the specification, and where it was measured."""
     spec, where = run.spec, run.environment
-    size = {
+    yield f"{sizes(spec)}, {count(run.options.seeds, 'seed')}"
+    yield f"loss {spec.loss}, {where['dtype']} on {where['device_name']}"
+
+
+def sizes(spec: StackSpec) -> str:
+    """Width, batch, activation and init."""
+    batch = {
         "vectors": f"{spec.batch_size} vectors",
         "tokens": f"{spec.batch_size} x {spec.seq_len} tokens",
         "images": f"{spec.batch_size} images of {spec.image_size} x {spec.image_size}",
     }[spec.kind.domain]
-    seeds = count(run.options.seeds, "seed")
-    yield f"width {spec.width}, {size}, {spec.activation}, init {spec.init}, {seeds}"
-    yield f"loss {spec.loss}, {where['dtype']} on {where['device_name']}"
+    return f"width {spec.width}, {batch}, {spec.activation}, init {spec.init}"
 
 
 def layer_table(run: Run) -> Table:

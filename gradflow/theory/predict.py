@@ -83,16 +83,37 @@ def predict_stack(stack: Stack) -> Prediction:
         stack: shape, units, and the head if the loss is cross-entropy.
     """
     try:
-        check_stack(stack)
-        layout = layout_of(stack)
-        start = Stream(layout.start(stack.input_square))
-        passes = run(stack.units, start, lambda y: _start(stack, y, layout), layout)
+        layout, passes = _both_passes(stack)
         noise = finite_width(stack.units, passes, layout, _fewer_probes(stack))
         noise = noise.plus(_start_noise(stack, passes, layout))
         check_passes(stack, passes, layout, noise)
     except NoTheoryError as limit:
         return Prediction(None, reason=str(limit))
     return _to_prediction(stack, passes, layout, noise)
+
+
+def total_decades(spec: StackSpec) -> float:
+    """log10 of the gradient norm at the input over that at the output, at infinite width.
+
+    Raises:
+        NoTheoryError: there is no prediction; finite width is no obstacle here.
+    """
+    check_spec(spec)
+    layout, passes = _both_passes(describe(spec))
+    return float(_NATS_OF_SQUARE * _levels(passes, layout)[0])
+
+
+def _both_passes(stack: Stack) -> tuple[Layout, Passes]:
+    check_stack(stack)
+    layout = layout_of(stack)
+    start = Stream(layout.start(stack.input_square))
+    return layout, run(stack.units, start, lambda y: _start(stack, y, layout), layout)
+
+
+def _levels(passes: Passes, layout: Layout) -> Array:
+    """ln of the mean square of the gradient over that at the output."""
+    square = np.array([layout.mean(layout.diagonal(g)) for g in passes.gradients])
+    return np.log(square / square[-1]) + np.array(passes.log_scales)
 
 
 def layout_of(stack: Stack) -> Layout:
@@ -104,8 +125,7 @@ def layout_of(stack: Stack) -> Layout:
 
 
 def _to_prediction(stack: Stack, passes: Passes, layout: Layout, noise: Noise) -> Prediction:
-    square = np.array([layout.mean(layout.diagonal(g)) for g in passes.gradients])
-    level = np.log(square / square[-1]) + np.array(passes.log_scales) + noise.bias
+    level = _levels(passes, layout) + noise.bias
     return Prediction(
         tuple((_NATS_OF_SQUARE * level).tolist()),
         tuple((_NATS_OF_SQUARE * np.sqrt(noise.variance)).tolist()),
