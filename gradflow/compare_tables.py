@@ -44,7 +44,8 @@ class Column:
 
 def comparison_view(comparison: Comparison) -> RenderableType:
     """Everything that `gradflow compare` shows; the answer comes last, where the eye is."""
-    parts: list[RenderableType] = [table(comparison, GRADIENT), Text(GRADIENT_NOTE, style="dim")]
+    columns, note = gradient_columns(comparison)
+    parts: list[RenderableType] = [table(comparison, columns), Text(note, style="dim")]
     if _timed(comparison):
         parts += [Text(), table(comparison, cost_columns(comparison.noise))]
         parts += [Text(note, style="dim") for note in cost_notes(comparison)]
@@ -104,15 +105,24 @@ GRADIENT = (
     Column("e-fold", _efolding),
     Column("skip", lambda row: _short(row.summary.skip_share, ".0%", 4)),
     Column("dW", lambda row: _short(row.summary.param_grad_spread, ".1f", 6)),
-    Column("theory", lambda row: theory_cell(row.summary)),
     Column("profile", lambda row: sparkline(row.profile), left=True),
 )
 GRADIENT_NOTE = (
     "decades: growth of the gradient norm from output to input, in all and per layer with its "
     "95 % interval. e-fold: layers for a factor e. skip: share that comes through the shortcuts. "
-    "dW: decades between the largest and the smallest parameter gradient. theory: decades above "
-    "theory, ! beyond its band. profile: log |gradient| from the input to the output."
+    "dW: decades between the largest and the smallest parameter gradient. profile: log |gradient| "
+    "from the input to the output."
 )
+THEORY = Column("theory", lambda row: theory_cell(row.summary))
+THEORY_NOTE = " theory: decades above what theory predicts, ! where that is beyond its band."
+
+
+def gradient_columns(comparison: Comparison) -> tuple[tuple[Column, ...], str]:
+    """The columns and their note; theory where it has something to say of any run."""
+    if not any(row.summary.theory_deviation is not None for row in comparison.rows):
+        return GRADIENT, GRADIENT_NOTE
+    *columns, profile = GRADIENT
+    return (*columns, THEORY, profile), GRADIENT_NOTE + THEORY_NOTE
 
 
 def cost_columns(noise: float) -> tuple[Column, ...]:
@@ -334,7 +344,8 @@ def as_json(comparison: Comparison) -> str:
 
 def as_markdown(comparison: Comparison) -> str:
     """The terminal tables with all rows, the answer first."""
-    parts = [answer_lines(comparison), _markdown_table(comparison, GRADIENT)]
+    columns, _ = gradient_columns(comparison)
+    parts = [answer_lines(comparison), _markdown_table(comparison, columns)]
     if _timed(comparison):
         parts.append(_markdown_table(comparison, cost_columns(comparison.noise)))
         parts.append([markdown.escaped(note) for note in cost_notes(comparison)])

@@ -29,6 +29,8 @@ def theory_sentence(summary: Summary) -> str:
 
 def theory_cell(summary: Summary) -> str:
     """The deviation for a table, with `!` where it is beyond the band; empty without theory."""
-    if summary.theory_deviation is None:
+    apart = summary.theory_deviation
+    if apart is None:
         return ""
-    return signed(summary.theory_deviation) + ("" if agrees(summary) else "!")
+    text = signed(apart) if abs(apart) < 100 else f"{apart:+.0e}"
+    return text if agrees(summary) else f"{text}!"
