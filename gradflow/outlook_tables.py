@@ -138,7 +138,9 @@ def reason_lines(found: Sequence[Outlook]) -> list[str]:
 
 
 def _texts(found: Sequence[Outlook]) -> Iterator[tuple[str, ...]]:
-    for each, name in zip(found, names(found), strict=True):
+    """The rows of the table, design by design."""
+    called = zip(found, names(found), strict=True)
+    for each, name in sorted(called, key=lambda pair: (pair[1].design, pair[1].depth)):
         decades = signed(each.summary.total_log10_gain)
         yield (
             name.without_depth,

@@ -67,7 +67,7 @@ def test_moments_of_arrays_are_those_of_numbers(name: str) -> None:
 
 @pytest.mark.parametrize("q", [1e2, 1e4, 1e6])
 def test_narrow_integrands_are_resolved(q: float) -> None:
-    """E sech^4 -> (4/3)/sqrt(2 pi q), its next order being smaller by 1/q (THEORY.md, c')."""
+    """E sech^4 -> (4/3)/sqrt(2 pi q), its next order being smaller by 1/q."""
     asymptote = 4 / 3 / math.sqrt(2 * math.pi * q)
     assert ACTIVATIONS["tanh"].slope_square(q) == pytest.approx(asymptote, rel=1 / q)
 
@@ -146,7 +146,7 @@ def test_kernels_of_matrices_are_those_of_their_entries(name: str) -> None:
         assert np.diagonal(got) == pytest.approx(np.diagonal(want), rel=1e-3)
 
 
-# Kedia et al. 2024 as in THEORY.md (f), s^2 = 1.5.
+# Kedia et al. 2024, s^2 = 1.5.
 COMPONENTS: list[tuple[Callable[[], object], float]] = [
     (lambda: ACTIVATIONS["relu"].mean(1.5), 0.489),
     (lambda: ACTIVATIONS["relu"].square(1.5) - ACTIVATIONS["relu"].mean(1.5) ** 2, 0.511),
@@ -179,7 +179,7 @@ def sampled_squares(g: float, tokens: int) -> Array:
 @pytest.mark.parametrize("tokens", [2, 8, 64])
 @pytest.mark.parametrize("g", [0.1, 1.0, 2.0])
 def test_the_excess_of_softmax_is_that_of_samples(g: float, tokens: int) -> None:
-    """THEORY.md (f): at T = 64 and g = 0.64 it is 0.822 by samples, 0.897 by e^g - 1."""
+    """At T = 64 and g = 0.64 it is 0.822 by samples, 0.897 by e^g - 1."""
     squares = sampled_squares(g, tokens)
     error = squares.std() / math.sqrt(len(squares))
     assert excess(g, tokens) == pytest.approx(squares.mean() - 1, abs=4 * error)

@@ -42,7 +42,7 @@ def squared(spec: StackSpec) -> float:
     return 2 * total_decades(spec)
 
 
-# (a) Plain nets: ln chi per layer as fitted to measurements (Poole, Schoenholz), None: unknown.
+# Plain nets: ln chi per layer as fitted to measurements (Poole, Schoenholz), None: unknown.
 SLOPES = [
     ("relu", 1.6, None, -0.2231),
     ("relu", 2.0, None, 0.0),
@@ -94,7 +94,7 @@ def test_hundreds_of_decades_are_carried() -> None:
 
 @pytest.mark.parametrize("v", [0.1, 0.01])
 def test_a_residual_net_without_norm_multiplies_by_1_plus_v(v: float) -> None:
-    """(b): (1 + v)^100 = 13,780 and 2.705."""
+    """(1 + v)^100 = 13,780 and 2.705."""
     spec = ffn(norm="none", weight_var=math.sqrt(2 * v))
     assert 10 ** squared(spec) == pytest.approx((1 + v) ** 100, rel=1e-9)
 
@@ -106,7 +106,7 @@ PRENORM = [("relu", None, 101.0, 101.0), ("gelu", 1.0, 56.28, 43.5), ("tanh", 1.
 def test_a_prenorm_net_is_a_power_law(
     activation: str, weight_var: float | None, gradient: float, stream: float
 ) -> None:
-    """(c): |g_0|^2 / |g_L|^2 and q_L of 100 layers, q_0 = 1."""
+    """|g_0|^2 / |g_L|^2 and q_L of 100 layers, q_0 = 1."""
     spec = ffn(norm="pre", activation=activation, weight_var=weight_var)
     assert 10 ** squared(spec) == pytest.approx(gradient, rel=2e-3)
     assert predict(spec).act_rms[-1] ** 2 == pytest.approx(stream, rel=2e-3)
@@ -114,14 +114,14 @@ def test_a_prenorm_net_is_a_power_law(
 
 @pytest.mark.parametrize(("alpha", "depth", "decades"), [(0.5, 50, 1.851), (1.0, 200, 6.588)])
 def test_dyt_is_a_stretched_exponential(alpha: float, depth: int, decades: float) -> None:
-    """(c'): the exact recursion of x' = x + W2 W1 tanh(alpha x)."""
+    """the exact recursion of x' = x + W2 W1 tanh(alpha x)."""
     unit = Unit(kind="ffn", activation="linear", norm_in="dyt", alpha=alpha)
     found = vectors((unit,) * depth)
     assert total_squared(found) == pytest.approx(decades, abs=2e-3)
 
 
 def test_dyt_with_narrow_slopes() -> None:
-    """(c'): 11.85 at alpha = 2; Gauss-Hermite predicted 27 decades."""
+    """11.85 at alpha = 2; Gauss-Hermite predicted 27 decades."""
     unit = Unit(kind="ffn", activation="linear", norm_in="dyt", alpha=2.0)
     assert total_squared(vectors((unit,) * 200)) == pytest.approx(11.85, abs=5e-3)
 
@@ -131,13 +131,13 @@ def test_dyt_with_narrow_slopes() -> None:
     [("relu", None, 0.0), ("gelu", 1.0, 0.923), ("tanh", 1.0, 2.131)],
 )
 def test_a_postnorm_ffn_net(activation: str, weight_var: float | None, decades: float) -> None:
-    """(d): ((1 + kappa)/(1 + v))^100."""
+    """((1 + kappa)/(1 + v))^100."""
     spec = ffn(norm="post", activation=activation, weight_var=weight_var)
     assert squared(spec) == pytest.approx(decades, abs=5e-3)
 
 
 def test_batchnorm_has_its_law() -> None:
-    """(g): |g|^2 grows by pi/(pi - 1) a layer, Yang et al. 2019."""
+    """|g|^2 grows by pi/(pi - 1) a layer, Yang et al. 2019."""
     spec = replace(plain(depth=20, activation="relu"), norm="post", norm_kind="batchnorm")
     growth = total_decades(replace(spec, batch_size=WIDE, depth=20)) - total_decades(
         replace(spec, batch_size=WIDE, depth=10)
@@ -147,7 +147,7 @@ def test_batchnorm_has_its_law() -> None:
 
 @pytest.mark.parametrize("batch", [16, 32, 64])
 def test_a_linear_batchnorm_net_has_its_law(batch: int) -> None:
-    """(g): (B - 2)/(B - 3) a layer."""
+    """(B - 2)/(B - 3) a layer."""
     unit = Unit(kind="mlp", activation="linear", norm_out="batchnorm", a=0.0)
     found = predict_stack(Stack(Shape(domain="vectors", width=100_000, batch=batch), (unit,) * 6))
     assert found.log10_grad_norm is not None
@@ -263,7 +263,7 @@ def test_wrong_schemes_are_told_apart(wrong: Change, right: Change, cosine: floa
 
 @pytest.mark.parametrize(("depth", "rho"), [(4, 0.190), (8, 0.799), (16, 0.9990)])
 def test_uniform_attention_collapses_the_rank(depth: int, rho: float) -> None:
-    """(i): q_L = q_0 + m_0 (2^L - 1), q - p conserved; Dong et al. 2021, Noci et al. 2022."""
+    """q_L = q_0 + m_0 (2^L - 1), q - p conserved; Dong et al. 2021, Noci et al. 2022."""
     assert uniform(depth, 1.0).act_cos[-1] == pytest.approx(rho, abs=1e-3)
     assert uniform(depth, 1 / math.sqrt(depth)).act_cos[-1] < 0.0256
 
