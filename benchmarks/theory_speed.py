@@ -12,6 +12,7 @@ import resource
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 from side_by_side import write_table
 
@@ -53,8 +54,8 @@ def row(name: str, spec: StackSpec) -> list[str]:
     cells = [name]
     for depth in DEPTHS:
         deep = replace(spec, depth=depth)
-        told = predict(deep)
-        cells.append(f"{best(lambda: predict(deep)):.2f}" if told.reason is None else told.reason)
+        reason = predict(deep).reason
+        cells.append(f"{best(partial(predict, deep)):.2f}" if reason is None else reason)
     return cells
 
 

@@ -33,4 +33,4 @@ def theory_cell(summary: Summary) -> str:
     if apart is None:
         return ""
     text = signed(apart) if abs(apart) < 100 else f"{apart:+.0e}"
-    return text if agrees(summary) else f"{text}!"
+    return f"{text}!" if agrees(summary) is False else text

@@ -18,10 +18,11 @@ from records import layer_rows, run_of, spec_of
 from gradflow import measure, save
 from gradflow.expected import NOT_FINITE, with_theory
 from gradflow.outlook import DEEPEST, NO_THEORY, Reach, healthy_reach, outlook
+from gradflow.overview import sentence
 from gradflow.records import LayerRecord, Run, Summary
 from gradflow.spec import RunOptions, StackSpec
 from gradflow.store import load
-from gradflow.tables import profile
+from gradflow.tables import profile, verdict_lines
 from gradflow.theory import predict, total_decades
 from gradflow.theory_words import agrees, theory_cell, theory_sentence
 
@@ -143,6 +144,14 @@ def test_the_words_for_it(
     assert agrees(summary) is agreed
     assert theory_sentence(summary) == sentence
     assert theory_cell(summary) == cell
+
+
+def test_the_report_and_the_terminal_say_it() -> None:
+    run = run_off_by(0.9)
+    said = theory_sentence(run.summary)
+    assert said.startswith("Not as theory predicts: 0.90 decades above it")
+    assert sentence(run).endswith(said)  # type: ignore[arg-type]
+    assert said in [str(line) for line in verdict_lines(run.summary)]
 
 
 def test_the_profile_draws_theory_in_dots() -> None:
