@@ -69,13 +69,16 @@ class Drawing:
 
 
 def gradient(units: Table) -> alt.LayerChart:
-    """The gradient norm over the layers: a line per run, a band over its seeds, theory dashed."""
+    """The gradient norm over the layers: a line per run with its seeds, theory with its band."""
     title = "gradient norm |dL/dy|"
     y = _powers("log10_grad_norm", title)
     series = {"x": _layer(), "color": _colour(units), "detail": "run:N", "opacity": _faded(1)}
     theory = alt.Chart(units).mark_line(strokeDash=[2, 5], strokeWidth=3, clip=True)
+    expected = alt.Chart(units).mark_area(fillOpacity=0.08, clip=True)
     band = alt.Chart(units).mark_area(fillOpacity=0.2, clip=True)
+    low, high = (f"theory_log10_grad_norm_{end}" for end in ("low", "high"))
     return _layered(
+        expected.encode(**series, y=_powers(low, title), y2=f"{high}:Q"),
         band.encode(**series, y=_powers("low", title), y2="high:Q"),
         theory.encode(**series, y=_powers("theory_log10_grad_norm", title)),
         *_lines(units, y, "gradient"),
@@ -315,7 +318,7 @@ CHARTS: dict[str, Drawing] = {
         "Gradient norm over the layers",
         "The gradient enters at the last layer, on the right, and goes back to the input, on the "
         "left. A flat line keeps its size; a slope is a factor in every layer. The band spans the "
-        "seeds; a thick dotted line is theory.",
+        "seeds; a thick dotted line is theory, and the pale band what it expects of one seed.",
         "units",
         {
             "log10_grad_norm": "log10 |dL/dy|",

@@ -22,6 +22,7 @@ from gradflow.comparison import SPEED_KEYS, Comparison, Ratio, Row
 from gradflow.overview import STYLES, answer, designs_through
 from gradflow.records import Summary
 from gradflow.store import plain
+from gradflow.theory_words import theory_cell
 from gradflow.units import gib, milliseconds, number, rounded
 
 WIDTH = 80
@@ -43,7 +44,8 @@ class Column:
 
 def comparison_view(comparison: Comparison) -> RenderableType:
     """Everything that `gradflow compare` shows; the answer comes last, where the eye is."""
-    parts: list[RenderableType] = [table(comparison, GRADIENT), Text(GRADIENT_NOTE, style="dim")]
+    columns, note = gradient_columns(comparison)
+    parts: list[RenderableType] = [table(comparison, columns), Text(note, style="dim")]
     if _timed(comparison):
         parts += [Text(), table(comparison, cost_columns(comparison.noise))]
         parts += [Text(note, style="dim") for note in cost_notes(comparison)]
@@ -111,6 +113,16 @@ GRADIENT_NOTE = (
     "dW: decades between the largest and the smallest parameter gradient. profile: log |gradient| "
     "from the input to the output."
 )
+THEORY = Column("theory", lambda row: theory_cell(row.summary))
+THEORY_NOTE = " theory: decades above what theory predicts, ! where that is beyond its band."
+
+
+def gradient_columns(comparison: Comparison) -> tuple[tuple[Column, ...], str]:
+    """The columns and their note; theory where it has something to say of any run."""
+    if not any(row.summary.theory_deviation is not None for row in comparison.rows):
+        return GRADIENT, GRADIENT_NOTE
+    *columns, profile = GRADIENT
+    return (*columns, THEORY, profile), GRADIENT_NOTE + THEORY_NOTE
 
 
 def cost_columns(noise: float) -> tuple[Column, ...]:
@@ -332,7 +344,8 @@ def as_json(comparison: Comparison) -> str:
 
 def as_markdown(comparison: Comparison) -> str:
     """The terminal tables with all rows, the answer first."""
-    parts = [answer_lines(comparison), _markdown_table(comparison, GRADIENT)]
+    columns, _ = gradient_columns(comparison)
+    parts = [answer_lines(comparison), _markdown_table(comparison, columns)]
     if _timed(comparison):
         parts.append(_markdown_table(comparison, cost_columns(comparison.noise)))
         parts.append([markdown.escaped(note) for note in cost_notes(comparison)])

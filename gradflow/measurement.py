@@ -12,6 +12,7 @@ import torch
 
 from gradflow.cost import with_times
 from gradflow.environment import describe, resolve_device
+from gradflow.expected import with_theory
 from gradflow.memory import (
     available_bytes,
     check_room,
@@ -148,4 +149,5 @@ def _to_run(
         param_records=found.params,
         time_records=(),
     )
+    run = with_theory(run)
     return with_times(run, found.timing, median(found.passes_s)) if found.timing else run

@@ -13,6 +13,7 @@ from gradflow import markdown
 from gradflow.naming import Described, Name, names
 from gradflow.reading import Results, StoredRun
 from gradflow.records import Summary
+from gradflow.theory_words import theory_sentence
 from gradflow.units import count, milliseconds, signed
 
 HEALTHY = "healthy"
@@ -83,11 +84,12 @@ def _depths(depths: set[int]) -> str:
 
 
 def sentence(run: StoredRun) -> str:
-    """The verdict of a run as a student would understand it, and what to do."""
+    """The verdict of a run as a student would understand it, what to do, and what theory says."""
     summary, depth = run.summary, run.spec.depth
     saying = _told(summary.verdict)[0]
-    told = f"{saying}{_where(summary)}{_change(summary, depth)}."
-    return told if summary.verdict == HEALTHY else f"{told} {summary.advice}"
+    told = [f"{saying}{_where(summary)}{_change(summary, depth)}."]
+    advice = [] if summary.verdict == HEALTHY else [summary.advice]
+    return " ".join(filter(None, [*told, *advice, theory_sentence(summary)]))
 
 
 def _told(verdict: str) -> tuple[str, str]:

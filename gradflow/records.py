@@ -54,7 +54,19 @@ class LayerRecord:
     )
     nonfinite: int | None = column("NaN and infinite elements of g", missing=True)
     zero_fraction: float | None = column("fraction of exact zeros in g", missing=True)
-    theory_log10_grad_norm: float | None = column("prediction", "decades", missing=True)
+    theory_log10_grad_norm: float | None = column(
+        "what theory predicts for `log10_grad_norm`; empty where it has no answer",
+        "decades",
+        missing=True,
+    )
+    theory_log10_grad_norm_low: float | None = column(
+        "lower end of its band for one seed: tolerance and two standard deviations",
+        "decades",
+        missing=True,
+    )
+    theory_log10_grad_norm_high: float | None = column(
+        "upper end of this band", "decades", missing=True
+    )
     saved_bytes: int | None = column("kept by autograd for the unit's backward", "B", missing=True)
     forward_s: float | None = column("forward time, median over the repeats", "s", missing=True)
     forward_s_iqr: float | None = column("its interquartile range", "s", missing=True)
@@ -133,6 +145,9 @@ class Summary:
     covers 95 % over seeds and layers. `trend` is `exponential` or `power law` in depth, whichever
     fits the profile better, and `healthy_depth` the depth at which that trend leaves the
     healthy range.
+
+    `theory_deviation` is the measured mean less theory, where the two lie farthest apart, in
+    decades; `theory_band` what it may be there; `theory_reason` says why there is no theory.
     """
 
     verdict: str
@@ -155,6 +170,9 @@ class Summary:
     forward_s_per_layer: float | None = None
     backward_s_per_layer: float | None = None
     peak_bytes: int | None = None
+    theory_deviation: float | None = None
+    theory_band: float | None = None
+    theory_reason: str | None = None
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,14 @@ from rich.table import Table
 from rich.text import Text
 
 from gradflow.records import LayerRecord, Run, Summary
+from gradflow.spec import StackSpec
+from gradflow.theory_words import theory_sentence
 from gradflow.units import count, gib, milliseconds, number, rounded, signed
 
 # Rows shown at each end of a long table.
 ENDS = 8
 PROFILE_SIZE = (78, 14)
+DOT = "·"
 STYLES = {"healthy": "bold green", "unstable": "bold yellow"}
 
 
@@ -38,6 +41,7 @@ COLUMNS = (
     Column("log10|dW|", "log10_param_grad_norm", "+.2f"),
     Column("act rms", "act_rms", "#.3g"),
 )
+Curve = Sequence[tuple[float, float]]
 TIMES = (("fwd ms", "forward_s"), ("bwd ms", "backward_s"))
 
 
@@ -56,14 +60,18 @@ def run_view(run: Run) -> RenderableType:
 def subtitle(run: Run) -> Iterator[str]:
     """The rest of the specification, and where it was measured."""
     spec, where = run.spec, run.environment
-    size = {
+    yield f"{sizes(spec)}, {count(run.options.seeds, 'seed')}"
+    yield f"loss {spec.loss}, {where['dtype']} on {where['device_name']}"
+
+
+def sizes(spec: StackSpec) -> str:
+    """Width, batch, activation and init."""
+    batch = {
         "vectors": f"{spec.batch_size} vectors",
         "tokens": f"{spec.batch_size} x {spec.seq_len} tokens",
         "images": f"{spec.batch_size} images of {spec.image_size} x {spec.image_size}",
     }[spec.kind.domain]
-    seeds = count(run.options.seeds, "seed")
-    yield f"width {spec.width}, {size}, {spec.activation}, init {spec.init}, {seeds}"
-    yield f"loss {spec.loss}, {where['dtype']} on {where['device_name']}"
+    return f"width {spec.width}, {batch}, {spec.activation}, init {spec.init}"
 
 
 def layer_table(run: Run) -> Table:
@@ -124,33 +132,46 @@ def _mean_of(values: Sequence[float | None]) -> float | None:
 
 
 def profile(records: Sequence[LayerRecord]) -> RenderableType:
-    """log10 of the gradient norm over the layers; one line, the mean over the seeds."""
+    """log10 of the gradient norm over the layers, the mean over the seeds; theory dotted."""
     rows = mean_rows(records)
     depth = max(row.layer for row in rows)
     units = (len(rows) - 1) / depth
-    points = [
-        (i / units, row.log10_grad_norm)
-        for i, row in enumerate(rows)
-        if row.log10_grad_norm is not None and math.isfinite(row.log10_grad_norm)
+    curves = [
+        [
+            (i / units, value)
+            for i, row in enumerate(rows)
+            if (value := getattr(row, name)) is not None and math.isfinite(value)
+        ]
+        for name in ("log10_grad_norm", "theory_log10_grad_norm")
     ]
-    if len(points) < 2:
+    return draw(curves[0], curves[1], depth)
+
+
+def draw(measured: Curve, theory: Curve, depth: int) -> RenderableType:
+    """A line of braille for the measurement, over dots for theory; either may be empty."""
+    if max(len(measured), len(theory)) < 2:
         return Text("no profile: fewer than two layers have a finite gradient", style="dim")
-    text = _plot([x for x, _ in points], [y for _, y in points], depth)
+    dots = f"; {DOT} theory" if theory else ""
+    text = _plot(measured, theory, depth, f"log10 |dL/dy| over the layers (0 is the input{dots})")
     return Padding(text, (1, 0))
 
 
-def _plot(x: Sequence[float], y: Sequence[float], depth: int) -> Text:
+def _plot(measured: Curve, theory: Curve, depth: int, title: str) -> Text:
     import plotext  # 50 ms, and only `run` draws
 
     plotext.clear_figure()
     plotext.theme("clear")
     plotext.plotsize(*PROFILE_SIZE)
     plotext.xticks(sorted({round(depth * quarter / 4) for quarter in range(5)}))
-    plotext.title("log10 |dL/dy| over the layers (0 is the input)")
-    y = [round(value, 2) + 0.0 for value in y]  # no axis label reads -0.00
-    plotext.plot(x, y, marker="braille")
-    if max(y) - min(y) < 1:  # a flat profile is drawn flat, not magnified
-        middle = (max(y) + min(y)) / 2
+    plotext.title(title)
+    # No axis label reads -0.00. What is drawn last lies on top.
+    for curve, marker in ((theory, DOT), (measured, "braille")):
+        if curve:
+            x, y = zip(*((x, round(y, 2) + 0.0) for x, y in curve), strict=True)
+            plotext.plot(x, y, marker=marker)
+    heights = [y for _, y in (*measured, *theory)]
+    if max(heights) - min(heights) < 1:  # a flat profile is drawn flat, not magnified
+        middle = (max(heights) + min(heights)) / 2
         plotext.ylim(middle - 0.5, middle + 0.5)
     drawing = plotext.uncolorize(plotext.build()).rstrip()
     return Text(drawing, no_wrap=True, overflow="crop")
@@ -165,6 +186,8 @@ def verdict_lines(summary: Summary) -> Iterator[RenderableType]:
         yield Text(gain_sentence(summary))
     if summary.trend in ("exponential", "power law"):
         yield Text(trend_sentence(summary))
+    if theory := theory_sentence(summary):
+        yield Text(theory)
     if summary.skip_share:
         share = f"{summary.skip_share:.1%} through the shortcuts"
         yield Text(

@@ -109,9 +109,19 @@ def classify(rows: Sequence[LayerRecord], options: RunOptions) -> Finding:
     if lost:
         return lost
     total = _value(rows[0].log10_grad_norm) - _value(rows[-1].log10_grad_norm)
+    return Finding(verdict_of(total, options))
+
+
+def verdict_of(total: float, options: RunOptions) -> str:
+    """The class of a gradient that nowhere is lost: `vanishing`, `exploding` or `healthy`.
+
+    Args:
+        total: decades from output to input.
+        options: the thresholds.
+    """
     if total < -options.vanishing:
-        return Finding("vanishing")
-    return Finding("exploding" if total > options.exploding else "healthy")
+        return "vanishing"
+    return "exploding" if total > options.exploding else "healthy"
 
 
 def _losses(rows: Sequence[LayerRecord]) -> Iterator[Finding]:

@@ -134,9 +134,10 @@ def test_the_comparison_can_fail() -> None:
 def test_the_oracle_covers_every_measured_column() -> None:
     spec = small("transformer")
     rows, _ = oracle.measure(spec, network(spec))
-    not_measured = {"seed", "step", "theory_log10_grad_norm", "saved_bytes"}
+    not_measured = {"seed", "step", "saved_bytes"}
     timed = {"forward_s", "forward_s_iqr", "backward_s", "backward_s_iqr"}
-    assert set(rows[-1]) == set(LayerRecord.__dataclass_fields__) - not_measured - timed
+    theory = {name for name in LayerRecord.__dataclass_fields__ if name.startswith("theory_")}
+    assert set(rows[-1]) == set(LayerRecord.__dataclass_fields__) - not_measured - timed - theory
 
 
 def whole_graph(net: Network) -> tuple[list[Tensor], list[Tensor]]:

@@ -3,7 +3,7 @@
     x' = Np(a x + b No(f(c Ni(x))))
 
 f is a branch with independent weights of zero mean; the norms N have gains 1 and shifts 0. A
-published scheme is a choice of these numbers (SCHEMES.md). Nothing here computes.
+published scheme is a choice of these numbers. Nothing here computes.
 """
 
 from __future__ import annotations
