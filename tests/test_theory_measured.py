@@ -180,8 +180,6 @@ def test_a_factor_of_1_2_on_the_branch_is_told_apart() -> None:
 
 # The weights that theory assumes are those that are drawn.
 
-SCALED_BIASES = pytest.mark.xfail(reason="describe scales torch's biases by the gain", strict=True)
-
 
 @pytest.mark.parametrize("weight_var", [None, 1.7])
 @pytest.mark.parametrize("init", INITS)
@@ -200,7 +198,7 @@ def test_theory_knows_the_variances_of_the_weights(
 
 @pytest.mark.parametrize(
     ("gain", "bias_var"),
-    [(1.0, None), (1.0, 0.05), (1.3, 0.05), pytest.param(1.3, None, marks=SCALED_BIASES)],
+    [(1.0, None), (1.0, 0.05), (1.3, 0.05), (1.3, None)],
 )
 def test_theory_knows_the_variances_of_torchs_biases(gain: float, bias_var: float | None) -> None:
     spec = spec_of(init="torch", gain=gain, bias_var=bias_var)
