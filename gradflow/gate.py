@@ -142,15 +142,16 @@ def _settings(run: Run) -> dict[str, object]:
 
 
 def _seeds(run: Run) -> Iterator[tuple[int, list[LayerRecord]]]:
+    judged = [r for r in run.layer_records if r.layer > 0 or run.spec.input_has_gradient]
     for seed in run.options.all_seeds:
-        yield seed, [row for row in run.layer_records if row.seed == seed]
+        yield seed, [row for row in judged if row.seed == seed]
 
 
 def _arrives(run: Run) -> Judgement:
     """A finite gradient that is not zero, at every unit of every seed and at its parameters."""
     reasons: list[str] = []
     trained = {(row.seed, row.layer, row.unit) for row in run.param_records}
-    wanted = run.spec.depth * run.spec.units_per_block + 1
+    wanted = run.spec.depth * run.spec.units_per_block + run.spec.input_has_gradient
     for seed, rows in _seeds(run):
         if len(rows) != wanted:
             reasons.append(f"seed {seed}: {len(rows)} of {wanted} places have a gradient")

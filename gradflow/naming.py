@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
+from gradflow.model_spec import Spec
 from gradflow.records import Summary
 from gradflow.spec import RunOptions, StackSpec
 
@@ -46,7 +47,7 @@ class Described(Protocol):
     """What words about a run are made from; whole runs have it, and those of a report."""
 
     @property
-    def spec(self) -> StackSpec: ...
+    def spec(self) -> Spec: ...
     @property
     def options(self) -> RunOptions: ...
     @property
@@ -112,21 +113,24 @@ def word(name: str, value: object) -> str:
 
 
 def _design(run: Described, words: Sequence[str], with_block: bool) -> str:
-    stack = f"{run.spec.shortcut} {run.spec.block}" if with_block else run.spec.shortcut
-    rest = [word(name, _value(run, name)) for name in words]
-    return ", ".join([f"{stack}, {word('norm', run.spec.norm)}", *filter(None, rest)])
+    shortcut = _value(run, "shortcut")
+    # A model has no shortcut to be named by: it is its own design.
+    stack = " ".join(filter(None, [shortcut, run.spec.block if with_block or not shortcut else ""]))
+    rest = [word(name, _value(run, name)) for name in ("norm", *words)]
+    return ", ".join(filter(None, [stack, *rest]))
 
 
 def _value(run: Described, name: str) -> Any:
     if name == DEVICE:
         return str(run.environment.get(DEVICE))
-    return getattr(run.options if name in MEASURED else run.spec, name)
+    return getattr(run.options if name in MEASURED else run.spec, name, None)
 
 
 def _differs(runs: Sequence[Described], name: str) -> bool:
     """Whether a setting says more than block and norm do, whose defaults set many others."""
     found: dict[tuple[str, str], object] = {}
     return any(
-        found.setdefault((run.spec.block, run.spec.norm), _value(run, name)) != _value(run, name)
+        found.setdefault((run.spec.block, _value(run, "norm")), _value(run, name))
+        != _value(run, name)
         for run in runs
     )

@@ -35,7 +35,9 @@ COLUMNS = (
     Column("gain", "gain", ".3f"),
     Column("skip", "skip_gain", ".3f"),
     Column("branch", "branch_gain", ".3f"),
+    Column("identity", "identity_share", ".3f"),
     Column("log10|dW|", "log10_param_grad_norm", "+.2f"),
+    Column("update", "update_ratio", ".1e"),
     Column("act rms", "act_rms", "#.3g"),
 )
 TIMES = (("fwd ms", "forward_s"), ("bwd ms", "backward_s"))
@@ -56,13 +58,7 @@ def run_view(run: Run) -> RenderableType:
 def subtitle(run: Run) -> Iterator[str]:
     """The rest of the specification, and where it was measured."""
     spec, where = run.spec, run.environment
-    size = {
-        "vectors": f"{spec.batch_size} vectors",
-        "tokens": f"{spec.batch_size} x {spec.seq_len} tokens",
-        "images": f"{spec.batch_size} images of {spec.image_size} x {spec.image_size}",
-    }[spec.kind.domain]
-    seeds = count(run.options.seeds, "seed")
-    yield f"width {spec.width}, {size}, {spec.activation}, init {spec.init}, {seeds}"
+    yield f"{spec.details}, {count(run.options.seeds, 'seed')}"
     yield f"loss {spec.loss}, {where['dtype']} on {where['device_name']}"
 
 

@@ -1,0 +1,304 @@
+"""What happened in one training step: which layers ran, in which order, where the numbers are.
+
+A tap is one watched tensor: the output of a layer, or the input of a layer that is not the output
+of another. Its numbers are rows of a `Pool`. A pass is one forward through the model with the
+backward that belongs to it; a step may have several (gradient accumulation).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from gradflow.watching.discovery import Place
+from gradflow.watching.meter import (
+    Pool,
+    measure_cross,
+    measure_forward,
+    measure_gradient,
+    widened,
+)
+from gradflow.watching.streams import stream_of
+
+HALVES = (torch.float16, torch.bfloat16)
+# Passes without a gradient that are kept: a loss may still come that spans them all.
+MOST_PENDING = 64
+
+RowOf = tuple[Pool, int]
+
+
+@dataclass(eq=False)
+class Tap:
+    """One watched tensor.
+
+    Attributes:
+        shape: of the tensor; `dtype` likewise.
+        format: number format of its gradient; that of autocast where it is on.
+        forward: the row with its `FORWARD` numbers.
+        gradients: a row of `GRADIENT` numbers for every backward that came by.
+        hooked: a gradient would be seen, if one came.
+    """
+
+    shape: torch.Size
+    dtype: torch.dtype
+    format: torch.dtype
+    forward: RowOf
+    gradients: list[RowOf] = field(default_factory=list)
+    hooked: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self.forward[0].device
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of a layer: the place of the layer, and how often it had been called before.
+
+    `crosses` are the rows with the inner products of the gradients at x and y.
+    """
+
+    place: int
+    number: int
+    x: Tap | None = None
+    y: Tap | None = None
+    crosses: list[RowOf] = field(default_factory=list)
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """Names the row of the results."""
+        return self.place, self.number
+
+    @property
+    def stream(self) -> Tap:
+        """The input, or the output where the input is no stream."""
+        tap = self.x or self.y
+        assert tap is not None
+        return tap
+
+    @property
+    def keeps_shape(self) -> bool:
+        """Whether x and y can be compared element by element."""
+        return self.x is not None and self.y is not None and self.x.shape == self.y.shape
+
+
+@dataclass(eq=False)
+class Pass:
+    """One forward, and the backward that belongs to it.
+
+    Attributes:
+        calls: in execution order, each once it has returned.
+        counts: calls of each place so far.
+        entered: calls that have not returned yet, the innermost last.
+        known: taps by the `id` of their tensor, with a reference that says whether it lives and
+            the version that was seen.
+        held: gradients at the outputs of layers whose input's gradient has not come yet.
+        handles: of the hooks on tensors.
+        arrived: some gradient has come.
+    """
+
+    calls: list[Call] = field(default_factory=list)
+    counts: Counter[int] = field(default_factory=Counter)
+    entered: list[Call] = field(default_factory=list)
+    known: dict[int, tuple[weakref.ref[Tensor], int, Tap]] = field(default_factory=dict)
+    held: dict[int, Tensor] = field(default_factory=dict)
+    handles: list[RemovableHandle] = field(default_factory=list)
+    arrived: bool = False
+
+    def find(self, x: Tensor) -> Tap | None:
+        """The tap on this very tensor, if it has not been changed in place since."""
+        reference, version, tap = self.known.get(id(x), (None, 0, None))
+        same = reference is not None and reference() is x and version == _version(x)
+        return tap if same else None
+
+    def counted(self, place: int) -> int:
+        """How often a place had been called before; counts this call."""
+        self.counts[place] += 1
+        return self.counts[place] - 1
+
+    def returned(self, place: int) -> Call | None:
+        """The innermost call of a place; calls inside it that raised are dropped."""
+        while self.entered:
+            call = self.entered.pop()
+            if call.place == place:
+                return call
+        return None
+
+    def close(self) -> None:
+        """Take the hooks off the tensors and let go of every gradient."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+        self.known.clear()
+        self.held.clear()
+
+
+class Recorder:
+    """Sees every watched tensor; knows neither steps nor parameters.
+
+    Attributes:
+        passes: of this step, oldest first.
+        active: whether this step is measured.
+        paused: the model runs without gradients, as in an evaluation.
+        ran: a layer has been called since the step began, measured or not.
+    """
+
+    def __init__(self, places: Sequence[Place]) -> None:
+        self.places = places
+        self.pools: dict[torch.device, Pool] = {}
+        self.passes: list[Pass] = []
+        self.active = True
+        self.paused = False
+        self.ran = False
+
+    def begin(self) -> None:
+        """The model is called: a new pass, unless a checkpoint calls it again."""
+        if in_backward():
+            return
+        self.paused = not torch.is_grad_enabled()
+        if not self.watches():
+            return
+        pending = [p for p in self.passes if not p.arrived]
+        if len(pending) >= MOST_PENDING:
+            pending[0].close()
+            self.passes.remove(pending[0])
+        self.passes.append(Pass())
+
+    def end(self) -> None:
+        """The model has returned."""
+        self.paused = False
+
+    def watches(self) -> bool:
+        """Whether a call is to be measured; a call of a layer also says that a step has begun."""
+        if self.paused or in_backward():
+            return False
+        self.ran = True
+        return self.active
+
+    def current(self) -> Pass:
+        """The pass that runs; without the model's own call, one begins after each backward."""
+        if not self.passes or self.passes[-1].arrived:
+            self.passes.append(Pass())
+        return self.passes[-1]
+
+    def enter(self, place: int, given: object) -> None:
+        """A layer is about to run on what it is given."""
+        if not self.watches():
+            return
+        current = self.current()
+        call = Call(place, current.counted(place))
+        current.entered.append(call)
+        x = stream_of(given)
+        if x is not None and x.numel():
+            call.x = current.find(x) or self.tap(current, x)
+            self._hook(current, call.x, x)
+
+    def leave(self, place: int, output: object) -> None:
+        """A layer has returned its output."""
+        if not self.active or not self.passes:
+            return
+        current = self.passes[-1]
+        if in_backward():
+            self._recomputed(current, place, output)
+        elif call := current.returned(place):
+            y = stream_of(output, call.x.shape if call.x else None)
+            if y is not None and y.numel():
+                call.y = self.tap(current, y)
+                self._hook(current, call.y, y)
+                current.calls.append(call)
+
+    def gradient(self, owner: Pass, tap: Tap, g: Tensor) -> None:
+        """The gradient of a watched tensor has come."""
+        if not self.active or owner not in self.passes:
+            return
+        with torch.no_grad():
+            owner.arrived = True
+            wide = widened(g.detach())
+            pool, row = self._row(g.device)
+            half = tap.format in HALVES
+            smallest = torch.finfo(tap.format).smallest_normal if half else None
+            measure_gradient(pool, row, wide, smallest)
+            tap.gradients.append((pool, row))
+            self._pair(owner, tap, wide)
+
+    def tap(self, current: Pass, x: Tensor) -> Tap:
+        """Measure a tensor, and know it again."""
+        pool, row = self._row(x.device)
+        with torch.no_grad():
+            measure_forward(pool, row, x.detach())
+        tap = Tap(x.shape, x.dtype, _format(x), (pool, row))
+        current.known[id(x)] = weakref.ref(x), _version(x), tap
+        return tap
+
+    def close(self) -> list[Pass]:
+        """End the step; the passes in which a gradient came, or the last if none did."""
+        passes, self.passes, self.ran = self.passes, [], False
+        for one in passes:
+            one.close()
+        return [p for p in passes if p.arrived] or [p for p in passes[-1:] if p.calls]
+
+    def release(self) -> None:
+        """The numbers of the step have been read: its rows can be written again."""
+        for pool in self.pools.values():
+            pool.release()
+
+    def _row(self, device: torch.device) -> RowOf:
+        if device not in self.pools:
+            self.pools[device] = Pool(device)
+        pool = self.pools[device]
+        return pool, pool.take()
+
+    def _hook(self, current: Pass, tap: Tap, x: Tensor) -> None:
+        """A hook on the tensor, not on the module: those survive in-place operations."""
+        if x.requires_grad and not tap.hooked:
+            tap.hooked = True
+            hook = partial(self.gradient, current, tap)
+            current.handles.append(x.register_hook(hook))  # type: ignore[no-untyped-call]
+
+    def _recomputed(self, current: Pass, place: int, output: object) -> None:
+        """A checkpoint has run a layer again: hook it if its first run had no graph."""
+        waiting = (c for c in reversed(current.calls) if c.place == place and c.y is not None)
+        call = next((c for c in waiting if c.y is not None and not c.y.hooked), None)
+        if call is not None and call.y is not None:
+            y = stream_of(output, call.y.shape)
+            if y is not None:
+                self._hook(current, call.y, y)
+
+    def _pair(self, owner: Pass, tap: Tap, wide: Tensor) -> None:
+        """<dL/dx, dL/dy> of the layers that this gradient belongs to."""
+        for call in owner.calls:
+            if not call.keeps_shape:
+                continue
+            if call.x is tap and (above := owner.held.pop(id(call), None)) is not None:
+                pool, row = self._row(wide.device)
+                measure_cross(pool, row, wide, above.to(wide.device))
+                call.crosses.append((pool, row))
+            if call.y is tap and call.x is not None and call.x.hooked:
+                owner.held[id(call)] = wide
+
+
+def in_backward() -> bool:
+    """Whether autograd is running: a layer that is called now is recomputed by a checkpoint."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _version(x: Tensor) -> int:
+    return -1 if x.is_inference() else x._version
+
+
+def _format(x: Tensor) -> torch.dtype:
+    """The number format in which the gradient of x is computed, or computed with."""
+    if x.dtype in HALVES:
+        return x.dtype
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return x.real.dtype if x.is_complex() else x.dtype
