@@ -22,6 +22,8 @@ LEAST_SHARE = 0.2
 # Weights as many times larger than those of the other layers stand out.
 OUTLIER = 10.0
 UNDERFLOW = 0.01
+# Names in a sentence; more are counted.
+SHOWN = 4
 LEAST_HEADROOM = 1.0
 
 
@@ -47,15 +49,19 @@ def _without_gradient(rows: Sequence[LayerRecord]) -> Iterator[str]:
     for below, row in pairwise(rows):
         arrives = row.log10_grad_norm not in (None, -math.inf)
         if arrives and below.log10_grad_norm == -math.inf:
-            yield f"{row.unit}: no gradient gets from here to {below.unit}; is its input detached?"
+            yield (
+                f"{below.unit}: no gradient gets here from {row.unit}; is something detached between "
+                "the two, or not used by the loss?"
+            )
 
 
 def _frozen(rows: Sequence[LayerRecord]) -> Iterator[str]:
     owners = [row for row in rows if row.param_norm is not None]
     frozen = [row for row in owners if row.param_grad_norm is None]
-    if len(frozen) < len(owners):
-        for row in frozen:
-            yield f"{row.unit}: its parameters get no gradient; are they frozen, or not used?"
+    if frozen and len(frozen) < len(owners):
+        more = f" and {len(frozen) - SHOWN} more" if len(frozen) > SHOWN else ""
+        names = ", ".join(row.unit for row in frozen[:SHOWN])
+        yield f"{names}{more}: the parameters get no gradient; are they frozen, or not used?"
 
 
 def _without_shortcut(rows: Sequence[LayerRecord], spec: Spec) -> Iterator[str]:

@@ -233,10 +233,12 @@ def _value(number: float | None) -> float:
     return math.nan if number is None else number
 
 
-def _rate(profiles: np.ndarray, spec: Spec) -> tuple[float, float | None, float | None]:
+def _rate(profiles: np.ndarray, spec: Spec) -> tuple[float | None, float | None, float | None]:
     """Mean log10 gain of a layer with its 95 % interval (Student's t) over seeds and layers."""
     borders = profiles[:, :: spec.units_per_block]
     gains = (borders[:, :-1] - borders[:, 1:]).ravel()
+    if not gains.size:
+        return None, None, None
     mean = float(gains.mean())
     if gains.size < 2:
         return mean, None, None

@@ -40,7 +40,8 @@ def find_layers(model: nn.Module, patterns: Sequence[str] | None = None) -> list
     With patterns: all whose dotted name fits one; `*` stands for one part of a name, or a piece of
     it, `**` for any number of parts.
 
-    Without: the repeated blocks. A run of sibling modules of one type is repetition. Siblings that
+    Without: the repeated blocks. A run of sibling modules of one type is repetition, and so is a
+    list of modules in which a type occurs twice, as in hybrid models. Siblings that
     differ in the shapes of their parameters, or are plain containers, are stages if they hold
     runs themselves; then those count. Modules without children make a run only where no others
     do. A model without repetition is watched at its top-level children.
@@ -114,14 +115,21 @@ def _children(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]
 def _blocks(module: nn.Module, prefix: str, *, leaves: bool) -> Named:
     """The repeated blocks below a module, in the order of registration."""
     found: Named = []
-    for _, group in groupby(_children(module, prefix), key=lambda item: type(item[1])):
-        run = list(group)
+    for run in _runs(module, prefix):
         if len(run) > 1 and _can_repeat(run[0][1], module, leaves=leaves):
             found += _run(run, leaves=leaves)
         else:
             for name, child in run:
                 found += _blocks(child, name, leaves=leaves)
     return found
+
+
+def _runs(module: nn.Module, prefix: str) -> list[Named]:
+    """Neighbours of one type; a list in which a type repeats is one run whatever is between."""
+    children = list(_children(module, prefix))
+    if isinstance(module, nn.ModuleList) and len({type(m) for _, m in children}) < len(children):
+        return [children]
+    return [list(group) for _, group in groupby(children, key=lambda item: type(item[1]))]
 
 
 def _can_repeat(child: nn.Module, parent: nn.Module, *, leaves: bool) -> bool:
@@ -154,4 +162,13 @@ def _top(model: nn.Module) -> Named:
         if not child._modules:
             break
         model = child
-    return list(_children(model, prefix)) or [(type(model).__name__, model)]
+    return list(_callable(model, prefix)) or [(type(model).__name__, model)]
+
+
+def _callable(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+    """The children, and those of lists and dictionaries in place of these."""
+    for name, child in _children(module, prefix):
+        if isinstance(child, nn.ModuleList | nn.ModuleDict):
+            yield from _callable(child, name)
+        else:
+            yield name, child

@@ -95,8 +95,10 @@ def _layer(calls: Sequence[Call], tables: Tables, scale: float) -> Columns:
 
 
 def _ratio(a: float, b: float) -> float:
-    """a / b; NaN for 0 / 0 and what is no number."""
-    return a / b if b else math.nan
+    """a / b; infinite or NaN where b is 0."""
+    if b:
+        return a / b
+    return math.inf if a > 0 else math.nan
 
 
 def _energy(taps: Sequence[Tap], tables: Tables) -> float | None:
