@@ -50,8 +50,8 @@ def _without_gradient(rows: Sequence[LayerRecord]) -> Iterator[str]:
         arrives = row.log10_grad_norm not in (None, -math.inf)
         if arrives and below.log10_grad_norm == -math.inf:
             yield (
-                f"{below.unit}: no gradient gets here from {row.unit}; is something detached between "
-                "the two, or not used by the loss?"
+                f"{below.unit}: no gradient gets here from {row.unit}; is something detached "
+                "between the two, or not used by the loss?"
             )
 
 
@@ -105,10 +105,11 @@ def _out_of_range(rows: Sequence[LayerRecord]) -> Iterator[str]:
 
 
 def _beside_others(values: Mapping[str, float], spec: Spec) -> Iterator[tuple[str, float, float]]:
-    """Unit, its value, and the median of the others of its kind, where there are enough."""
+    """Unit, its value, and the median of its kind, where that has enough units."""
     kinds: dict[str, list[str]] = {}
     for unit in values:
         kinds.setdefault(spec.kind_of(unit), []).append(unit)
     for units in kinds.values():
+        usual = median(values[unit] for unit in units)
         for unit in units if len(units) >= FEWEST else ():
-            yield unit, values[unit], median(values[other] for other in units if other != unit)
+            yield unit, values[unit], usual

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 from gradflow.errors import UsageError
@@ -141,7 +142,11 @@ class ModelSpec:
 
     def kind_of(self, unit: str) -> str:
         """The class of a layer."""
-        return dict(zip(self.units.split(), self.kinds.split(), strict=True)).get(unit, unit)
+        return self._kinds.get(unit, unit)
+
+    @cached_property
+    def _kinds(self) -> dict[str, str]:
+        return dict(zip(self.units.split(), self.kinds.split(), strict=True))
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary of plain values that `from_json` takes."""

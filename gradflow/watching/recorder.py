@@ -44,6 +44,7 @@ class Tap:
         forward: the row with its `FORWARD` numbers.
         gradients: a row of `GRADIENT` numbers for every backward that came by.
         hooked: a gradient would be seen, if one came.
+        leaves: the call that returned it; `enters` are those that were given it.
     """
 
     shape: torch.Size
@@ -52,6 +53,8 @@ class Tap:
     forward: RowOf
     gradients: list[RowOf] = field(default_factory=list)
     hooked: bool = False
+    leaves: Call | None = None
+    enters: list[Call] = field(default_factory=list)
 
     @property
     def device(self) -> torch.device:
@@ -132,6 +135,14 @@ class Pass:
                 return call
         return None
 
+    def complete(self, call: Call, y: Tap) -> Tap:
+        """A call has returned y: it is one more row, and its taps know it."""
+        call.y, y.leaves = y, call
+        if call.x is not None:
+            call.x.enters.append(call)
+        self.calls.append(call)
+        return y
+
     def close(self) -> None:
         """Take the hooks off the tensors and let go of every gradient."""
         for handle in self.handles:
@@ -211,9 +222,7 @@ class Recorder:
         elif call := current.returned(place):
             y = stream_of(output, call.x.shape if call.x else None)
             if y is not None and y.numel():
-                call.y = self.tap(current, y)
-                self._hook(current, call.y, y)
-                current.calls.append(call)
+                self._hook(current, current.complete(call, self.tap(current, y)), y)
 
     def gradient(self, owner: Pass, tap: Tap, g: Tensor) -> None:
         """The gradient of a watched tensor has come."""
@@ -274,15 +283,14 @@ class Recorder:
 
     def _pair(self, owner: Pass, tap: Tap, wide: Tensor) -> None:
         """<dL/dx, dL/dy> of the layers that this gradient belongs to."""
-        for call in owner.calls:
-            if not call.keeps_shape:
-                continue
-            if call.x is tap and (above := owner.held.pop(id(call), None)) is not None:
+        for call in tap.enters:
+            if (above := owner.held.pop(id(call), None)) is not None:
                 pool, row = self._row(wide.device)
                 measure_cross(pool, row, wide, above.to(wide.device))
                 call.crosses.append((pool, row))
-            if call.y is tap and call.x is not None and call.x.hooked:
-                owner.held[id(call)] = wide
+        owner_call = tap.leaves
+        if owner_call and owner_call.keeps_shape and owner_call.x and owner_call.x.hooked:
+            owner.held[id(owner_call)] = wide
 
 
 def in_backward() -> bool:

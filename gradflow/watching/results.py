@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import groupby
 from operator import attrgetter
 from typing import Any
@@ -46,6 +47,14 @@ class Watched:
     model: nn.Module
     places: Sequence[Place]
     owned: Sequence[Owned]
+
+    @cached_property
+    def spans(self) -> dict[int, tuple[int, int]]:
+        """First and last place in `owned` of the parameters of each layer, which lie together."""
+        found: dict[int, tuple[int, int]] = {}
+        for i, one in enumerate(self.owned):
+            found[one.place] = found.get(one.place, (i, i))[0], i + 1
+        return found
 
     def unit(self, key: Key) -> str:
         """Name of a row: that of the module, and which call it is from the second on."""
@@ -146,9 +155,9 @@ def _layer_rows(
 def _owned_rows(watched: Watched, key: Key, params: np.ndarray) -> list[tuple[Owned, Numbers]]:
     """The parameters of a layer; those of a module that is called again are its first call's."""
     place, number = key
-    rows = zip(watched.owned, params, strict=True)
-    own = [(one, row) for one, row in rows if one.place == place and number == 0]
-    return [(one, Numbers(*(None if v == MISSING else float(v) for v in row))) for one, row in own]
+    own = range(*watched.spans.get(place, (0, 0))) if number == 0 else ()
+    found = ((watched.owned[i], params[i].tolist()) for i in own)
+    return [(one, Numbers(*(None if v == MISSING else v for v in row))) for one, row in found]
 
 
 def _parameter_columns(watched: Watched, key: Key, params: np.ndarray) -> Columns:

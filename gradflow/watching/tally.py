@@ -71,13 +71,20 @@ def in_order(sequences: Iterable[Sequence[Key]]) -> list[Key]:
     """One order of all keys: each comes after the one before it in the first list that has it."""
     order: list[Key] = []
     for keys in sequences:
-        place = 0
+        if not order:
+            order = list(keys)  # all passes of most models are alike
+            continue
+        places = {key: i for i, key in enumerate(order)}
+        after = -1
+        added: dict[int, list[Key]] = {}
         for key in keys:
-            if key in order:
-                place = order.index(key) + 1
+            if key in places:
+                after = places[key]
             else:
-                order.insert(place, key)
-                place += 1
+                added.setdefault(after, []).append(key)
+        order = [
+            k for i in range(-1, len(order)) for k in order[max(i, 0) : i + 1] + added.get(i, [])
+        ]
     return order
 
 

@@ -47,7 +47,7 @@ class Traced:
         if entering:
             current.entered.append(Call(place, current.counted(place), tap))
         else:
-            current.calls.append(self._call(current, place, tap))
+            current.complete(self._call(current, place), tap)
         if graph:
             self.waiting.setdefault((place, entering), []).append((current, tap))
 
@@ -58,14 +58,13 @@ class Traced:
             owner, tap = waiting.pop()
             self.recorder.gradient(owner, tap, g)
 
-    def _call(self, current: Pass, place: int, y: Tap) -> Call:
-        """The call that returns y: its x is its own, or the output of the layer before."""
+    def _call(self, current: Pass, place: int) -> Call:
+        """The call that returns: its x is its own, or the output of the layer before."""
         call = current.returned(place)
         if call is None:
             call = Call(place, current.counted(place))
             before = self.recorder.places[place].previous
             call.x = next((c.y for c in reversed(current.calls) if c.place == before), None)
-        call.y = y
         return call
 
 
