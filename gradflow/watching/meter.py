@@ -50,12 +50,11 @@ class Pool:
         self.taken = 0
 
 
-def widened(x: Tensor) -> Tensor:
-    """x in float64 with a batch axis; complex numbers are pairs of real ones."""
+def real(x: Tensor) -> Tensor:
+    """x with a batch axis; complex numbers are pairs of real ones."""
     if x.is_complex():
         x = torch.view_as_real(x.resolve_conj()).flatten(-2)
-    wide = x.double()
-    return wide if wide.ndim > 1 else wide.reshape(1, -1)
+    return x if x.ndim > 1 else x.reshape(1, -1)
 
 
 def measure_forward(pool: Pool, number: int, y: Tensor) -> None:
@@ -66,7 +65,7 @@ def measure_forward(pool: Pool, number: int, y: Tensor) -> None:
         number: the row.
         y: (batch, tokens, features) counts as tokens; other shapes are (batch, ...).
     """
-    sums = forward_sums(widened(y), tokens=y.ndim == 3)
+    sums = forward_sums(real(y), tokens=y.ndim == 3)
     norms = torch.as_tensor(sums["y_norms"])
     flat = norms.reshape(-1)
     cosine = _cosine(torch.as_tensor(sums["y_lengths"]), norms.shape[-1])
@@ -74,19 +73,24 @@ def measure_forward(pool: Pool, number: int, y: Tensor) -> None:
     pool.write(number, [torch.dot(flat, flat), cosine, largest])
 
 
-def measure_gradient(pool: Pool, number: int, wide: Tensor, smallest: float | None) -> None:
+def measure_gradient(pool: Pool, number: int, g: Tensor, smallest: float | None) -> Tensor:
     """Write the `GRADIENT` numbers of a gradient.
 
     Args:
         pool: where to.
         number: the row.
-        wide: the gradient, `widened`.
+        g: the gradient.
         smallest: the smallest normal number of its half-precision format; None for wide formats.
+
+    Returns:
+        The gradient in float64, a copy of its own.
     """
+    g = real(g)
+    wide = g.to(torch.float64, copy=True)
     sums = gradient_sums(wide)
     size, nonzero = torch.as_tensor(sums["grad_norm"]), torch.as_tensor(sums["nonzero"])
     nonfinite = torch.as_tensor(sums["nonfinite"], device=wide.device)
-    low, high = torch.aminmax(wide)
+    low, high = torch.aminmax(g)
     cosine = _cosine(torch.as_tensor(sums["g_lengths"]), wide.shape[0])
     values = [size.square(), nonzero, nonfinite, cosine, torch.maximum(-low, high)]
     if smallest is not None:
@@ -94,6 +98,7 @@ def measure_gradient(pool: Pool, number: int, wide: Tensor, smallest: float | No
         below = torch.count_nonzero(wide.abs() < smallest)
         values.append(below - wide.numel() + nonzero)
     pool.write(number, values)
+    return wide
 
 
 def measure_cross(pool: Pool, number: int, below: Tensor, above: Tensor) -> None:

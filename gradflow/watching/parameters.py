@@ -22,6 +22,8 @@ from gradflow.watching.discovery import Place
 
 COLUMNS = ("norm", "grad", "nonfinite", "used", "update")
 MISSING = -1.0
+# Below so many elements a call costs more than what it computes.
+SMALL = 1 << 13
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,20 @@ class Owned:
     place: int
     name: str
     parameter: nn.Parameter
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A gradient as it came: its norm and non-finite count, and which tensor in which version."""
+
+    size: Tensor
+    nonfinite: Tensor | float
+    identity: int
+    version: int
+
+    def still(self, grad: Tensor) -> bool:
+        """Whether the gradient has been neither replaced nor written to."""
+        return (self.identity, self.version) == (id(grad), grad._version)
 
 
 def owned_parameters(places: Sequence[Place]) -> list[Owned]:
@@ -55,100 +71,116 @@ def _innermost(module: nn.Module, name: str, places: dict[int, int]) -> int:
 
 
 class ParameterWatch:
-    """Norms of parameters, gradients and updates of one step, in float64 on their devices.
+    """Norms of parameters, gradients and updates in one step, float64 on their devices.
 
     Attributes:
         owned: the parameters.
         active: whether this step is measured.
-        tables: for each device a tensor (parameters there, `COLUMNS`); NaN-free `MISSING` where
-            a gradient or an update has not been seen.
     """
 
     def __init__(self, owned: Sequence[Owned]) -> None:
         self.owned = owned
         self.active = True
-        self.tables: dict[torch.device, Tensor] = {}
-        self._cells: list[tuple[Tensor, ...]] = []
-        self._seen: list[tuple[int, int] | None] = []
+        self._parameters: list[Tensor] = [one.parameter for one in owned]
         self._copies: list[Tensor] = []
-        self._prepare()
+        self.reset()
 
-    def _prepare(self) -> None:
-        counts: dict[torch.device, int] = {}
-        for one in self.owned:
-            device = one.parameter.device
-            counts[device] = counts.get(device, 0) + 1
-        for device, count in counts.items():
-            size = (count, len(COLUMNS))
-            self.tables[device] = torch.full(size, MISSING, dtype=torch.float64, device=device)
-        rows = {device: iter(table.unbind(0)) for device, table in self.tables.items()}
-        self._cells = [next(rows[one.parameter.device]).unbind(0) for one in self.owned]
-        self._seen = [None] * len(self.owned)
+    def reset(self) -> None:
+        """A new step begins."""
+        self._grads: dict[int, Seen] = {}
+        self._used: dict[int, Tensor] = {}
+        self._weights: list[Tensor] = []
+        self._updates: list[Tensor] = []
 
     def hooks(self) -> Iterator[RemovableHandle]:
         """Hooks that see each gradient once it has been written."""
-        for i, one in enumerate(self.owned):
-            if one.parameter.requires_grad:
+        for i, parameter in enumerate(self._parameters):
+            if parameter.requires_grad:
                 hook = partial(self._accumulated, i)
-                yield one.parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+                yield parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 
     def _accumulated(self, i: int, parameter: Tensor) -> None:
         if self.active and parameter.grad is not None:
             with torch.no_grad():
-                self._measure(i, parameter.grad)
+                self._see(i, parameter.grad)
 
-    def _measure(self, i: int, grad: Tensor) -> None:
+    def _see(self, i: int, grad: Tensor) -> None:
         values = _values(grad)
         size = norm(values)
-        _, cell, nonfinite, used, _ = self._cells[i]
-        cell.copy_(size)
-        used.copy_(size)
-        nonfinite.fill_(count_nonfinite(values, size))
-        self._seen[i] = _state(grad)
+        self._grads[i] = Seen(size, count_nonfinite(values, size), id(grad), grad._version)
 
     @torch.no_grad()
     def before_step(self) -> None:
         """The optimizer is about to step: gradients as it uses them, and the weights."""
         if not self.active:
             return
-        self._copies = self._copies or [torch.empty_like(one.parameter) for one in self.owned]
-        for i, one in enumerate(self.owned):
-            self._copies[i].copy_(one.parameter)
-            self._cells[i][0].copy_(norm(_values(one.parameter)))
-            grad = one.parameter.grad
-            if grad is None or self._seen[i] == _state(grad):
-                continue
-            if self._seen[i] is None:
-                self._measure(i, grad)
-            else:
-                self._cells[i][3].copy_(norm(_values(grad)))
+        self._copies = self._copies or [torch.empty_like(p) for p in self._parameters]
+        torch._foreach_copy_(self._copies, self._parameters)
+        self._weights = norms(self._copies)
+        for i, parameter in enumerate(self._parameters):
+            grad, seen = parameter.grad, self._grads.get(i)
+            if grad is not None and seen is None:
+                self._see(i, grad)
+            elif grad is not None and seen is not None and not seen.still(grad):
+                self._used[i] = norm(_values(grad))
 
     @torch.no_grad()
     def after_step(self) -> None:
         """The optimizer has stepped."""
-        if self.active and self._copies:
-            for copy, one, cells in zip(self._copies, self.owned, self._cells, strict=True):
-                cells[4].copy_(norm(_values(copy.sub_(one.parameter))))
+        if self.active and self._weights:
+            torch._foreach_sub_(self._copies, self._parameters)
+            self._updates = norms(self._copies)
 
     @torch.no_grad()
     def read(self) -> list[Tensor]:
-        """The tables, one for each device, with the norms of the weights if no step was made."""
-        for one, cells in zip(self.owned, self._cells, strict=True):
-            if not self._copies:
-                cells[0].copy_(norm(_values(one.parameter)))
-        return list(self.tables.values())
+        """For each device a tensor (parameters there, `COLUMNS`); not seen is `MISSING`."""
+        self._weights = self._weights or norms(self._parameters)
+        return [self._table(device, places) for device, places in self._by_device().items()]
+
+    def _table(self, device: torch.device, places: Sequence[int]) -> Tensor:
+        missing, none = (
+            torch.full((), v, dtype=torch.float64, device=device) for v in (MISSING, 0)
+        )
+        rows: list[Tensor] = []
+        for i in places:
+            seen = self._grads.get(i)
+            count = seen.nonfinite if seen else missing
+            rows += [
+                self._weights[i],
+                seen.size if seen else missing,
+                count.double() if isinstance(count, Tensor) else none,
+                self._used.get(i, seen.size if seen else missing),
+                self._updates[i] if self._updates else missing,
+            ]
+        return torch.stack(rows).view(-1, len(COLUMNS))
 
     def in_order(self, tables: Sequence[np.ndarray]) -> np.ndarray:
         """The tables of `read` on the host, as one with a row for each of `owned`."""
-        rows = {device: iter(table) for device, table in zip(self.tables, tables, strict=True)}
-        found = [next(rows[one.parameter.device]) for one in self.owned]
-        return np.array(found).reshape(-1, len(COLUMNS))
+        found = np.full((len(self.owned), len(COLUMNS)), MISSING)
+        for places, table in zip(self._by_device().values(), tables, strict=True):
+            found[places] = table
+        return found
 
-    def reset(self) -> None:
-        """A new step begins."""
-        self._seen = [None] * len(self.owned)
-        for table in self.tables.values():
-            table.fill_(MISSING)
+    def _by_device(self) -> dict[torch.device, list[int]]:
+        places: dict[torch.device, list[int]] = {}
+        for i, parameter in enumerate(self._parameters):
+            places.setdefault(parameter.device, []).append(i)
+        return places
+
+
+def norms(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """`stats.norm` of each; small ones, and those on a GPU, in few calls."""
+    found: dict[int, Tensor] = {}
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, x in enumerate(tensors):
+        if x.is_complex() or (x.device.type == "cpu" and x.numel() > SMALL):
+            found[i] = norm(_values(x))
+        else:
+            groups.setdefault((x.device, x.dtype), []).append(i)
+    for places in groups.values():
+        sizes = torch._foreach_norm([tensors[i] for i in places], 2, torch.float64)
+        found |= dict(zip(places, sizes, strict=True))
+    return [found[i] for i in range(len(tensors))]
 
 
 def _values(x: Tensor) -> Tensor:
@@ -157,8 +189,3 @@ def _values(x: Tensor) -> Tensor:
     if x.is_sparse:
         x = x.coalesce().values()
     return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
-
-
-def _state(grad: Tensor) -> tuple[int, int]:
-    """Changes when the gradient is replaced or written to."""
-    return id(grad), grad._version

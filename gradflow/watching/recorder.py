@@ -23,7 +23,6 @@ from gradflow.watching.meter import (
     measure_cross,
     measure_forward,
     measure_gradient,
-    widened,
 )
 from gradflow.watching.streams import stream_of
 
@@ -230,11 +229,10 @@ class Recorder:
             return
         with torch.no_grad():
             owner.arrived = True
-            wide = widened(g.detach())
             pool, row = self._row(g.device)
             half = tap.format in HALVES
             smallest = torch.finfo(tap.format).smallest_normal if half else None
-            measure_gradient(pool, row, wide, smallest)
+            wide = measure_gradient(pool, row, g.detach(), smallest)
             tap.gradients.append((pool, row))
             self._pair(owner, tap, wide)
 
