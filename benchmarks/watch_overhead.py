@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 import gradflow
 
-WIDTH, DEPTH, BATCH, TOKENS = 256, 24, 8, 128
-ROUNDS, COMPILED_ROUNDS, GROUPS = 15, 15, 5
+WIDTH, DEPTH, BATCH, TOKENS = 256, 24, 8, 256
+ROUNDS, COMPILED_ROUNDS, GROUPS = 9, 9, 3
 Step = Callable[[], None]
 
 
