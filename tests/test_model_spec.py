@@ -121,6 +121,20 @@ def test_the_gate_takes_models() -> None:
     assert any("blocks.1" in reason for reason in reasons)
 
 
+def test_the_gate_judges_every_step(tmp_path: Path) -> None:
+    model = model_of()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with gradflow.watch(model) as flow:
+        for scale in (1.0, 1.0, 0.0):
+            optimizer.zero_grad()
+            (scale * model(torch.ones(2, WIDTH)).square().sum()).backward()
+            optimizer.step()
+    run = gradflow.load(flow.save(tmp_path))
+    reasons = judge(run, Bounds(max_decades=1)).reasons
+    assert reasons
+    assert all(reason.startswith("seed 0, step 2") for reason in reasons if "more" not in reason)
+
+
 def test_an_input_without_gradient_is_missing_and_not_a_fault() -> None:
     model = model_of()
     del model.first
