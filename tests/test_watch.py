@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
+import weakref
 from typing import Any
 
 import oracle
@@ -13,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import STACKS, measure, name, network, retyped
 from torch import Tensor, nn
-from zoo import WIDTH, ZOO, Animal, Output, Residual, chain
+from zoo import WIDTH, ZOO, Animal, InPlace, Output, Residual, chain
 
 import gradflow
 from gradflow.errors import MeasurementError, UsageError
@@ -288,3 +290,63 @@ def test_a_deep_chain_needs_no_recursion() -> None:
     with gradflow.watch(model) as flow:
         model(torch.randn(1, 2)).sum().backward()
     assert len(flow.run.layer_records) == 3001
+
+
+def test_no_gradient_is_kept_alive() -> None:
+    model = chain(Residual, depth=6)
+    kept: list[weakref.ref[Tensor]] = []
+
+    def note(g: Tensor) -> None:
+        kept.append(weakref.ref(g))
+
+    with gradflow.watch(model):
+        y = model(torch.randn(3, WIDTH))
+        y.register_hook(note)
+        (y * 2).sum().backward()
+        gc.collect()
+        assert len(kept) == 1
+        assert kept[0]() is None
+
+
+def test_a_layer_that_changes_its_input_in_place_is_measured_before_and_after() -> None:
+    model = chain(InPlace, depth=1)
+    seen: list[float] = []
+    with gradflow.watch(model, "blocks.*") as flow:
+        handle = model.first.register_forward_hook(
+            lambda *given: seen.append(given[-1].detach().square().mean().sqrt().item())
+        )
+        y = model(torch.randn(3, WIDTH))
+        y.sum().backward()
+        handle.remove()
+    first, last = flow.run.layer_records
+    assert first.act_rms == pytest.approx(seen[0], rel=1e-6)
+    assert last.act_rms == pytest.approx(y.detach().square().mean().sqrt().item(), rel=1e-6)
+    assert first.act_rms != pytest.approx(last.act_rms, rel=1e-3)
+
+
+def test_patterns_watch_layers_inside_each_other() -> None:
+    model = chain(Residual, depth=2)
+    with gradflow.watch(model, ["blocks.*", "blocks.*.linear"]) as flow:
+        model(torch.randn(3, WIDTH)).square().sum().backward()
+    units = [row.unit for row in flow.run.layer_records[1:]]
+    assert units == ["blocks.0.linear", "blocks.0", "blocks.1.linear", "blocks.1"]
+    owners = {row.unit for row in flow.run.param_records}
+    assert owners == {"blocks.0.linear", "blocks.1.linear"}
+
+
+def test_two_backward_passes_through_one_graph_count_as_one_batch() -> None:
+    model = chain(Residual).double()
+    x = torch.randn(3, WIDTH, dtype=torch.float64)
+    with gradflow.watch(model) as flow:
+        y = model(x)
+        y[:1].square().sum().backward(retain_graph=True)
+        y[1:].square().sum().backward()
+    twin = copy.deepcopy(model)
+    with gradflow.watch(twin) as once:
+        twin(x).square().sum().backward()
+    for mine, other in zip(flow.run.layer_records, once.run.layer_records, strict=True):
+        # Samples do not mix here, so the squares of the halves add up.
+        assert mine.grad_norm == pytest.approx(other.grad_norm, rel=1e-12)
+        assert mine.identity_share == (
+            None if other.identity_share is None else pytest.approx(other.identity_share, rel=1e-12)
+        )

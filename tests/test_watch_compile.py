@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from zoo import WIDTH, Dict, Residual, Tuple, chain
 
 import gradflow
@@ -89,7 +90,7 @@ def test_compiled_in_place() -> None:
 def test_one_graph_serves_every_step() -> None:
     model = model_of()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    counter = torch._dynamo.testing.CompileCounterWithBackend(BACKEND)
+    counter = CompileCounterWithBackend(BACKEND)
     with gradflow.watch(model, every=2) as flow:
         compiled = torch.compile(model, fullgraph=True, backend=counter)
         for _ in range(4):

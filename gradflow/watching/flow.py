@@ -21,7 +21,8 @@ from gradflow.spec import RunOptions
 from gradflow.tables import run_view
 from gradflow.watching.discovery import find_layers
 from gradflow.watching.parameters import ParameterWatch, owned_parameters
-from gradflow.watching.recorder import Pass, Recorder
+from gradflow.watching.passes import Pass
+from gradflow.watching.recorder import Recorder
 from gradflow.watching.results import Watched, of_step, to_run, verdict_step
 from gradflow.watching.steps import Steps, followed_scaler, scale_of
 from gradflow.watching.tally import Tally, put_together, tap_columns, to_host, unscaled

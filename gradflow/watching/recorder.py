@@ -1,21 +1,16 @@
-"""What happened in one training step: which layers ran, in which order, where the numbers are.
+"""Sees every watched tensor of a training step.
 
-A tap is one watched tensor: the output of a layer, or the input of a layer that is not the output
-of another. Its numbers are rows of a `Pool`. A pass is one forward through the model with the
-backward that belongs to it; a step may have several (gradient accumulation).
+A step may have several passes, each a forward with the backward that belongs to it: gradient
+accumulation, or one loss over two calls of the model.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
 from gradflow.watching.discovery import Place
 from gradflow.watching.meter import (
@@ -24,131 +19,12 @@ from gradflow.watching.meter import (
     measure_forward,
     measure_gradient,
 )
+from gradflow.watching.passes import Call, Pass, RowOf, Tap
 from gradflow.watching.streams import stream_of
 
 HALVES = (torch.float16, torch.bfloat16)
 # Passes without a gradient that are kept: a loss may still come that spans them all.
 MOST_PENDING = 64
-
-RowOf = tuple[Pool, int]
-
-
-@dataclass(eq=False)
-class Tap:
-    """One watched tensor.
-
-    Attributes:
-        shape: of the tensor; `dtype` likewise.
-        format: number format of its gradient; that of autocast where it is on.
-        forward: the row with its `FORWARD` numbers.
-        gradients: a row of `GRADIENT` numbers for every backward that came by.
-        hooked: a gradient would be seen, if one came.
-        leaves: the call that returned it; `enters` are those that were given it.
-    """
-
-    shape: torch.Size
-    dtype: torch.dtype
-    format: torch.dtype
-    forward: RowOf
-    gradients: list[RowOf] = field(default_factory=list)
-    hooked: bool = False
-    leaves: Call | None = None
-    enters: list[Call] = field(default_factory=list)
-
-    @property
-    def device(self) -> torch.device:
-        """Where it lies."""
-        return self.forward[0].device
-
-
-@dataclass(eq=False)
-class Call:
-    """One call of a layer: the place of the layer, and how often it had been called before.
-
-    `crosses` are the rows with the inner products of the gradients at x and y.
-    """
-
-    place: int
-    number: int
-    x: Tap | None = None
-    y: Tap | None = None
-    crosses: list[RowOf] = field(default_factory=list)
-
-    @property
-    def key(self) -> tuple[int, int]:
-        """Names the row of the results."""
-        return self.place, self.number
-
-    @property
-    def stream(self) -> Tap:
-        """The input, or the output where the input is no stream."""
-        tap = self.x or self.y
-        assert tap is not None
-        return tap
-
-    @property
-    def keeps_shape(self) -> bool:
-        """Whether x and y can be compared element by element."""
-        return self.x is not None and self.y is not None and self.x.shape == self.y.shape
-
-
-@dataclass(eq=False)
-class Pass:
-    """One forward, and the backward that belongs to it.
-
-    Attributes:
-        calls: in execution order, each once it has returned.
-        counts: calls of each place so far.
-        entered: calls that have not returned yet, the innermost last.
-        known: taps by the `id` of their tensor, with a reference that says whether it lives and
-            the version that was seen.
-        held: gradients at the outputs of layers whose input's gradient has not come yet.
-        handles: of the hooks on tensors.
-        arrived: some gradient has come.
-    """
-
-    calls: list[Call] = field(default_factory=list)
-    counts: Counter[int] = field(default_factory=Counter)
-    entered: list[Call] = field(default_factory=list)
-    known: dict[int, tuple[weakref.ref[Tensor], int, Tap]] = field(default_factory=dict)
-    held: dict[int, Tensor] = field(default_factory=dict)
-    handles: list[RemovableHandle] = field(default_factory=list)
-    arrived: bool = False
-
-    def find(self, x: Tensor) -> Tap | None:
-        """The tap on this very tensor, if it has not been changed in place since."""
-        reference, version, tap = self.known.get(id(x), (None, 0, None))
-        same = reference is not None and reference() is x and version == _version(x)
-        return tap if same else None
-
-    def counted(self, place: int) -> int:
-        """How often a place had been called before; counts this call."""
-        self.counts[place] += 1
-        return self.counts[place] - 1
-
-    def returned(self, place: int) -> Call | None:
-        """The innermost call of a place; calls inside it that raised are dropped."""
-        while self.entered:
-            call = self.entered.pop()
-            if call.place == place:
-                return call
-        return None
-
-    def complete(self, call: Call, y: Tap) -> Tap:
-        """A call has returned y: it is one more row, and its taps know it."""
-        call.y, y.leaves = y, call
-        if call.x is not None:
-            call.x.enters.append(call)
-        self.calls.append(call)
-        return y
-
-    def close(self) -> None:
-        """Take the hooks off the tensors and let go of every gradient."""
-        for handle in self.handles:
-            handle.remove()
-        self.handles.clear()
-        self.known.clear()
-        self.held.clear()
 
 
 class Recorder:
@@ -242,15 +118,16 @@ class Recorder:
         with torch.no_grad():
             measure_forward(pool, row, x.detach())
         tap = Tap(x.shape, x.dtype, _format(x), (pool, row))
-        current.known[id(x)] = weakref.ref(x), _version(x), tap
+        current.know(x, tap)
         return tap
 
     def close(self) -> list[Pass]:
         """End the step; the passes in which a gradient came, or the last if none did."""
-        passes, self.passes, self.ran = self.passes, [], False
-        for one in passes:
+        passes = [one for one in self.passes if one.calls]
+        for one in self.passes:
             one.close()
-        return [p for p in passes if p.arrived] or [p for p in passes[-1:] if p.calls]
+        self.passes, self.ran = [], False
+        return [one for one in passes if one.arrived] or passes[-1:]
 
     def release(self) -> None:
         """The numbers of the step have been read: its rows can be written again."""
@@ -294,10 +171,6 @@ class Recorder:
 def in_backward() -> bool:
     """Whether autograd is running: a layer that is called now is recomputed by a checkpoint."""
     return torch._C._current_graph_task_id() != -1
-
-
-def _version(x: Tensor) -> int:
-    return -1 if x.is_inference() else x._version
 
 
 def _format(x: Tensor) -> torch.dtype:

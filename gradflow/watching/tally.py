@@ -18,7 +18,7 @@ from torch import Tensor
 from gradflow.rows import log10
 from gradflow.watching.meter import FORWARD, GRADIENT, Pool
 from gradflow.watching.parameters import COLUMNS, MISSING
-from gradflow.watching.recorder import Call, Pass, Tap
+from gradflow.watching.passes import Call, Pass, Tap
 
 Key = tuple[int, int]
 Columns = dict[str, Any]

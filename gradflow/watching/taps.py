@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from gradflow.watching.recorder import Call, Pass, Recorder, Tap, in_backward
+from gradflow.watching.passes import Call, Pass, Tap
+from gradflow.watching.recorder import Recorder, in_backward
 from gradflow.watching.streams import exchanged, stream_of
 
 
