@@ -22,6 +22,7 @@ from gradflow.errors import MeasurementError, UsageError
 from gradflow.records import LayerRecord
 from gradflow.spec import StackSpec
 from gradflow.watching import Flow
+from gradflow.watching.passes import Pass, Tap
 
 COMMON = (
     "act_rms",
@@ -350,3 +351,14 @@ def test_two_backward_passes_through_one_graph_count_as_one_batch() -> None:
         assert mine.identity_share == (
             None if other.identity_share is None else pytest.approx(other.identity_share, rel=1e-12)
         )
+
+
+def test_steps_leave_numbers_and_no_objects() -> None:
+    model = chain(Residual)
+    with gradflow.watch(model) as flow:
+        for _ in range(3):
+            model(torch.randn(3, WIDTH)).sum().backward()
+            flow.end_step()
+        gc.collect()
+        assert not [one for one in gc.get_objects() if type(one) in (Tap, Pass)]
+    assert len(flow.run.layer_records) == 3 * 4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from time import perf_counter
@@ -114,12 +115,15 @@ class Flow:
         scale = float(others[-1][0]) if len(others) > len(own) else 1.0
         params = self._parameters.in_order(others[: len(own)])
         inputs = [one.calls[0].x for one in passes]
+        stream = passes[0].calls[0].stream
         return Tally(
             step=self._step,
             input=tap_columns([x for x in inputs if x is not None], tables, scale),
             layers=put_together(passes, tables, scale),
             params=unscaled(params, scale),
-            stream=passes[0].calls[0].stream,
+            shape=tuple(stream.shape),
+            dtype=str(stream.dtype).removeprefix("torch."),
+            device=stream.device,
         )
 
     @contextmanager
@@ -130,14 +134,13 @@ class Flow:
         steps = Steps(model.parameters(), optimizer, parameters.before_step, self._stepped)
         with ExitStack() as stack:
             traced = stack.enter_context(installed(model, self._recorder))
+            stack.callback(traced.forget_graphs)
             for handle in parameters.hooks():
                 stack.callback(handle.remove)
             stack.enter_context(steps.followed())
             stack.enter_context(followed_scaler(scaler, self.end_step))
             stack.callback(self._let_go)
             yield
-        if traced.ran:
-            torch.compiler.reset()  # the taps are in the graphs
 
     def _stepped(self) -> None:
         self._parameters.after_step()
@@ -189,7 +192,9 @@ def watch(
     patterns = [layers] if isinstance(layers, str) else layers
     places = find_layers(model, patterns)
     watched = Watched(model, places, owned_parameters(places))
-    flow = Flow(watched, every, options or RunOptions(timing=False, raw_range=True), scaler)
+    # One state of one model, measured as its number format delivers it.
+    options = replace(options or RunOptions(), seeds=1, timing=False, raw_range=True)
+    flow = Flow(watched, every, options, scaler)
     with flow._attached(optimizer):
         yield flow
         flow.end_step()

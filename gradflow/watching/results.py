@@ -78,7 +78,7 @@ def to_run(
     layers = [r for tally in tallies for r in _layer_rows(watched, order, tally, options.seed)]
     params = [r for tally in tallies for r in _param_rows(watched, order, tally, options.seed)]
     step, summary = verdict_step(spec, layers, options)
-    device = tallies[0].stream.device
+    device = tallies[0].device
     return Run(
         spec=spec,
         options=options,
@@ -133,8 +133,8 @@ def _spec(watched: Watched, order: Sequence[Key], tally: Tally) -> ModelSpec:
         model=type(watched.model).__name__,
         units=" ".join(map(watched.unit, order)),
         kinds=" ".join(place.kind for place in modules),
-        shape="x".join(map(str, tally.stream.shape)),
-        dtype=str(tally.stream.dtype).removeprefix("torch."),
+        shape="x".join(map(str, tally.shape)),
+        dtype=tally.dtype,
         parameters=sum(one.parameter.numel() for one in watched.owned),
         training=watched.model.training,
         input_has_gradient=tally.input.get("grad_norm") is not None,

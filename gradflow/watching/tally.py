@@ -34,14 +34,16 @@ class Tally:
         input: columns of the input of the first layer.
         layers: columns of every layer by place and call, in execution order.
         params: a row of `parameters.COLUMNS` for every parameter.
-        stream: the tap at the first layer.
+        shape: of the stream at the first layer; `dtype` and `device` likewise.
     """
 
     step: int
     input: Columns
     layers: dict[Key, Columns]
     params: np.ndarray
-    stream: Tap
+    shape: tuple[int, ...]
+    dtype: str
+    device: torch.device
 
 
 def to_host(pools: Iterable[Pool], others: Sequence[Tensor]) -> tuple[Tables, list[np.ndarray]]:

@@ -59,6 +59,11 @@ class Traced:
             owner, tap = waiting.pop()
             self.recorder.gradient(owner, tap, g)
 
+    def forget_graphs(self) -> None:
+        """Have everything compiled again if there are taps in a graph."""
+        if self.ran:
+            torch.compiler.reset()
+
     def _call(self, current: Pass, place: int) -> Call:
         """The call that returns: its x is its own, or the output of the layer before."""
         call = current.returned(place)
