@@ -134,7 +134,7 @@ def made(animal: Animal, *, training: bool) -> nn.Module:
     with_gradient=st.booleans(),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=40)
+@settings(max_examples=30)
 def test_observing_changes_nothing(
     kind: str, batch: int, training: bool, with_gradient: bool, seed: int
 ) -> None:
@@ -287,10 +287,10 @@ def test_every_is_a_whole_number(every: Any) -> None:
 
 
 def test_a_deep_chain_needs_no_recursion() -> None:
-    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(3000)))
+    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(1200)))
     with gradflow.watch(model) as flow:
         model(torch.randn(1, 2)).sum().backward()
-    assert len(flow.run.layer_records) == 3001
+    assert len(flow.run.layer_records) == 1201
 
 
 def test_no_gradient_is_kept_alive() -> None:

@@ -58,7 +58,9 @@ def same(a: Flow, b: Flow, rel: float = 1e-5) -> None:
         assert numbers(mine) == pytest.approx(numbers(other), rel=rel)
 
 
-@pytest.mark.parametrize("kind", [Residual, Tuple, Dict])
+@pytest.mark.parametrize(
+    "kind", [Residual, *(pytest.param(kind, marks=pytest.mark.slow) for kind in (Tuple, Dict))]
+)
 def test_compiled_inside_the_watch(kind: type[nn.Module]) -> None:
     model = model_of(kind)
     with gradflow.watch(model) as flow:
@@ -77,6 +79,7 @@ def test_compiled_and_used_before_the_watch() -> None:
     step(model, batch())  # compiled again, without taps
 
 
+@pytest.mark.slow
 def test_compiled_in_place() -> None:
     model = model_of()
     model.compile(fullgraph=True, backend=BACKEND)
