@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from gradflow.spec import StackSpec as StackSpec
     from gradflow.store import load as load
     from gradflow.store import save as save
+    from gradflow.watching import watch as watch
 
 __version__ = "0.1.0"
 
@@ -25,9 +26,10 @@ _HOMES = {
     "StackSpec": "gradflow.spec",
     "load": "gradflow.store",
     "save": "gradflow.store",
+    "watch": "gradflow.watching",
 }
 
-__all__ = ["Run", "RunOptions", "StackSpec", "__version__", "load", "measure", "save"]
+__all__ = ["Run", "RunOptions", "StackSpec", "__version__", "load", "measure", "save", "watch"]
 
 
 def __getattr__(name: str) -> Any:

@@ -15,6 +15,7 @@ from operator import attrgetter
 import numpy as np
 
 from gradflow.records import LayerRecord, Run
+from gradflow.spec import StackSpec
 from gradflow.theory import Prediction, predict
 
 NOT_FINITE = "the measured gradient is not finite everywhere"
@@ -27,6 +28,7 @@ def with_theory(run: Run) -> Run:
         run: as measured; where theory has no answer its columns stay empty, and the summary says
             why.
     """
+    assert isinstance(run.spec, StackSpec)  # what was built; models have no theory
     prediction = predict(run.spec)
     if prediction.reason is not None:
         return replace(run, summary=replace(run.summary, theory_reason=prediction.reason))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
+from gradflow.model_spec import Spec
 from gradflow.records import Summary
 from gradflow.spec import RunOptions, StackSpec
 
@@ -49,7 +50,7 @@ class Described(Protocol):
     """What words about a run are made from; whole runs have it, and those of a report."""
 
     @property
-    def spec(self) -> StackSpec: ...
+    def spec(self) -> Spec: ...
     @property
     def options(self) -> RunOptions: ...
     @property
@@ -115,9 +116,10 @@ def word(name: str, value: object) -> str:
 
 
 def _design(run: Described, words: Sequence[str], with_block: bool) -> str:
-    design = run.spec.scheme or run.spec.shortcut
-    stack = f"{design} {run.spec.block}" if with_block else str(design)
-    norm = "" if run.spec.scheme else word("norm", run.spec.norm)
+    design = _value(run, "scheme") or _value(run, "shortcut")
+    # A model has neither: it is its own design.
+    stack = " ".join(filter(None, [design, run.spec.block if with_block or not design else ""]))
+    norm = "" if _value(run, "scheme") else word("norm", _value(run, "norm"))
     rest = [word(name, _value(run, name)) for name in words if name != "scheme"]
     return ", ".join(filter(None, [stack, norm, *rest]))
 
@@ -125,14 +127,16 @@ def _design(run: Described, words: Sequence[str], with_block: bool) -> str:
 def _value(run: Described, name: str) -> Any:
     if name == DEVICE:
         return str(run.environment.get(DEVICE))
-    return getattr(run.options if name in MEASURED else run.spec, name)
+    return getattr(run.options if name in MEASURED else run.spec, name, None)
 
 
 def _differs(runs: Sequence[Described], name: str) -> bool:
     """Whether a setting says more than block, norm and scheme, whose defaults set many others."""
     found: dict[tuple[object, ...], object] = {}
     return any(
-        found.setdefault((run.spec.block, run.spec.norm, run.spec.scheme), _value(run, name))
+        found.setdefault(
+            (run.spec.block, _value(run, "norm"), _value(run, "scheme")), _value(run, name)
+        )
         != _value(run, name)
         for run in runs
     )

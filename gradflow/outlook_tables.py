@@ -17,7 +17,7 @@ from gradflow import markdown
 from gradflow.naming import names
 from gradflow.outlook import NO_THEORY, Outlook, Reach
 from gradflow.records import Summary
-from gradflow.tables import ENDS, STYLES, draw, sizes
+from gradflow.tables import ENDS, STYLES, draw
 from gradflow.units import count, number, signed
 
 HEADINGS = ("design", "depth", "verdict", "decades", "per layer", "healthy to")
@@ -31,7 +31,7 @@ def outlook_view(found: Outlook) -> RenderableType:
     """Everything that `gradflow run --theory-only` shows."""
     spec, summary = found.spec, found.summary
     heading = Text(f"{spec.title}: predicted, not measured", style="bold")
-    about = Text(f"{sizes(spec)}, loss {spec.loss}", style="dim")
+    about = Text(f"{spec.details}, loss {spec.loss}", style="dim")
     if found.prediction.reason is not None:
         return Group(heading, about, Text(f"No theory: {found.prediction.reason}."))
     values = found.prediction.log10_grad_norm or ()

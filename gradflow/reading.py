@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradflow.errors import RunFolderError, UsageError
+from gradflow.model_spec import Spec, spec_from_json
 from gradflow.records import Summary
-from gradflow.spec import RunOptions, StackSpec
+from gradflow.spec import RunOptions
 from gradflow.store import plain, read_about
 from gradflow.typed import expect, expect_items, typed
 
@@ -41,7 +42,7 @@ class StoredRun:
     number: int
     name: str
     path: Path
-    spec: StackSpec
+    spec: Spec
     options: RunOptions
     summary: Summary
     environment: dict[str, Any]
@@ -156,7 +157,7 @@ def _stored_run(number: int, path: Path) -> StoredRun:
             number=number,
             name=clean(path.name),
             path=path,
-            spec=StackSpec.from_json(typed(StackSpec, about["spec"])),
+            spec=spec_from_json(about["spec"]),
             options=RunOptions.from_json(typed(RunOptions, about["options"])),
             summary=Summary(**typed(Summary, about["summary"])),
             environment=expect("environment", about["environment"], dict),

@@ -12,7 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradflow.spec import RunOptions, StackSpec
+from gradflow.model_spec import Spec
+from gradflow.spec import RunOptions
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -72,6 +73,24 @@ class LayerRecord:
     forward_s_iqr: float | None = column("its interquartile range", "s", missing=True)
     backward_s: float | None = column("backward time, median over the repeats", "s", missing=True)
     backward_s_iqr: float | None = column("its interquartile range", "s", missing=True)
+    identity_share: float | None = column(
+        "squared cosine of dL/dx and dL/dy: the share of dL/dx that is dL/dy handed on",
+        missing=True,
+    )
+    clipped_param_grad_norm: float | None = column(
+        "norm of dL/dparameters as the optimizer took it, after clipping", missing=True
+    )
+    update_ratio: float | None = column(
+        "norm of the optimizer's change of the parameters over their norm", missing=True
+    )
+    underflow_fraction: float | None = column(
+        "fraction of g that is not 0, but below the normal numbers of its half-precision format",
+        missing=True,
+    )
+    headroom_log2: float | None = column(
+        "powers of two from the largest |g|, as scaled, to the largest number of its format",
+        missing=True,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +202,7 @@ class Run:
     `layer_records`, `param_records` and `time_records`. `path` is the folder, once stored.
     """
 
-    spec: StackSpec
+    spec: Spec
     options: RunOptions
     summary: Summary
     environment: dict[str, Any]

@@ -11,11 +11,19 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Protocol
 
 from gradflow.errors import UsageError
 from gradflow.schemes import Scheme, find
 from gradflow.wiring import Place, Wiring
+
+
+class Storable(Protocol):
+    """What a key can be made of."""
+
+    def to_json(self) -> dict[str, Any]:
+        """A dictionary of plain values."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -246,6 +254,25 @@ class StackSpec:
         return f"{self.shortcut} {self.block}, {norm}, depth {self.depth}"
 
     @property
+    def details(self) -> str:
+        """Sizes, activation and initialisation, in one line."""
+        size = {
+            "vectors": f"{self.batch_size} vectors",
+            "tokens": f"{self.batch_size} x {self.seq_len} tokens",
+            "images": f"{self.batch_size} images of {self.image_size} x {self.image_size}",
+        }[self.kind.domain]
+        return f"width {self.width}, {size}, {self.activation}, init {self.init}"
+
+    @property
+    def input_has_gradient(self) -> bool:
+        """The engines take the gradient at the input of every stack."""
+        return True
+
+    def kind_of(self, unit: str) -> str:
+        """Units of one branch can be compared with each other."""
+        return unit
+
+    @property
     def slug(self) -> str:
         """The stack as a part of a folder name."""
         design = self.scheme or f"{self.shortcut}-{self.norm}"
@@ -262,7 +289,7 @@ class StackSpec:
         Raises:
             UsageError: an unknown field, or a value that breaks a rule.
         """
-        return cls(**_known_fields(cls, values))
+        return cls(**known_fields(cls, values))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -308,10 +335,10 @@ class RunOptions:
         Raises:
             UsageError: an unknown field, or a value that breaks a rule.
         """
-        return cls(**_known_fields(cls, values))
+        return cls(**known_fields(cls, values))
 
 
-def run_key(spec: StackSpec, options: RunOptions) -> str:
+def run_key(spec: Storable, options: RunOptions) -> str:
     """Eight hexadecimal digits that name the numbers a run will hold, timings aside."""
     numbers = {"seed": options.seed, "seeds": options.seeds, "raw_range": options.raw_range}
     text = json.dumps({"spec": spec.to_json(), **numbers}, sort_keys=True)
@@ -358,7 +385,12 @@ def positive(values: Any, name: str, *, zero: bool = False) -> None:
         raise UsageError(rule, value, f"use for example {flag(name)} 1.0")
 
 
-def _known_fields(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+def known_fields(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values by field, if the class has all these fields.
+
+    Raises:
+        UsageError: an unknown field.
+    """
     known = tuple(f.name for f in fields(cls))
     for name in values:
         check_choice(f"a field of {cls.__name__}", name, known)

@@ -33,7 +33,7 @@ _local = threading.local()
 
 def _wide(x: Tensor, use: str) -> Tensor:
     """x in float64. The next call of the same use on this thread may overwrite it."""
-    if x.device.type != "cpu" or x.numel() > _SCRATCH:
+    if x.device.type != "cpu" or x.numel() > _SCRATCH or x.dtype == torch.float64:
         return x.detach().double()
     buffer: Tensor | None = getattr(_local, use, None)
     if buffer is None:
@@ -65,7 +65,7 @@ def _lengths(rows: Tensor) -> tuple[Tensor, Tensor]:
     return norms, torch.linalg.vector_norm(resultants, dim=(-2, -1))
 
 
-def mean_cosine(square: Tensor, count: Tensor) -> Tensor:
+def mean_cosine(square: Tensor, count: Tensor | int) -> Tensor:
     """Mean cosine over all pairs of `count` different unit vectors u_i with |sum u_i|^2 = square.
 
     mean over i != j of u_i . u_j = (|sum u_i|^2 - n) / (n (n - 1)), which needs no n x n matrix.

@@ -25,6 +25,7 @@ from types import NoneType
 from typing import IO, Any, TypeVar, get_args, get_type_hints
 
 from gradflow.errors import MeasurementError, RunFolderError, UsageError
+from gradflow.model_spec import spec_from_json
 from gradflow.records import (
     SCHEMA_VERSION,
     LayerRecord,
@@ -35,7 +36,7 @@ from gradflow.records import (
     TimeRecord,
     columns,
 )
-from gradflow.spec import RunOptions, StackSpec, run_key
+from gradflow.spec import RunOptions, run_key
 from gradflow.typed import expect, expect_items, typed
 
 STAGING = ".gradflow-"
@@ -108,7 +109,7 @@ def load(path: Path | str) -> Run:
     about = read_about(path)
     try:
         run = Run(
-            spec=StackSpec.from_json(typed(StackSpec, about["spec"])),
+            spec=spec_from_json(about["spec"]),
             options=RunOptions.from_json(typed(RunOptions, about["options"])),
             summary=Summary(**typed(Summary, about["summary"])),
             environment=_environment(about["environment"]),

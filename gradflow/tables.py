@@ -13,7 +13,6 @@ from rich.table import Table
 from rich.text import Text
 
 from gradflow.records import LayerRecord, Run, Summary
-from gradflow.spec import StackSpec
 from gradflow.theory_words import theory_sentence
 from gradflow.units import count, gib, milliseconds, number, rounded, signed
 
@@ -38,7 +37,9 @@ COLUMNS = (
     Column("gain", "gain", ".3f"),
     Column("skip", "skip_gain", ".3f"),
     Column("branch", "branch_gain", ".3f"),
+    Column("identity", "identity_share", ".3f"),
     Column("log10|dW|", "log10_param_grad_norm", "+.2f"),
+    Column("update", "update_ratio", ".1e"),
     Column("act rms", "act_rms", "#.3g"),
 )
 Curve = Sequence[tuple[float, float]]
@@ -60,18 +61,8 @@ def run_view(run: Run) -> RenderableType:
 def subtitle(run: Run) -> Iterator[str]:
     """The rest of the specification, and where it was measured."""
     spec, where = run.spec, run.environment
-    yield f"{sizes(spec)}, {count(run.options.seeds, 'seed')}"
+    yield f"{spec.details}, {count(run.options.seeds, 'seed')}"
     yield f"loss {spec.loss}, {where['dtype']} on {where['device_name']}"
-
-
-def sizes(spec: StackSpec) -> str:
-    """Width, batch, activation and init."""
-    batch = {
-        "vectors": f"{spec.batch_size} vectors",
-        "tokens": f"{spec.batch_size} x {spec.seq_len} tokens",
-        "images": f"{spec.batch_size} images of {spec.image_size} x {spec.image_size}",
-    }[spec.kind.domain]
-    return f"width {spec.width}, {batch}, {spec.activation}, init {spec.init}"
 
 
 def layer_table(run: Run) -> Table:

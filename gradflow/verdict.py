@@ -15,6 +15,7 @@ from operator import attrgetter
 import numpy as np
 from scipy.special import stdtrit
 
+from gradflow.model_spec import ModelSpec, Spec
 from gradflow.records import LayerRecord, Summary
 from gradflow.spec import RunOptions, StackSpec
 
@@ -62,7 +63,7 @@ class Trend:
 
 
 def summarise(
-    records: Iterable[LayerRecord], spec: StackSpec, options: RunOptions, loss: float | None = None
+    records: Iterable[LayerRecord], spec: Spec, options: RunOptions, loss: float | None = None
 ) -> Summary:
     """A run in a few numbers.
 
@@ -72,7 +73,8 @@ def summarise(
         options: the thresholds.
         loss: mean over the seeds, where the loss is one.
     """
-    seeds = [list(rows) for _, rows in groupby(records, key=attrgetter("seed"))]
+    judged = (row for row in records if row.layer > 0 or spec.input_has_gradient)
+    seeds = [list(rows) for _, rows in groupby(judged, key=attrgetter("seed"))]
     finding = combine([classify(rows, options) for rows in seeds])
     profiles = np.array([[_value(row.log10_grad_norm) for row in rows] for rows in seeds])
     finite = bool(np.isfinite(profiles).all())
@@ -89,7 +91,7 @@ def summarise(
         efolding_layers=1 / (abs(rate) * math.log(10)) if rate else None,
         trend=trend.name if trend else None,
         healthy_depth=trend.healthy_depth(options) if trend else None,
-        param_grad_spread=_spread([row for rows in seeds for row in rows]),
+        param_grad_spread=_spread([row for rows in seeds for row in rows], spec),
         skip_share=_skip_share([row for rows in seeds for row in rows]),
         first_layer=finding.layer,
         first_unit=finding.unit,
@@ -147,7 +149,7 @@ def combine(findings: Sequence[Finding]) -> Finding:
     return replace(first, verdict="unstable", counts=tuple(ranked))
 
 
-def fit_trend(profile: np.ndarray, spec: StackSpec) -> Trend:
+def fit_trend(profile: np.ndarray, spec: Spec) -> Trend:
     """Exponential or power law in depth, whichever leaves the smaller squares.
 
     Args:
@@ -175,10 +177,25 @@ ADVICE = {
 }
 
 
-def advice(finding: Finding, spec: StackSpec, options: RunOptions) -> str:
+# Of a person's own model no option can be named.
+MODEL_REMEDIES = {
+    "healthy": "",
+    "vanishing": "Look where the gain is below 1: add a shortcut or a norm, or larger weights.",
+    "exploding": "Look where the gain is above 1: normalise, or scale the branches down.",
+    "dead": "Look for a detached output, a frozen layer or one that the loss does not use.",
+    "nonfinite": "Look at this layer first: what comes later follows from it.",
+    "unstable": "",
+}
+
+
+def advice(finding: Finding, spec: Spec, options: RunOptions) -> str:
     """What the verdict means, and what to do about it in this very stack."""
     text = ADVICE[finding.verdict]
-    remedy = _remedy(finding, spec, options)
+    if isinstance(spec, ModelSpec):
+        remedy = MODEL_REMEDIES[finding.verdict]
+    else:
+        assert isinstance(spec, StackSpec)
+        remedy = _remedy(finding, spec, options)
     return f"{text} {remedy}" if remedy else text
 
 
@@ -232,10 +249,12 @@ def _value(number: float | None) -> float:
     return math.nan if number is None else number
 
 
-def _rate(profiles: np.ndarray, spec: StackSpec) -> tuple[float, float | None, float | None]:
+def _rate(profiles: np.ndarray, spec: Spec) -> tuple[float | None, float | None, float | None]:
     """Mean log10 gain of a layer with its 95 % interval (Student's t) over seeds and layers."""
     borders = profiles[:, :: spec.units_per_block]
     gains = (borders[:, :-1] - borders[:, 1:]).ravel()
+    if not gains.size:
+        return None, None, None
     mean = float(gains.mean())
     if gains.size < 2:
         return mean, None, None
@@ -243,12 +262,14 @@ def _rate(profiles: np.ndarray, spec: StackSpec) -> tuple[float, float | None, f
     return mean, mean - half, mean + half
 
 
-def _spread(rows: Sequence[LayerRecord]) -> float | None:
+def _spread(rows: Sequence[LayerRecord], spec: Spec) -> float | None:
     """Decades between the largest and the smallest parameter gradient of one kind of unit."""
     by_unit: dict[tuple[int, str], list[float]] = {}
     for row in rows:
         if row.log10_param_grad_norm is not None:
-            by_unit.setdefault((row.seed, row.unit), []).append(row.log10_param_grad_norm)
+            by_unit.setdefault((row.seed, spec.kind_of(row.unit)), []).append(
+                row.log10_param_grad_norm
+            )
     spreads = [max(logs) - min(logs) for logs in by_unit.values()]
     return max(spreads) if spreads and all(map(math.isfinite, spreads)) else None
 
