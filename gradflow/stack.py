@@ -239,7 +239,11 @@ def stream_shape(spec: StackSpec) -> tuple[int, ...]:
 
 def input_batch(spec: StackSpec, seed: int, device: torch.device) -> Tensor:
     """y_0: independent standard normal elements, times the scheme's own scale."""
-    x = _normal(spec, stream_shape(spec), generator(device, seed, "input"))
+    return scaled_input(spec, _normal(spec, stream_shape(spec), generator(device, seed, "input")))
+
+
+def scaled_input(spec: StackSpec, x: Tensor) -> Tensor:
+    """x times the scheme's own scale."""
     scale = spec.recipe.input_scale(spec.depth) if spec.scheme else 1.0
     return x if scale == 1 else x * scale
 
