@@ -22,14 +22,14 @@ from gradflow.units import count
 CONVERGED = 0.9
 NEAR_CHANCE = 0.1
 # A head that learns nothing but noise at a high learning rate is worse than chance by a tenth.
-WORSE = -0.5
+WORSE = 0.5
 WINDOW = 0.1
 
 ADVICE = {
     "converged": "It closed nine tenths of the gap between chance and the floor.",
     "learning": "It is between chance and the floor: raise --steps to see where it ends.",
-    "stuck": "The loss stays near chance: see what gradient the first layers get, or change --lr.",
-    "diverged": "The loss left for worse than chance: lower --lr, or raise --warmup.",
+    "stuck": "The loss stays at chance: see what gradient the first layers get, or change --lr.",
+    "diverged": "The loss grew beyond chance: lower --lr, or raise --warmup.",
     "unstable": "Seeds disagree.",
 }
 
@@ -41,8 +41,8 @@ class Outcome:
     Attributes:
         name: a key of `ADVICE`.
         step: converged: the first at which the gap was closed so far. diverged: the first loss
-            that is not finite, or the first step from which the average stays worse than chance.
-            Else the last step.
+            that is not finite, or the first step from which the average stays too large. Else
+            the last step.
         loss: average over the last tenth of the steps; NaN where a loss is not finite.
         gap_closed: at the end; NaN where a loss is not finite.
         counts: how many seeds came to what, where they disagree.
@@ -64,9 +64,9 @@ class Outcome:
 def judge(records: Sequence[StepRecord]) -> Outcome:
     """The outcome of one seed.
 
-    `diverged`: a loss is not finite, or the end is worse than chance by half of the gap;
-    `converged`: nine tenths of the gap are closed at the end; `stuck`: less than one tenth;
-    `learning`: between the two.
+    `diverged`: a loss is not finite, or the end is worse than the start, and worse than chance by
+    half of the gap; `converged`: nine tenths of the gap are closed at the end; `learning`: more
+    than one tenth; `stuck`: less.
 
     Args:
         records: one seed, every step in order.
@@ -78,25 +78,15 @@ def judge(records: Sequence[StepRecord]) -> Outcome:
     end = records[-1]
     gap = end.loss_chance - end.loss_floor
     closed = [(end.loss_chance - average) / gap for average in averages]
-    name = _name(closed[-1])
-    place = {
-        "converged": lambda: next(i for i, part in enumerate(closed) if part >= CONVERGED),
-        "diverged": lambda: 1 + max(_not_worse(closed), default=-1),
-    }
-    step = records[place[name]()].step if name in place else end.step
-    return Outcome(name, step, averages[-1], closed[-1])
-
-
-def _name(closed: float) -> str:
-    if closed >= CONVERGED:
-        return "converged"
-    if closed >= NEAR_CHANCE:
-        return "learning"
-    return "stuck" if closed >= WORSE else "diverged"
-
-
-def _not_worse(closed: Sequence[float]) -> Iterator[int]:
-    return (i for i, part in enumerate(closed) if part >= WORSE)
+    limit = max(end.loss_chance + WORSE * gap, records[0].loss)
+    if averages[-1] > limit:
+        below = (i for i, average in enumerate(averages) if average <= limit)
+        name, place = "diverged", 1 + max(below)
+    elif closed[-1] >= CONVERGED:
+        name, place = "converged", next(i for i, part in enumerate(closed) if part >= CONVERGED)
+    else:
+        name, place = ("learning" if closed[-1] >= NEAR_CHANCE else "stuck"), -1
+    return Outcome(name, records[place].step, averages[-1], closed[-1])
 
 
 def running_mean(losses: Sequence[float]) -> Iterator[float]:

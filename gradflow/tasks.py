@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 CPU = torch.device("cpu")
 # Logits of the transition probabilities are normal with this standard deviation.
-SHARPNESS = 3.0
+SHARPNESS = 2.0
 # Length of a prototype over the standard deviation of the noise in one direction.
 SEPARATION = 4.0
 
@@ -58,7 +58,7 @@ class Task(Protocol):
 class MarkovTask:
     """Next-token prediction on a Markov chain with `classes` states.
 
-    P = softmax(3 N(0, 1)) row by row; sequences start in the stationary distribution pi. The floor
+    P = softmax(2 N(0, 1)) row by row; sequences start in the stationary distribution pi. The floor
     is the entropy rate, -sum_i pi_i sum_j P_ij log P_ij (Cover & Thomas 2006, theorem 4.2.4), and
     chance the entropy of pi.
     """
@@ -96,12 +96,15 @@ def _inverse(cumulative: Tensor, u: Tensor) -> Tensor:
 
 
 def stationary(transitions: Tensor) -> Tensor:
-    """pi with pi P = pi and sum pi = 1, of an irreducible chain. (K, K) to (K,)."""
-    states = len(transitions)
-    system = torch.cat([transitions.T - torch.eye(states), torch.ones(1, states)])
-    right = torch.zeros(states + 1, 1, dtype=torch.float64)
-    right[-1] = 1
-    return torch.linalg.lstsq(system, right).solution[:, 0]
+    """pi with pi P = pi and sum pi = 1, of a chain with positive P. (K, K) to (K,).
+
+    P is squared until it is P^(2^20), all rows of which are pi.
+    """
+    power = transitions
+    for _ in range(20):
+        power = power @ power
+        power = power / power.sum(1, keepdim=True)  # or rounding would grow with the power
+    return power[0]
 
 
 class PrototypeTask:

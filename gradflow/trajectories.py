@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import polars as pl
 
 from gradflow.errors import RunFolderError
+from gradflow.profiles import SCHEMA
 from gradflow.records import StepRecord
 from gradflow.store import read_records
 
@@ -66,7 +67,7 @@ def _losses(number: int, records: list[StepRecord]) -> pl.DataFrame:
         .sort("step")
         .with_columns(run=pl.lit(number, pl.Int64))
     )
-    return means.filter(_kept(pl.col("step"), POINTS)).select(LOSSES)
+    return means.filter(_kept(pl.col("step"), POINTS)).select(list(LOSSES))
 
 
 def _kept(values: pl.Expr, most: int) -> pl.Expr:
@@ -76,19 +77,28 @@ def _kept(values: pl.Expr, most: int) -> pl.Expr:
     return (rank % stride == 0) | (rank == rank.max())
 
 
-def heat_of(rows: pl.DataFrame) -> pl.DataFrame:
+def read_heat(tables: Iterable[tuple[int, Path]]) -> pl.DataFrame:
     """Gradient norms of trained runs by layer and step, at the outputs of the layers.
 
     Args:
-        rows: of layers.csv, with a column `run`; in the order of the files.
+        tables: number of the run, and its layers.csv, which has been read before.
 
     Returns:
         One row per run, layer and measured step with the columns `HEAT`: means over the seeds,
         thinned. `until` is the next measured step.
     """
-    several = pl.col("step").n_unique().over("run") > 1
+    names = ["seed", "step", "layer", "log10_grad_norm"]
+    found = [
+        pl.read_csv(file.read_bytes(), schema=SCHEMA)
+        .select(names)
+        .with_columns(run=pl.lit(number, pl.Int64))
+        for number, file in tables
+    ]
+    if not found:
+        return pl.DataFrame(schema=HEAT)
     heat = (
-        rows.filter(several)
+        pl.concat(found)
+        .filter(pl.col("step").n_unique().over("run") > 1)
         .group_by("run", "seed", "step", "layer", maintain_order=True)
         .agg(pl.col("log10_grad_norm").last())
         .group_by("run", "layer", "step", maintain_order=True)
@@ -106,10 +116,5 @@ def heat_of(rows: pl.DataFrame) -> pl.DataFrame:
             until=pl.coalesce(after, pl.col("step") + width).over("run", "layer"),
             log10_grad_norm=finite,
         )
-        .select(HEAT)
+        .select(list(HEAT))
     )
-
-
-def trained(tables: Iterable[Table]) -> Iterator[Table]:
-    """Those of the tables that have rows."""
-    return (table for table in tables if table[2])
