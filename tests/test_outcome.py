@@ -8,18 +8,21 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+import vl_convert
 from records import layer_rows, run_of, spec_of
 from rich.console import Console
 
 from gradflow import store
-from gradflow.charts import CHARTS
+from gradflow.chart_rows import tables
+from gradflow.charts import CHARTS, picture_of
 from gradflow.compare_tables import as_markdown, comparison_view
 from gradflow.comparison import compare
+from gradflow.html_page import charts_of
 from gradflow.outcome import combine, judge, running_mean, summary_of
-from gradflow.overview import markdown_table
+from gradflow.overview import in_order, markdown_table
 from gradflow.reading import read_results
 from gradflow.records import LayerRecord, Run, StepRecord
-from gradflow.report import page, write_pictures
+from gradflow.report import page
 from gradflow.spec import RunOptions
 from gradflow.tables import run_view
 from gradflow.training_charts import TRAINING_CHARTS
@@ -166,9 +169,10 @@ def test_a_run_from_before_there_was_training_can_be_read(tmp_path: Path) -> Non
 def test_the_report_tells_and_draws_training_where_there_was_some(tmp_path: Path) -> None:
     store.save(run_of(), tmp_path / "a")
     plain = read_results(tmp_path / "a")
-    assert 'id="training"' not in page(plain)
+    assert charts_of(plain) == CHARTS
     store.save(trained_run(seeds=2), tmp_path / "a")
     both = read_results(tmp_path / "a")
+    assert set(charts_of(both)) == {*CHARTS, *TRAINING_CHARTS}
     text = page(both)
     assert 'id="training"' in text
     assert "Training converged at step 2: the loss ends at 1.100" in text
@@ -194,12 +198,19 @@ def test_damaged_steps_are_named(tmp_path: Path) -> None:
     assert "steps.csv" in found.skipped[0] or "no column" in found.skipped[0]
 
 
-def test_pictures_of_training(tmp_path: Path) -> None:
-    store.save(trained_run(seeds=2), tmp_path / "runs")
-    files = write_pictures(read_results(tmp_path / "runs"), tmp_path / "out", "svg")
-    names = {file.stem for file in files}
-    assert set(TRAINING_CHARTS) <= names <= set(CHARTS) | set(TRAINING_CHARTS)
-    assert "stroke-dasharray" in (tmp_path / "out" / "loss.svg").read_text()
+def test_both_charts_can_be_drawn(tmp_path: Path) -> None:
+    store.save(trained_run(seeds=2), tmp_path)
+    results = read_results(tmp_path)
+    found = tables(results, in_order(results))
+    for name, drawing in TRAINING_CHARTS.items():
+        spec = picture_of(drawing, found[drawing.table]).to_dict()
+        drawn = vl_convert.vegalite_to_svg(spec)
+        assert drawing.title in drawn
+        assert ("stroke-dasharray" in drawn) == (name == "loss")
+    assert found["heats"]["bar"].unique(maintain_order=True).to_list()[:2] == [
+        "residual, pre-norm, depth 3: input",
+        "residual, pre-norm, depth 3: layer 1",
+    ]
 
 
 def test_a_comparison_has_outcome_and_final_loss() -> None:
