@@ -140,7 +140,7 @@ class TaskNetwork(nn.Module):
         self.spec = spec
         self.embedding = _embedding(spec, seed, device) if spec.kind.domain == "tokens" else None
         self.blocks = build_stack(spec, seed, device)
-        self.layers = nn.ModuleList(self.blocks)
+        self.layers = nn.ModuleList(self.blocks)  # a list alone would not register them
         self.head = CrossEntropyLoss(spec, seed, device)
 
     def enter(self, batch: Batch) -> Tensor:
@@ -156,7 +156,7 @@ class TaskNetwork(nn.Module):
         return self.head(y)
 
     def network(self, batch: Batch) -> Network:
-        """The same pass for the walk engine, with the parameters as they are now."""
+        """The same pass for the walk engine, with the parameters (and their norms) as they are."""
         self.head.labels = batch.labels
         for block in self.blocks:
             for unit in block.units:
