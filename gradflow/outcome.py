@@ -28,7 +28,7 @@ WINDOW = 0.1
 ADVICE = {
     "converged": "It closed nine tenths of the gap between chance and the floor.",
     "learning": "It is between chance and the floor: raise --steps to see where it ends.",
-    "stuck": "The loss stays at chance: see what gradient the first layers get, or change --lr.",
+    "stuck": "The loss is no better than chance: see what gradient the first layers get.",
     "diverged": "The loss grew beyond chance: lower --lr, or raise --warmup.",
     "unstable": "Seeds disagree.",
 }
