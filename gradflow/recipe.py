@@ -22,14 +22,17 @@ def as_trained(spec: StackSpec, options: RunOptions) -> StackSpec:
     token must not be seen.
 
     Raises:
-        UsageError: another loss, or a norm that lets a token see the next one, or more classes
-            than prototypes that are orthogonal.
+        UsageError: another loss, a norm that lets a token see the next one, more classes than
+            prototypes that are orthogonal, or a number format that the optimizer cannot use.
     """
     if not options.steps:
         return spec
     if spec.loss == "mse":
         rule = "training minimises the cross-entropy of the built-in task"
         raise UsageError(rule, "--loss mse", "leave out --loss, or use --loss ce")
+    if spec.dtype == "float16" and options.optimizer == "adamw":
+        rule = "the epsilon of adamw, 1e-8, is 0 in float16"
+        raise UsageError(rule, "--dtype float16", "use --dtype bfloat16, or --optimizer sgd")
     if spec.kind.domain == "tokens":
         _check_tokens(spec)
     elif spec.classes > spec.width:

@@ -233,6 +233,7 @@ def test_training_is_causal_and_has_a_loss_of_its_own() -> None:
         (small("mlp", loss="mse"), "--loss mse"),
         (small("ffn", norm="pre", norm_kind="batchnorm"), "--norm-kind batchnorm"),
         (small("mlp", classes=33), "--classes 33"),
+        (small("mlp", dtype="float16"), "--dtype float16"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(spec: StackSpec, words: str) -> None:
