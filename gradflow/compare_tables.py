@@ -19,8 +19,10 @@ from rich.text import Text
 
 from gradflow import markdown
 from gradflow.comparison import SPEED_KEYS, Comparison, Ratio, Row
+from gradflow.outcome import outcome_sentence
 from gradflow.overview import STYLES, answer, designs_through
 from gradflow.records import Summary
+from gradflow.spec import TRAINING as TRAINING_OPTIONS
 from gradflow.store import plain
 from gradflow.theory_words import theory_cell
 from gradflow.units import gib, milliseconds, number, rounded
@@ -49,12 +51,18 @@ def comparison_view(comparison: Comparison) -> RenderableType:
     if _timed(comparison):
         parts += [Text(), table(comparison, cost_columns(comparison.noise))]
         parts += [Text(note, style="dim") for note in cost_notes(comparison)]
+    if _trained(comparison):
+        parts += [Text(), table(comparison, TRAINING), Text(TRAINING_NOTE, style="dim")]
     answers = answer_lines(comparison)
     return Group(*parts, Text(), *(Text(line, style="bold") for line in answers))
 
 
 def _timed(comparison: Comparison) -> bool:
     return any(row.run.time_records for row in comparison.rows)
+
+
+def _trained(comparison: Comparison) -> bool:
+    return any(row.summary.outcome for row in comparison.rows)
 
 
 def answer_lines(comparison: Comparison) -> list[str]:
@@ -123,6 +131,25 @@ def gradient_columns(comparison: Comparison) -> tuple[tuple[Column, ...], str]:
         return GRADIENT, GRADIENT_NOTE
     *columns, profile = GRADIENT
     return (*columns, THEORY, profile), GRADIENT_NOTE + THEORY_NOTE
+
+
+TRAINING = (
+    Column("depth", _depth),
+    Column("outcome", lambda row: _outcome(row.summary), left=True),
+    Column("loss", lambda row: _short(row.summary.final_loss, ".3f")),
+    Column("floor", lambda row: _short(row.summary.loss_floor, ".3f")),
+    Column("chance", lambda row: _short(row.summary.loss_chance, ".3f")),
+    Column("closed", lambda row: _short(row.summary.gap_closed, ".0%", 6)),
+)
+TRAINING_NOTE = (
+    "loss: cross-entropy in nats, mean over the last tenth of the steps. floor: the smallest that "
+    "there is. chance: the smallest without looking at the input. closed: part of the way from "
+    "chance to the floor. All else is of the first step."
+)
+
+
+def _outcome(summary: Summary) -> str:
+    return outcome_sentence(summary.outcome, summary.outcome_step) if summary.outcome else ""
 
 
 def cost_columns(noise: float) -> tuple[Column, ...]:
@@ -301,6 +328,7 @@ def _row_as_data(row: Row, noise: float) -> dict[str, Any]:
         "seed": options.seed,
         "seeds": options.seeds,
         "raw_range": options.raw_range,
+        **{name: getattr(options, name) for name in ("steps", *TRAINING_OPTIONS)},
     }
     place = {key: run.environment.get(key) for key in SPEED_KEYS if key not in identity}
     # The spec names its kind of loss, the summary the value that it took.
@@ -349,6 +377,8 @@ def as_markdown(comparison: Comparison) -> str:
     if _timed(comparison):
         parts.append(_markdown_table(comparison, cost_columns(comparison.noise)))
         parts.append([markdown.escaped(note) for note in cost_notes(comparison)])
+    if _trained(comparison):
+        parts.append(_markdown_table(comparison, TRAINING))
     return "\n".join("\n".join(part) + "\n" for part in parts)
 
 

@@ -111,7 +111,7 @@ def compare(
         Row(
             run=run,
             name=name,
-            profile=mean_profile(run.layer_records),
+            profile=mean_profile(run.first_records),
             forward=time_ratio(run, reference, ("forward_s",)),
             backward=time_ratio(run, reference, ("backward_s",)),
             total=time_ratio(run, reference, ("forward_s", "backward_s")),

@@ -18,6 +18,7 @@ from gradflow.records import LayerRecord, Run
 from gradflow.spec import StackSpec
 from gradflow.theory import Prediction, predict
 
+TRAINED = "the weights learn, and the input is that of a task"
 NOT_FINITE = "the measured gradient is not finite everywhere"
 
 
@@ -29,6 +30,8 @@ def with_theory(run: Run) -> Run:
             why.
     """
     assert isinstance(run.spec, StackSpec)  # what was built; models have no theory
+    if run.options.steps:
+        return replace(run, summary=replace(run.summary, theory_reason=TRAINED))
     prediction = predict(run.spec)
     if prediction.reason is not None:
         return replace(run, summary=replace(run.summary, theory_reason=prediction.reason))

@@ -86,7 +86,7 @@ def against_baseline(run: Run, baseline: Run, rtol: float) -> Judgement:
         BaselineError: the baseline measured something else.
     """
     _check_comparable(run, baseline)
-    pairs = list(zip(run.layer_records, baseline.layer_records, strict=True))
+    pairs = list(zip(run.first_records, baseline.first_records, strict=True))
     limit = math.log10(1 + rtol)
     reasons = [
         *_shortened(_apart(pairs, "|g|", "log10_grad_norm", limit)),
@@ -116,7 +116,7 @@ def _check_comparable(run: Run, baseline: Run) -> None:
             f"the baseline measured another network: {', '.join(differing)}; "
             "measure a baseline with the same options"
         )
-    places = [[(row.seed, row.layer, row.unit) for row in r.layer_records] for r in (run, baseline)]
+    places = [[(row.seed, row.layer, row.unit) for row in r.first_records] for r in (run, baseline)]
     if places[0] != places[1]:
         raise BaselineError("the rows of the baseline are those of other units; measure it anew")
 
@@ -212,7 +212,7 @@ def _decades(run: Run, limit: float) -> Judgement:
 
 
 def _gains(run: Run, low: float, high: float) -> Judgement:
-    units = [row for row in run.layer_records if row.layer > 0]
+    units = [row for row in run.first_records if row.layer > 0]
     found = [row.gain for row in units if row.gain is not None]
     reasons = (
         f"{_place(row)}: gain is {'missing' if row.gain is None else f'{row.gain:.4g}'}"

@@ -8,11 +8,13 @@ from itertools import product
 from typing import Any
 
 from gradflow.errors import UsageError
+from gradflow.recipe import as_trained
 from gradflow.schemes import find
 from gradflow.spec import (
     BLOCK_OPTIONS,
     BLOCKS,
     DEFAULT_BLOCK,
+    TRAINING,
     RunOptions,
     StackSpec,
     check_choice,
@@ -81,6 +83,7 @@ def expand(lists: Mapping[str, Sequence[Any]]) -> Grid:
         options = RunOptions(**{k: v for k, v in kept.items() if k not in STACK_FIELDS})
         try:
             spec = StackSpec(**{k: v for k, v in kept.items() if k in STACK_FIELDS})
+            spec = as_trained(spec, options)
         except UsageError as error:
             refused.setdefault(f"{_spelled(kept, lists)}: {error.rule}", error)
         else:
@@ -100,6 +103,8 @@ def _check_names(lists: Mapping[str, Sequence[Any]]) -> None:
 
 def _idle(name: str, chosen: Mapping[str, Any]) -> bool:
     """Whether an option means nothing beside the others."""
+    if name in TRAINING:
+        return not chosen.get("steps")
     if name == "norm_kind":
         return chosen.get("norm") == "none" or not _has_norms(chosen)
     return name in BLOCK_OPTIONS and name not in BLOCKS[_block(chosen)].options
@@ -119,6 +124,10 @@ def _block(chosen: Mapping[str, Any]) -> str:
 def _notes(lists: Mapping[str, Sequence[Any]]) -> Iterator[str]:
     """Which options were left out where."""
     for name in lists:
+        if name in TRAINING:
+            if 0 in lists.get("steps", [0]):
+                yield f"{flag(name)} does not apply to --steps 0"
+            continue
         by_norm = ("norm", "scheme") if name == "norm_kind" else ("block", "scheme")
         for decides in by_norm:
             if decides == "scheme" and by_norm[0] in lists:

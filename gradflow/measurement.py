@@ -22,10 +22,13 @@ from gradflow.memory import (
     peak_bytes,
     reset_peak,
 )
-from gradflow.records import LayerRecord, ParamRecord, Run, Timing
+from gradflow.outcome import summary_of
+from gradflow.recipe import as_trained
+from gradflow.records import LayerRecord, ParamRecord, Run, StepRecord, Timing, first_step
 from gradflow.spec import RunOptions, StackSpec
 from gradflow.stack import build_loss, build_stack, input_batch
 from gradflow.timing import Clock, clock_for, time_network
+from gradflow.training import train_stack
 from gradflow.verdict import summarise
 from gradflow.walk import Network, walk
 
@@ -43,7 +46,8 @@ def measure(
     """Measure gradient flow, and the time of each unit, in one stack.
 
     Args:
-        spec: the network, its input and its loss.
+        spec: the network, its input and its loss; where the options train it, its input and its
+            loss are those of a task, see `recipe.as_trained`.
         options: seeds, device, timing; the defaults of `RunOptions` if None.
         progress: called as the work goes on.
         clock: in place of the device's own.
@@ -52,10 +56,11 @@ def measure(
         The run, not stored yet: `gradflow.save` does that.
 
     Raises:
-        UsageError: the device is not there, or lacks the dtype.
+        UsageError: the device is not there, or lacks the dtype, or there is no such training.
         MeasurementError: out of memory.
     """
     options = options or RunOptions()
+    spec = as_trained(spec, options)
     device = resolve_device(options.device, spec.dtype)
     started, begin = datetime.now(UTC), perf_counter()
     needed = least_bytes(spec)
@@ -82,6 +87,7 @@ class _Found:
     params: Sequence[ParamRecord]
     losses: Sequence[float]
     passes_s: Sequence[float]
+    steps: Sequence[StepRecord]
     timing: Timing | None
     peak: int
 
@@ -102,6 +108,7 @@ def _measure_seeds(
     params: list[ParamRecord] = []
     losses: list[float] = []
     passes: list[float] = []
+    steps: list[StepRecord] = []
     timing = None
     for seed in options.all_seeds:
         progress("building", 0, 1)
@@ -109,17 +116,25 @@ def _measure_seeds(
         if options.timing and timing is None:
             tick = _counter(progress, "timing", options.repeats)
             timing = time_network(network, options, clock, tick)
-        tick = _counter(progress, f"gradients, seed {seed}", 2 * spec.depth)
-        marks = [clock.mark()]
-        found = walk(spec, seed, network, raw_range=options.raw_range, tick=tick)
-        marks.append(clock.mark())
-        passes += clock.seconds(marks)
-        new_layers, new_params = found.records()
+        if options.steps:
+            del network  # the trained one takes its place
+            tick = _counter(progress, f"training, seed {seed}", options.steps + 1)
+            trained = train_stack(spec, seed, device, options, tick)
+            steps += trained.steps
+            losses.append(trained.steps[0].loss)
+            new_layers, new_params = trained.layers, trained.params
+        else:
+            tick = _counter(progress, f"gradients, seed {seed}", 2 * spec.depth)
+            marks = [clock.mark()]
+            found = walk(spec, seed, network, raw_range=options.raw_range, tick=tick)
+            marks.append(clock.mark())
+            passes += clock.seconds(marks)
+            new_layers, new_params = found.records()
+            losses.append(found.loss.item())
+            del network  # or the next one would be built beside it
         layers += new_layers
         params += new_params
-        losses.append(found.loss.item())
-        del network  # or the next one would be built beside it
-    return _Found(layers, params, losses, passes, timing, peak_bytes(device))
+    return _Found(layers, params, losses, passes, steps, timing, peak_bytes(device))
 
 
 def _counter(progress: Progress, phase: str, total: int) -> Callable[[], None]:
@@ -137,17 +152,19 @@ def _to_run(
     spec: StackSpec, options: RunOptions, environment: dict[str, object], found: _Found
 ) -> Run:
     loss = None if spec.loss == "cotangent" else mean(found.losses)
-    summary = summarise(found.layers, spec, options, loss)
+    summary = summarise(first_step(found.layers), spec, options, loss)
     run = Run(
         spec=spec,
         options=options,
-        summary=replace(summary, peak_bytes=found.peak),
+        summary=replace(summary, peak_bytes=found.peak, **summary_of(found.steps)),
         environment=environment,
         overhead=None,
         warnings=(),
         layer_records=found.layers,
         param_records=found.params,
         time_records=(),
+        step_records=found.steps,
     )
     run = with_theory(run)
-    return with_times(run, found.timing, median(found.passes_s)) if found.timing else run
+    statistics_s = median(found.passes_s) if found.passes_s else None
+    return with_times(run, found.timing, statistics_s) if found.timing else run

@@ -47,7 +47,8 @@ def needed_bytes(spec: StackSpec, options: RunOptions, device: torch.device) -> 
     """Estimate for the resident stack: parameters, and what autograd keeps for the backward.
 
     Measured on one block and a few samples, because one layer and its batch may already be too
-    much. Timing adds the gradients of all parameters: the bare pass holds them together.
+    much. Timing adds the gradients of all parameters: the bare pass holds them together. Training
+    adds the optimizer's two moments and the values before an update.
     """
     few = replace(spec, batch_size=min(_FEW, int(spec.batch_size or 1)))
     block = build_block(few, options.seed, 1, device)
@@ -56,7 +57,8 @@ def needed_bytes(spec: StackSpec, options: RunOptions, device: torch.device) -> 
     parameters = sum(p.numel() * p.element_size() for p in block.parameters())
     kept = sum(saved.of(unit, x) for unit in block.units) * int(spec.batch_size or 1)
     kept //= int(few.batch_size or 1)
-    return spec.depth * (parameters * (2 if options.timing else 1) + kept)
+    copies = 5 if options.steps else 2 if options.timing else 1
+    return spec.depth * (parameters * copies + kept)
 
 
 def least_bytes(spec: StackSpec) -> int:

@@ -13,7 +13,7 @@ from gradflow.spec import RunOptions, StackSpec
 
 # Depth is an axis of its own, and these three always stand in a name where they differ.
 LEADING = ("shortcut", "block", "norm")
-MEASURED = ("seed", "seeds", "raw_range")
+MEASURED = ("seed", "seeds", "raw_range", "steps", "optimizer", "lr", "warmup")
 DEVICE = "device"
 OTHERS = (
     *(field.name for field in fields(StackSpec) if field.name not in (*LEADING, "depth")),
@@ -32,6 +32,9 @@ WORDS: dict[str, Callable[[Any], str]] = {
     "scheme": str,
     "seeds": lambda seeds: f"{seeds} seeds",
     "raw_range": lambda _: "raw range",
+    "steps": lambda steps: f"{steps} steps",
+    "optimizer": str,
+    "lr": lambda lr: f"lr {lr:g}",
     DEVICE: str,
 }
 # Said only where they are not so: nobody looks for these words in a name.
@@ -43,6 +46,8 @@ UNSAID = {
     "qk_norm": False,
     "seeds": 1,
     "raw_range": False,
+    "steps": 0,
+    "warmup": 0,
 }
 
 

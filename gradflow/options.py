@@ -16,6 +16,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 
 from gradflow.errors import UsageError
+from gradflow.recipe import as_trained
 from gradflow.spec import RunOptions, StackSpec, flag
 
 PANELS = {StackSpec: "Stack", RunOptions: "Measurement"}
@@ -59,7 +60,8 @@ def split(given: dict[str, Any]) -> tuple[StackSpec, RunOptions]:
     """
     stack = {f.name for f in fields(StackSpec)}
     spec = StackSpec(**{k: v for k, v in given.items() if k in stack})
-    return spec, RunOptions(**{k: v for k, v in given.items() if k not in stack})
+    options = RunOptions(**{k: v for k, v in given.items() if k not in stack})
+    return as_trained(spec, options), options
 
 
 def parse(given: dict[str, Any]) -> dict[str, Any]:

@@ -121,11 +121,28 @@ class TimeRecord:
     backward_s: float = column("backward time", "s")
 
 
-Record = LayerRecord | ParamRecord | TimeRecord
-TABLES: dict[str, type[LayerRecord] | type[ParamRecord] | type[TimeRecord]] = {
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One row of `steps.csv`: one step of training of one seed, before its update."""
+
+    seed: int = column("seed of the weights and the batches")
+    step: int = column("updates made so far")
+    loss: float = column("cross-entropy of the batch of this step, which is new, in nats")
+    loss_floor: float = column("smallest expected loss that any model can have, in nats")
+    loss_chance: float = column("smallest expected loss without looking at the input, in nats")
+    grad_norm: float | None = column("norm of dL/dparameters over all of them, before the update")
+    lr: float | None = column("learning rate of the update; empty if none followed", missing=True)
+    update_ratio: float | None = column(
+        "norm of the change of the parameters over their norm", missing=True
+    )
+
+
+Record = LayerRecord | ParamRecord | TimeRecord | StepRecord
+TABLES: dict[str, type[Record]] = {
     "layers": LayerRecord,
     "params": ParamRecord,
     "times": TimeRecord,
+    "steps": StepRecord,
 }
 TIMING_COLUMNS = ("forward_s", "forward_s_iqr", "backward_s", "backward_s_iqr")
 
@@ -163,7 +180,8 @@ class Summary:
     `log10_gain_per_layer` is negative where the gradient shrinks towards the input. The interval
     covers 95 % over seeds and layers. `trend` is `exponential` or `power law` in depth, whichever
     fits the profile better, and `healthy_depth` the depth at which that trend leaves the
-    healthy range.
+    healthy range. `outcome`, and what follows it, is what training came to (see
+    `gradflow.outcome`); the verdict and all else is that of the first step.
 
     `theory_deviation` is the measured mean less theory, where the two lie farthest apart, in
     decades; `theory_band` what it may be there; `theory_reason` says why there is no theory.
@@ -184,6 +202,13 @@ class Summary:
     first_unit: str | None = None
     first_pass: str | None = None
     loss: float | None = None
+    outcome: str | None = None
+    outcome_step: int | None = None
+    outcome_advice: str | None = None
+    final_loss: float | None = None
+    loss_floor: float | None = None
+    loss_chance: float | None = None
+    gap_closed: float | None = None
     forward_s: float | None = None
     backward_s: float | None = None
     forward_s_per_layer: float | None = None
@@ -198,8 +223,9 @@ class Summary:
 class Run:
     """One specification measured for one or more seeds on one device.
 
-    `layers`, `params` and `times` are the three tables as DataFrames; the records behind them are
-    `layer_records`, `param_records` and `time_records`. `path` is the folder, once stored.
+    `layers`, `params`, `times` and `steps` are the four tables as DataFrames; the records behind
+    them are `layer_records`, `param_records`, `time_records` and `step_records`. `path` is the
+    folder, once stored.
     """
 
     spec: Spec
@@ -212,6 +238,12 @@ class Run:
     param_records: Sequence[ParamRecord]
     time_records: Sequence[TimeRecord]
     path: Path | None = None
+    step_records: Sequence[StepRecord] = ()
+
+    @cached_property
+    def first_records(self) -> list[LayerRecord]:
+        """The rows of `layers.csv` at the first step, which verdicts and comparisons go by."""
+        return first_step(self.layer_records)
 
     @cached_property
     def layers(self) -> pd.DataFrame:
@@ -227,6 +259,17 @@ class Run:
     def times(self) -> pd.DataFrame:
         """`times.csv`: one row per timed repeat and unit."""
         return _frame(TimeRecord, self.time_records)
+
+    @cached_property
+    def steps(self) -> pd.DataFrame:
+        """`steps.csv`: one row per seed and training step."""
+        return _frame(StepRecord, self.step_records)
+
+
+def first_step(records: Sequence[LayerRecord]) -> list[LayerRecord]:
+    """The records of the first step that was measured."""
+    first = min((record.step for record in records), default=0)
+    return [record for record in records if record.step == first]
 
 
 def _frame(record: type[Record], rows: Sequence[Record]) -> pd.DataFrame:

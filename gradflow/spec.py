@@ -106,6 +106,10 @@ ACTIVATIONS = ("relu", "gelu", "tanh", "silu", "erf", "linear")
 INITS = ("he", "xavier", "lecun", "normal", "gpt2", "orthogonal", "torch")
 LOSSES = ("cotangent", "mse", "ce")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
+OPTIMIZERS = ("adamw", "sgd")
+
+# Options that mean something while training only, with the value used there.
+TRAINING: dict[str, Any] = {"lr": 1e-3, "optimizer": "adamw", "warmup": 0, "every": 10}
 
 # Torch's own number of groups would not divide narrow widths; 8 is GroupNorm's usual small choice.
 GROUPS = 8
@@ -311,13 +315,35 @@ class RunOptions:
     )
     vanishing: float = option(3.0, "decades of shrinking that count as vanishing")
     exploding: float = option(3.0, "decades of growth that count as exploding")
+    steps: int = option(0, "training steps on the built-in task; 0 does not train")
+    lr: float | None = option(None, "learning rate (0.001)")
+    optimizer: str | None = option(None, "what makes the steps (adamw)", OPTIMIZERS)
+    warmup: int | None = option(None, "steps in which the learning rate rises linearly (0)")
+    every: int | None = option(None, "steps from one measurement to the next (10)")
 
     def __post_init__(self) -> None:
+        self._resolve_training()
         at_least(self, "seed", 0)
         at_least(self, "seeds", 1)
         at_least(self, "repeats", 1)
         for name in ("time_budget", "vanishing", "exploding"):
             positive(self, name)
+
+    def _resolve_training(self) -> None:
+        """The options of training: their defaults, or none where nothing is trained."""
+        at_least(self, "steps", 0)
+        for name, default in TRAINING.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default if self.steps else None)
+            elif not self.steps:
+                rule = f"{flag(name)} applies to training"
+                raise UsageError(rule, "--steps 0", "use for example --steps 100")
+        if self.steps:
+            check_choice("--optimizer", self.optimizer, OPTIMIZERS)
+            positive(self, "lr")
+            object.__setattr__(self, "lr", float(self.lr or 0))
+            at_least(self, "warmup", 0)
+            at_least(self, "every", 1)
 
     @property
     def all_seeds(self) -> range:
@@ -340,7 +366,13 @@ class RunOptions:
 
 def run_key(spec: Storable, options: RunOptions) -> str:
     """Eight hexadecimal digits that name the numbers a run will hold, timings aside."""
-    numbers = {"seed": options.seed, "seeds": options.seeds, "raw_range": options.raw_range}
+    numbers: dict[str, Any] = {
+        "seed": options.seed,
+        "seeds": options.seeds,
+        "raw_range": options.raw_range,
+    }
+    if options.steps:
+        numbers |= {name: getattr(options, name) for name in ("steps", *TRAINING)}
     text = json.dumps({"spec": spec.to_json(), **numbers}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 

@@ -148,13 +148,17 @@ def stream_shape(spec: StackSpec) -> tuple[int, ...]:
 def input_batch(spec: StackSpec, seed: int, device: torch.device) -> Tensor:
     """y_0: independent standard normal elements, scaled or normalised as the scheme has it."""
     x = _normal(spec, stream_shape(spec), generator(device, seed, "input"))
+    return scaled_input(spec, x).detach()
+
+
+def scaled_input(spec: StackSpec, x: Tensor) -> Tensor:
+    """x scaled or normalised as the scheme has it."""
     if spec.scheme is None:
         return x
     scale = spec.recipe.input_scale(spec.depth)
     return _normalised_input(spec, x if scale == 1 else x * scale)
 
 
-@torch.no_grad()
 def _normalised_input(spec: StackSpec, x: Tensor) -> Tensor:
     if spec.recipe.input_norm == "unit":
         return unit_norm(x)
@@ -162,7 +166,7 @@ def _normalised_input(spec: StackSpec, x: Tensor) -> Tensor:
         return x
     norm = norm_of_kind(str(spec.norm_kind), spec.kind.domain, spec.width)
     fill(list(module_slots(spec, norm)), spec, x.device, generator(x.device, 0, "input norm"))
-    return norm(x)
+    return norm.requires_grad_(False)(x)
 
 
 def _normal(spec: StackSpec, shape: tuple[int, ...], source: torch.Generator) -> Tensor:

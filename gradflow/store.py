@@ -1,8 +1,9 @@
 """A run to a folder and back. A folder appears by one atomic rename, when it is complete.
 
-A run is `<out>/<UTC time>-<slug>-<key>/` with run.json, layers.csv, params.csv and times.csv. It
-is written into a hidden staging folder beside it first. Nothing is ever overwritten, and what a
-killed process left half-written is never read: the next run in the same place removes it.
+A run is `<out>/<UTC time>-<slug>-<key>/` with run.json, layers.csv, params.csv, times.csv and
+steps.csv. It is written into a hidden staging folder beside it first. Nothing is ever overwritten,
+and what a killed process left half-written is never read: the next run in the same place removes
+it.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from gradflow.records import (
     ParamRecord,
     Record,
     Run,
+    StepRecord,
     Summary,
     TimeRecord,
     columns,
@@ -41,7 +43,7 @@ from gradflow.typed import expect, expect_items, typed
 
 STAGING = ".gradflow-"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-RecordT = TypeVar("RecordT", LayerRecord, ParamRecord, TimeRecord)
+RecordT = TypeVar("RecordT", LayerRecord, ParamRecord, TimeRecord, StepRecord)
 
 
 def check_writable(out: Path) -> None:
@@ -118,14 +120,20 @@ def load(path: Path | str) -> Run:
             layer_records=read_records(path / "layers.csv", LayerRecord),
             param_records=read_records(path / "params.csv", ParamRecord),
             time_records=read_records(path / "times.csv", TimeRecord),
+            step_records=_step_records(path, expect("rows", about["rows"], dict)),
             path=path,
         )
-        _check_complete(run, expect("rows", about["rows"], dict))
+        _check_complete(run, {"steps": 0} | about["rows"])
     except KeyError as error:
         raise RunFolderError(f"{path} is damaged: run.json lacks {error}") from None
     except (TypeError, ValueError, UsageError) as error:
         raise RunFolderError(f"{path} is damaged: run.json: {error}") from None
     return run
+
+
+def _step_records(path: Path, rows: dict[str, int]) -> list[StepRecord]:
+    """The steps; runs that were stored before there was training have no such table."""
+    return read_records(path / "steps.csv", StepRecord) if "steps" in rows else []
 
 
 def _environment(values: object) -> dict[str, Any]:
@@ -154,6 +162,7 @@ def _row_counts(run: Run) -> dict[str, int]:
         "layers": len(run.layer_records),
         "params": len(run.param_records),
         "times": len(run.time_records),
+        "steps": len(run.step_records),
     }
 
 
@@ -309,6 +318,7 @@ def _write_files(run: Run, folder: Path) -> None:
     write_records(folder / "layers.csv", LayerRecord, run.layer_records)
     write_records(folder / "params.csv", ParamRecord, run.param_records)
     write_records(folder / "times.csv", TimeRecord, run.time_records)
+    write_records(folder / "steps.csv", StepRecord, run.step_records)
 
 
 def write_records(file: Path, record: type[Record], rows: Sequence[Record]) -> None:

@@ -24,6 +24,7 @@ from gradflow.grid import Cell
 from gradflow.records import Run
 from gradflow.rounds import Rounds
 from gradflow.shelf import Shelf, look_up, shelf_in
+from gradflow.spec import TRAINING
 from gradflow.timing import Clock, summarise
 
 # (what is going on, layers done, layers in all)
@@ -176,7 +177,7 @@ class _Work:
 
 def _same_numbers(run: Run, cell: Cell, here: Mapping[str, Any]) -> bool:
     """Whether a run has what the statistics of the cell would be, judged by the same limits."""
-    options = ("seed", "seeds", "raw_range", "vanishing", "exploding")
+    options = ("seed", "seeds", "raw_range", "vanishing", "exploding", "steps", *TRAINING)
     same_options = all(getattr(run.options, k) == getattr(cell.options, k) for k in options)
     same_place = all(run.environment.get(k) == v for k, v in here.items() if k != "threads")
     return run.spec == cell.spec and same_options and same_place

@@ -12,8 +12,11 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from gradflow.recipe import training_line
 from gradflow.records import LayerRecord, Run, Summary
+from gradflow.spec import StackSpec
 from gradflow.theory_words import theory_sentence
+from gradflow.training_tables import training_lines
 from gradflow.units import count, gib, milliseconds, number, rounded, signed
 
 # Rows shown at each end of a long table.
@@ -52,8 +55,9 @@ def run_view(run: Run) -> RenderableType:
         Text(run.spec.title, style="bold"),
         *(Text(line, style="dim") for line in subtitle(run)),
         layer_table(run),
-        profile(run.layer_records),
+        profile(run.first_records),
         *verdict_lines(run.summary),
+        *training_lines(run),
         *cost_lines(run),
     )
 
@@ -62,12 +66,14 @@ def subtitle(run: Run) -> Iterator[str]:
     """The rest of the specification, and where it was measured."""
     spec, where = run.spec, run.environment
     yield f"{spec.details}, {count(run.options.seeds, 'seed')}"
+    if isinstance(spec, StackSpec) and run.options.steps:
+        yield training_line(spec, run.options)
     yield f"loss {spec.loss}, {where['dtype']} on {where['device_name']}"
 
 
 def layer_table(run: Run) -> Table:
     """One row per unit, the middle of a long stack left out; means over the seeds."""
-    rows = mean_rows(run.layer_records)
+    rows = mean_rows(run.first_records)
     shown = [c for c in COLUMNS if any(getattr(r, c.field) is not None for r in rows)]
     timed = [t for t in TIMES if run.time_records]
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
