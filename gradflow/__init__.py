@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from gradflow.spec import StackSpec as StackSpec
     from gradflow.store import load as load
     from gradflow.store import save as save
+    from gradflow.user_code import from_file as from_file
 
 __version__ = "0.1.0"
 
@@ -25,9 +26,10 @@ _HOMES = {
     "StackSpec": "gradflow.spec",
     "load": "gradflow.store",
     "save": "gradflow.store",
+    "from_file": "gradflow.user_code",
 }
 
-__all__ = ["Run", "RunOptions", "StackSpec", "__version__", "load", "measure", "save"]
+__all__ = ["Run", "RunOptions", "StackSpec", "__version__", "from_file", "load", "measure", "save"]
 
 
 def __getattr__(name: str) -> Any:

@@ -68,11 +68,19 @@ def describe(spec: StackSpec, device: torch.device) -> dict[str, Any]:
 
 
 def without_path(word: str) -> str:
-    """A word of the command line with absolute paths cut to their last part."""
+    """A word of the command line with absolute paths, also in a list, cut to their last part."""
     if PurePath(word).is_absolute():
-        return PurePath(word).name
+        return _last_parts(word)
     head, equals, tail = word.partition("=")
-    return head + equals + (PurePath(tail).name if PurePath(tail).is_absolute() else tail)
+    return _last_parts(head) + equals + _last_parts(tail)
+
+
+def _last_parts(listed: str) -> str:
+    return ",".join(map(_last_part, listed.split(",")))
+
+
+def _last_part(path: str) -> str:
+    return PurePath(path).name if PurePath(path).is_absolute() else path
 
 
 def _device_name(device: torch.device) -> str:

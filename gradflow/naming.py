@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from gradflow.records import Summary
 from gradflow.spec import RunOptions, StackSpec
+from gradflow.user_code import shown
 
 # Depth is an axis of its own, and these three always stand in a name where they differ.
 LEADING = ("shortcut", "block", "norm")
@@ -28,7 +29,7 @@ WORDS: dict[str, Callable[[Any], str]] = {
     "loss": lambda loss: f"{loss} loss",
     "causal": lambda _: "causal",
     "qk_norm": lambda _: "qk-norm",
-    "scheme": str,
+    "scheme": shown,
     "seeds": lambda seeds: f"{seeds} seeds",
     "raw_range": lambda _: "raw range",
     DEVICE: str,
@@ -85,13 +86,22 @@ def names(runs: Sequence[Described]) -> list[Name]:
     """A name for each run, all different."""
     words = [name for name in OTHERS if _differs(runs, name)]
     with_block = len({run.spec.block for run in runs}) > 1
+    called = _called(runs)
     seen = Counter[tuple[str, int]]()
     found = []
     for run in runs:
-        place = _design(run, words, with_block), run.spec.depth
+        leading = [run.spec.scheme or run.spec.shortcut, *([run.spec.block] if with_block else [])]
+        place = _design(run, words, [called[str(name)] for name in leading]), run.spec.depth
         seen[place] += 1
         found.append(Name(*place, seen[place]))
     return found
+
+
+def _called(runs: Sequence[Described]) -> dict[str, str]:
+    """What schemes and blocks are called: with the digest only where it tells two files apart."""
+    known = {str(n) for run in runs for n in (run.spec.scheme, run.spec.shortcut, run.spec.block)}
+    often = Counter(map(shown, known))
+    return {name: shown(name) if often[shown(name)] == 1 else name for name in known}
 
 
 def shared(runs: Sequence[Described]) -> str:
@@ -111,15 +121,20 @@ def word(name: str, value: object) -> str:
     if name in WORDS:
         return WORDS[name](value)
     plain = name.replace("_", " ")
-    return str(value) if name in LEADING else f"{plain} {value}"
+    return shown(str(value)) if name in LEADING else f"{plain} {value}"
 
 
-def _design(run: Described, words: Sequence[str], with_block: bool) -> str:
-    design = run.spec.scheme or run.spec.shortcut
-    stack = f"{design} {run.spec.block}" if with_block else str(design)
+def _design(run: Described, words: Sequence[str], leading: Sequence[str]) -> str:
     norm = "" if run.spec.scheme else word("norm", run.spec.norm)
     rest = [word(name, _value(run, name)) for name in words if name != "scheme"]
-    return ", ".join(filter(None, [stack, norm, *rest]))
+    return ", ".join(filter(None, [" ".join(leading), norm, *rest, *_departures(run, words)]))
+
+
+def _departures(run: Described, words: Sequence[str]) -> list[str]:
+    """Parts of the scheme that options replaced, but for those that `words` name."""
+    parts = (run.summary.departures or "").split("; ")
+    named = tuple(f"{word.replace('_', ' ')} " for word in words)
+    return [f"with {part}" for part in parts if part and not part.startswith(named)]
 
 
 def _value(run: Described, name: str) -> Any:

@@ -14,6 +14,7 @@ from gradflow.naming import Described, Name, names
 from gradflow.reading import Results, StoredRun
 from gradflow.records import Summary
 from gradflow.units import count, milliseconds, signed
+from gradflow.user_code import shown
 
 HEALTHY = "healthy"
 # What a verdict says of the gradient, about one run and about many.
@@ -87,6 +88,8 @@ def sentence(run: StoredRun) -> str:
     summary, depth = run.summary, run.spec.depth
     saying = _told(summary.verdict)[0]
     told = f"{saying}{_where(summary)}{_change(summary, depth)}."
+    if summary.departures:
+        told += f" This is {shown(str(run.spec.scheme))} with {summary.departures}."
     return told if summary.verdict == HEALTHY else f"{told} {summary.advice}"
 
 

@@ -132,7 +132,7 @@ class Summary:
     `log10_gain_per_layer` is negative where the gradient shrinks towards the input. The interval
     covers 95 % over seeds and layers. `trend` is `exponential` or `power law` in depth, whichever
     fits the profile better, and `healthy_depth` the depth at which that trend leaves the
-    healthy range.
+    healthy range. `departures` tells which parts of a scheme options have replaced.
     """
 
     verdict: str
@@ -155,6 +155,7 @@ class Summary:
     forward_s_per_layer: float | None = None
     backward_s_per_layer: float | None = None
     peak_bytes: int | None = None
+    departures: str | None = None
 
 
 @dataclass(frozen=True)

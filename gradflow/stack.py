@@ -13,20 +13,12 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own convention)
 from torch import Tensor, nn
 
-from gradflow.blocks import (
-    BRANCHES,
-    PHI,
-    Branch,
-    Conv3x3,
-    Linear,
-    Norm,
-    Pointwise,
-    make_norm,
-    norm_of_kind,
-)
+from gradflow import user_code
+from gradflow.blocks import PHI, Conv3x3, Linear, Norm, Pointwise, make_norm, norm_of_kind
 from gradflow.initial import Slot, bias_std, fans, fill, generator, weight_std
-from gradflow.spec import StackSpec
+from gradflow.spec import StackSpec, check_choice
 from gradflow.stats import norm
+from gradflow.user_branch import UserBranch, make_branch
 from gradflow.wiring import Wiring
 
 
@@ -96,7 +88,7 @@ class Unit(nn.Module):
         super().__init__()
         self.name, self.wiring = name, wiring
         self.shortcut = wiring.a != 0
-        self.branch: Branch = BRANCHES[name](spec, wiring)
+        self.branch = make_branch(spec, wiring, name)
         inside = self.branch.norms_inside
         self.shared = nn.Identity() if inside else make_norm(spec, wiring, "shared")
         self.before = nn.Identity() if inside else make_norm(spec, wiring, "in")
@@ -159,6 +151,8 @@ class Block(nn.Sequential):
 
     def __init__(self, spec: StackSpec, layer: int = 1) -> None:
         wirings = [spec.wiring(layer, unit) for unit in range(spec.units_per_block)]
+        for wiring in wirings:
+            check_choice("unit of a Wiring", wiring.unit, tuple(UNITS))
         named = zip(wirings, spec.kind.units, strict=True)
         super().__init__(*(UNITS[wiring.unit](spec, wiring, name) for wiring, name in named))
 
@@ -173,6 +167,8 @@ class Block(nn.Sequential):
 def build_block(spec: StackSpec, seed: int, layer: int, device: torch.device) -> Block:
     """Layer `layer` (from 1) of the stack, with the weights of this seed."""
     block = Block(spec, layer)
+    if user_code.is_user_name(spec.block):  # whose modules may have buffers
+        block.to(device, getattr(torch, spec.dtype))
     slots = [slot for unit in block.units for slot in unit_slots(spec, unit)]
     fill(slots, spec, device, generator(device, seed, "layer", layer))
     _share_scales(block)
@@ -191,12 +187,14 @@ def _share_scales(block: Block) -> None:
 def unit_slots(spec: StackSpec, unit: Unit) -> Iterator[Slot]:
     """Every parameter of a unit, with the scale of its draw."""
     branch = unit.branch
-    roles = {part: name for name, part in branch.named_children()}
+    roles = branch.roles()
     for part in unit.modules():
         role = roles.get(part, "")
         gain = unit.wiring.gains.get(role, 1.0)
         feeds, output = role in branch.feeds_activation, role == branch.output
         yield from module_slots(spec, part, feeds=feeds, output=output, gain=gain)
+    if isinstance(branch, UserBranch):
+        yield from branch.slots(spec, unit.wiring.gains)
 
 
 def module_slots(

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from gradflow.records import LayerRecord, Run, Summary
 from gradflow.units import count, gib, milliseconds, number, rounded, signed
+from gradflow.user_code import shown
 
 # Rows shown at each end of a long table.
 ENDS = 8
@@ -45,12 +46,19 @@ def run_view(run: Run) -> RenderableType:
     """Everything that `gradflow run` shows."""
     return Group(
         Text(run.spec.title, style="bold"),
+        *(Text(line) for line in departure_lines(run)),
         *(Text(line, style="dim") for line in subtitle(run)),
         layer_table(run),
         profile(run.layer_records),
         *verdict_lines(run.summary),
         *cost_lines(run),
     )
+
+
+def departure_lines(run: Run) -> Iterator[str]:
+    """Which parts of a published scheme this run has replaced by options."""
+    if run.summary.departures:
+        yield f"scheme {shown(str(run.spec.scheme))}, {run.summary.departures}"
 
 
 def subtitle(run: Run) -> Iterator[str]:

@@ -17,6 +17,7 @@ from scipy.special import stdtrit
 
 from gradflow.records import LayerRecord, Summary
 from gradflow.spec import RunOptions, StackSpec
+from gradflow.user_code import shown
 
 # Profiles flatter than this have no trend to speak of.
 FLAT_DECADES = 0.1
@@ -95,6 +96,7 @@ def summarise(
         first_unit=finding.unit,
         first_pass=finding.direction,
         loss=loss,
+        departures=spec.departures or None,
     )
 
 
@@ -189,7 +191,7 @@ def _remedy(finding: Finding, spec: StackSpec, options: RunOptions) -> str:
 
 def _redesign(spec: StackSpec) -> str:
     if spec.scheme is not None:
-        return f"{spec.scheme} does so here; `gradflow schemes` lists the others."
+        return f"{shown(spec.scheme)} does so here; `gradflow schemes` lists the others."
     if not spec.has_shortcut:
         return "Add shortcuts: --shortcut residual."
     if spec.norm == "none":

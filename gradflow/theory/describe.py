@@ -10,6 +10,7 @@ from typing import Any
 
 from gradflow.spec import StackSpec
 from gradflow.theory.units import Head, NoTheoryError, Shape, Stack, Unit, Weights
+from gradflow.user_code import is_user_name
 from gradflow.wiring import Wiring
 
 RECTIFIERS = ("relu", "gelu", "silu")
@@ -121,6 +122,8 @@ NORMS = {"in": "norm_in", "branch": "norm_branch", "out": "norm_out", "mid": "no
 
 
 def _check_wiring(spec: StackSpec, wiring: Wiring) -> None:
+    if is_user_name(spec.block):
+        raise NoTheoryError("no formula for a branch of your own")
     if wiring.unit != "template":
         raise NoTheoryError(f"{spec.scheme} wires its units beyond the template")
     beyond = set(wiring.norms) - {*NORMS, "query-key"}
