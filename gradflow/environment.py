@@ -68,19 +68,12 @@ def describe(spec: StackSpec, device: torch.device) -> dict[str, Any]:
 
 
 def without_path(word: str) -> str:
-    """A word of the command line with absolute paths, also in a list, cut to their last part."""
-    if PurePath(word).is_absolute():
-        return _last_parts(word)
+    """A word of the command line with absolute paths, of a list too, cut to their last part."""
     head, equals, tail = word.partition("=")
-    return _last_parts(head) + equals + _last_parts(tail)
-
-
-def _last_parts(listed: str) -> str:
-    return ",".join(map(_last_part, listed.split(",")))
-
-
-def _last_part(path: str) -> str:
-    return PurePath(path).name if PurePath(path).is_absolute() else path
+    if not equals or PurePath(word).is_absolute():
+        head, equals, tail = "", "", word
+    parts = (PurePath(p).name if PurePath(p).is_absolute() else p for p in tail.split(","))
+    return head + equals + ",".join(parts)
 
 
 def _device_name(device: torch.device) -> str:

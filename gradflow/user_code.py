@@ -111,9 +111,12 @@ def from_file(reference: str) -> str:
     source = _read(path)
     digest = hashlib.sha256(source).hexdigest()[:8]
     name = f"{path.name}:{match['thing']}@{digest}"
-    if name not in _LOADED:
+    if name in _LOADED:
+        value = _LOADED[name].value
+    else:
         value = _take(_run(path, source, digest), path, match["thing"])
-        _LOADED[name] = UserCode(f"{path.resolve()}:{match['thing']}", value)
+    # The same content may have been read elsewhere before, where it is another by now.
+    _LOADED[name] = UserCode(f"{path.resolve()}:{match['thing']}", value)
     return name
 
 

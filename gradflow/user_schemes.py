@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
+from numbers import Real
 from typing import Any
 
 from gradflow import user_code
@@ -45,26 +46,32 @@ def scheme_named(name: str) -> Scheme:
     if not isinstance(scheme, Scheme):
         rule = f"{user_code.shown(name)} is a gradflow.schemes.Scheme"
         raise UsageError(rule, type(scheme).__name__, "make one, or give another name of the file")
-    return replace(scheme, wire=_Guarded(name, scheme.wire))
+    title = user_code.shown(name)
+    return replace(
+        scheme,
+        wire=_Guarded(f"wire of {title} gives a gradflow.wiring.Wiring", scheme.wire, Wiring),
+        constants=_Guarded(f"constants of {title} gives a dictionary", scheme.constants, Mapping),
+        input_scale=_Guarded(f"input_scale of {title} gives a number", scheme.input_scale, Real),
+    )
 
 
 class _Guarded:
-    """A user's `wire`: what it raises is told in one line, and what it returns is a wiring."""
+    """A function of a user's: what it raises, and what it should not return, is told in a line."""
 
-    def __init__(self, name: str, wire: Any) -> None:
-        self.name, self.wire = user_code.shown(name), wire
+    def __init__(self, rule: str, call: Any, kind: Any) -> None:
+        self.rule, self.call, self.kind = rule, call, kind
 
-    def __call__(self, place: Place) -> Wiring:
+    def __call__(self, where: Any) -> Any:
         try:
-            wiring = self.wire(place)
+            value = self.call(where)
+        except UsageError:  # a place that the scheme is not defined for
+            raise
         except Exception as error:  # noqa: BLE001 (a user's code may raise anything)
-            rule = f"wire of {self.name} gives a Wiring for every place"
-            got = f"{user_code.told(error)} at layer {place.layer} of {place.depth} ({place.kind})"
-            raise UsageError(rule, got, "mend it") from None
-        if not isinstance(wiring, Wiring):
-            rule = f"wire of {self.name} gives a gradflow.wiring.Wiring"
-            raise UsageError(rule, type(wiring).__name__, "return Wiring(...)")
-        return wiring
+            got = f"{user_code.told(error)}, for {where}"
+            raise UsageError(self.rule, got, "mend it") from None
+        if not isinstance(value, self.kind):
+            raise UsageError(self.rule, type(value).__name__, "mend it")
+        return value
 
 
 def check_scheme(name: str, fields: Collection[str], blocks: Collection[str]) -> None:
@@ -112,7 +119,8 @@ def check_wirings(
         _check_norms(wiring, where, norm_kinds, place.kind)
         has_norms |= bool(wiring.norms)
         has_shortcut |= wiring.a != 0
-    _check_summary(name, scheme, has_norms=has_norms, has_shortcut=has_shortcut)
+    if user_code.is_user_name(name):
+        _check_summary(name, scheme, has_norms=has_norms, has_shortcut=has_shortcut)
 
 
 def _check_summary(name: str, scheme: Scheme, *, has_norms: bool, has_shortcut: bool) -> None:
@@ -130,7 +138,7 @@ def _check_summary(name: str, scheme: Scheme, *, has_norms: bool, has_shortcut: 
 def _check_numbers(wiring: Wiring, where: str) -> None:
     for name in ("a", "b", "c", "alpha"):
         _expect(_is_number(getattr(wiring, name)), f"{name} {where} is a number", wiring, name)
-    known = wiring.learned is None or wiring.learned in LEARNED
+    known = wiring.learned is None or wiring.learned in tuple(LEARNED)
     _expect(known, f"learned {where} is None, or one of {', '.join(LEARNED)}", wiring, "learned")
 
 
@@ -160,7 +168,7 @@ def _check_norms(wiring: Wiring, where: str, kinds: Collection[str], branch: str
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _expect(holds: bool, rule: str, owner: object, name: str) -> None:
