@@ -104,8 +104,10 @@ def expand(lists: Mapping[str, Sequence[Any]]) -> Grid:
 
 
 def _check_names(lists: Mapping[str, Sequence[Any]]) -> None:
-    """A misspelt name is a mistake, not a combination to skip."""
+    """A misspelt name is a mistake, not a combination to skip; so is a user's code that breaks."""
     for name, values in lists.items():
+        for value in filter(user_code.is_user_name, values):
+            StackSpec(**{name: value})
         choices = STACK_FIELDS[name].metadata["choices"] if name in STACK_FIELDS else ()
         for value in values if choices else ():
             if not user_code.is_user_name(value):
@@ -145,4 +147,4 @@ def _notes(lists: Mapping[str, Sequence[Any]]) -> Iterator[str]:
 
 def _spelled(chosen: Mapping[str, Any], lists: Mapping[str, Sequence[Any]]) -> str:
     varying = {name: chosen[name] for name in chosen if len(lists[name]) > 1} or chosen
-    return " ".join(f"{flag(name)} {value}" for name, value in varying.items())
+    return " ".join(f"{flag(n)} {user_code.shown(str(value))}" for n, value in varying.items())

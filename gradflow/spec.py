@@ -151,7 +151,7 @@ class StackSpec:
         None, "a published recipe: `gradflow schemes` lists them; or yours: my_scheme.py:SCHEME"
     )
     block: str | None = option(
-        None, "what one layer is (transformer), or yours: my_block.py:MyBranch", tuple(BLOCKS)
+        None, "what one layer is (transformer); yours: my_block.py:MyBranch; known", tuple(BLOCKS)
     )
     shortcut: str | None = option(
         None, "residual: y = x + f(x); plain: y = f(x) (residual)", SHORTCUTS

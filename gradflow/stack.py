@@ -7,7 +7,7 @@ it, so any layer can be replayed by itself.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own convention)
@@ -218,6 +218,17 @@ def module_slots(
     elif isinstance(part, Norm | Pointwise | Scale):
         for name, size in part.shapes.items():
             yield Slot(part, name, size, None, part.starts[name])
+
+
+def rehearse(spec: StackSpec) -> None:
+    """One layer on two samples, on the CPU: shows what is wrong with a user's own block.
+
+    Raises:
+        UsageError: it breaks the interface.
+    """
+    few = replace(spec, batch_size=min(2, int(spec.batch_size or 1)))
+    device = torch.device("cpu")
+    build_block(few, 0, 1, device)(input_batch(few, 0, device))
 
 
 def build_stack(spec: StackSpec, seed: int, device: torch.device) -> list[Block]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from gradflow import user_code
@@ -147,10 +148,19 @@ def _check_kinds(title: str, module: nn.Module, other: nn.Module) -> None:
     if len(everywhere) != len(list(module.parameters())):
         names = ", ".join(name for name, _ in everywhere)
         raise UsageError(f"{title} uses each parameter in one place", names, "tie no weights")
+    if any(is_lazy(values) for values in module.parameters()):
+        raise UsageError(f"{title} knows its sizes", "a lazy layer", "take them from spec")
+    if _sizes(module) != _sizes(other):
+        raise _random(title, "which layers it has")
     theirs = dict(other.named_buffers())
     for name, buffer in module.named_buffers():
         if not torch.equal(buffer, theirs[name]):
             raise _random(title, f"buffer {name}")
+
+
+def _sizes(module: nn.Module) -> dict[str, torch.Size]:
+    tensors = (*module.named_parameters(), *module.named_buffers())
+    return {name: tensor.shape for name, tensor in tensors}
 
 
 def _parameters(title: str, module: nn.Module, other: Mapping[str, Tensor]) -> Iterator[Parameter]:

@@ -168,7 +168,7 @@ def _check_norms(wiring: Wiring, where: str, kinds: Collection[str], branch: str
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
 
 
 def _expect(holds: bool, rule: str, owner: object, name: str) -> None:

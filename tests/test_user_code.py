@@ -17,6 +17,7 @@ from commandline import CommandLine
 from user_files import LINEAR, branch_file, scheme_file, write
 
 from gradflow import from_file, measure, user_code
+from gradflow.blocks import BRANCHES, Norm
 from gradflow.errors import UsageError, closest_first
 from gradflow.executors import make_executor, measure_cell
 from gradflow.grid import Cell, expand
@@ -29,6 +30,7 @@ from gradflow.store import load, save
 from gradflow.theory.describe import describe
 from gradflow.theory.units import NoTheoryError
 from gradflow.user_schemes import INSIDE, MATRICES
+from gradflow.wiring import Wiring
 
 CPU = torch.device("cpu")
 TINY = {"depth": 3, "width": 8, "seq_len": 3, "batch_size": 2, "dtype": "float64"}
@@ -146,13 +148,15 @@ def test_a_wiring_that_breaks_deep_in_the_stack_is_found_before_anything_is_meas
         StackSpec(**TINY | {"depth": 9}, scheme=own)
 
 
-def test_what_stands_inside_a_branch_is_what_branches_have() -> None:
-    """The names that a user's scheme may use are those of the built-in branches."""
-    for block, kind in (("transformer", "attention"), ("ffn", "ffn"), ("mlp", "mlp")):
-        unit = next(build_block(StackSpec(block=block, width=8), 0, 1, CPU).units)
-        roles = {name for part, name in unit.branch.roles().items() if "weight" in dir(part)}
-        assert roles == set(MATRICES[kind])
-        assert {place for place in INSIDE if kind in INSIDE[place]} <= set(INSIDE)
+@pytest.mark.parametrize("kind", BRANCHES)
+def test_matrices_and_places_that_a_scheme_may_name_are_those_of_the_branches(kind: str) -> None:
+    spec = StackSpec(block=kind, width=8)
+    branch = BRANCHES[kind](spec, Wiring())
+    matrices = [name for part, name in branch.roles().items() if hasattr(part, "shapes")]
+    assert tuple(matrices) == MATRICES[kind]
+    for place, kinds in INSIDE.items() if kind != "resnet" else ():  # which places norms itself
+        parts = BRANCHES[kind](spec, Wiring(norms=(place,))).modules()
+        assert any(isinstance(part, Norm) for part in parts) == (kind in kinds)
 
 
 def test_the_checks_pass_a_published_scheme_as_a_users(tmp_path: Path) -> None:
@@ -328,6 +332,25 @@ def test_a_grid_takes_files_beside_names(tmp_path: Path) -> None:
         (scheme, "ffn", 2),
         (scheme, block, None),
     ]
+
+
+def test_a_comparison_ends_at_code_that_breaks_and_skips_what_does_not_fit(
+    tmp_path: Path, cli: CommandLine
+) -> None:
+    small = ("--width", "8", "--seq-len", "3", "--depth", "2", "--no-timing")
+    words = ("compare", *small, "--executor", "serial", "--out", str(cli.out))
+    for own in (
+        ("--block", branch_file(tmp_path, returned="return x[:, :1]")),
+        ("--scheme", scheme_file(tmp_path, wire="lambda at: 3")),
+    ):
+        names_known = {"--block": "ffn", "--scheme": "pre-ln"}[own[0]]
+        done = cli(*words, own[0], f"{names_known},{own[1]}")
+        assert (done.code, done.out) == (2, "")
+        assert not list(cli.out.glob("2*"))
+    vectors = branch_file(tmp_path, attributes="domain = 'vectors'")
+    done = cli(*words, "--scheme", "post-ln", "--block", f"ffn,{vectors}")
+    assert done.code == 0
+    assert "skipped: --block" in done.err
 
 
 @pytest.mark.slow
@@ -526,6 +549,11 @@ BROKEN_BRANCHES: list[tuple[dict[str, str], str]] = [
     (
         {"made": "self.linear = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))"},
         "a parametrisation",
+    ),
+    ({"made": "self.linear = nn.LazyLinear(8)"}, "a lazy layer"),
+    (
+        {"made": "self.linear = nn.Linear(8, 8, bias=bool(torch.rand(1) < 0.6))"},
+        "which layers it has",
     ),
     ({"attributes": "feeds_activation = ('lin',)"}, "name layers of it; got lin; use linear"),
     ({"attributes": "domain = 'graphs'"}, "domain of my_block.py:MyBranch"),
