@@ -82,6 +82,10 @@ class Branch(nn.Module):
     output: str | None = None
     norms_inside = False
 
+    def roles(self) -> dict[nn.Module, str]:
+        """Its layers by the names that `feeds_activation`, `output` and gains use."""
+        return {part: name for name, part in self.named_children()}
+
 
 class Mlp(Branch):
     """f(x) = phi(Wx + b), the dense layer of classical feed-forward nets. x: (B, d)."""

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from itertools import product
 from typing import Any
 
+from gradflow import user_code
 from gradflow.errors import UsageError
 from gradflow.recipe import as_trained
-from gradflow.schemes import find
 from gradflow.spec import (
     BLOCK_OPTIONS,
-    BLOCKS,
     DEFAULT_BLOCK,
     TRAINING,
     RunOptions,
     StackSpec,
+    block_kind,
     check_choice,
     flag,
     run_key,
 )
+from gradflow.user_schemes import scheme_named
 
 # What bare `gradflow compare` measures.
 DEFAULT_GRID: dict[str, list[Any]] = {
@@ -37,10 +38,22 @@ STACK_FIELDS = {f.name: f for f in fields(StackSpec)}
 
 @dataclass(frozen=True)
 class Cell:
-    """One network of a sweep, with how it is measured."""
+    """One network of a sweep, with how it is measured.
+
+    Attributes:
+        spec: the network.
+        options: how it is measured.
+        code: names of the user's code in it, with what loads each in another process.
+    """
 
     spec: StackSpec
     options: RunOptions
+    code: tuple[tuple[str, str], ...] = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        names = [str(name) for name in (self.spec.scheme, self.spec.block)]
+        code = [(name, user_code.reference_of(name)) for name in names]
+        object.__setattr__(self, "code", tuple(pair for pair in code if pair[1]))
 
     @property
     def key(self) -> str:
@@ -94,11 +107,14 @@ def expand(lists: Mapping[str, Sequence[Any]]) -> Grid:
 
 
 def _check_names(lists: Mapping[str, Sequence[Any]]) -> None:
-    """A misspelt name is a mistake, not a combination to skip."""
+    """A misspelt name is a mistake, not a combination to skip; so is a user's code that breaks."""
     for name, values in lists.items():
+        for value in filter(user_code.is_user_name, values):
+            StackSpec(**{name: value})
         choices = STACK_FIELDS[name].metadata["choices"] if name in STACK_FIELDS else ()
         for value in values if choices else ():
-            check_choice(flag(name), value, choices)
+            if not user_code.is_user_name(value):
+                check_choice(flag(name), value, choices)
 
 
 def _idle(name: str, chosen: Mapping[str, Any]) -> bool:
@@ -107,17 +123,17 @@ def _idle(name: str, chosen: Mapping[str, Any]) -> bool:
         return not chosen.get("steps")
     if name == "norm_kind":
         return chosen.get("norm") == "none" or not _has_norms(chosen)
-    return name in BLOCK_OPTIONS and name not in BLOCKS[_block(chosen)].options
+    return name in BLOCK_OPTIONS and name not in block_kind(_block(chosen)).options
 
 
 def _has_norms(chosen: Mapping[str, Any]) -> bool:
     scheme = chosen.get("scheme")
-    return scheme is None or find(scheme).normalises
+    return scheme is None or scheme_named(scheme).normalises
 
 
 def _block(chosen: Mapping[str, Any]) -> str:
     scheme = chosen.get("scheme")
-    usual = DEFAULT_BLOCK if scheme is None else find(scheme).blocks[0]
+    usual = DEFAULT_BLOCK if scheme is None else scheme_named(scheme).blocks[0]
     return str(chosen.get("block", usual))
 
 
@@ -140,4 +156,4 @@ def _notes(lists: Mapping[str, Sequence[Any]]) -> Iterator[str]:
 
 def _spelled(chosen: Mapping[str, Any], lists: Mapping[str, Sequence[Any]]) -> str:
     varying = {name: chosen[name] for name in chosen if len(lists[name]) > 1} or chosen
-    return " ".join(f"{flag(name)} {value}" for name, value in varying.items())
+    return " ".join(f"{flag(n)} {user_code.shown(str(value))}" for n, value in varying.items())

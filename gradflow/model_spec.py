@@ -29,6 +29,16 @@ class Spec(Protocol):
         ...
 
     @property
+    def scheme(self) -> str | None:
+        """The published recipe, where there is one."""
+        ...
+
+    @property
+    def departures(self) -> str:
+        """Where options replace what the scheme brings; or empty."""
+        ...
+
+    @property
     def dtype(self) -> str:
         """Number format of the stream."""
         ...
@@ -116,6 +126,16 @@ class ModelSpec:
     def block(self) -> str:
         """The model."""
         return self.model
+
+    @property
+    def scheme(self) -> None:
+        """A model follows none."""
+        return
+
+    @property
+    def departures(self) -> str:
+        """Nothing to depart from."""
+        return ""
 
     @property
     def units_per_block(self) -> int:

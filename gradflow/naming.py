@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from gradflow.model_spec import Spec
 from gradflow.records import Summary
 from gradflow.spec import RunOptions, StackSpec
+from gradflow.user_code import shown
 
 # Depth is an axis of its own, and these three always stand in a name where they differ.
 LEADING = ("shortcut", "block", "norm")
@@ -29,7 +30,7 @@ WORDS: dict[str, Callable[[Any], str]] = {
     "loss": lambda loss: f"{loss} loss",
     "causal": lambda _: "causal",
     "qk_norm": lambda _: "qk-norm",
-    "scheme": str,
+    "scheme": shown,
     "seeds": lambda seeds: f"{seeds} seeds",
     "raw_range": lambda _: "raw range",
     "steps": lambda steps: f"{steps} steps",
@@ -91,13 +92,25 @@ def names(runs: Sequence[Described]) -> list[Name]:
     """A name for each run, all different."""
     words = [name for name in OTHERS if _differs(runs, name)]
     with_block = len({run.spec.block for run in runs}) > 1
+    called = _called(runs)
     seen = Counter[tuple[str, int]]()
     found = []
     for run in runs:
-        place = _design(run, words, with_block), run.spec.depth
+        design = _value(run, "scheme") or _value(run, "shortcut")
+        # A model has neither: it is its own design.
+        block = run.spec.block if with_block or not design else None
+        leading = [called[str(name)] for name in (design, block) if name]
+        place = _design(run, words, leading), run.spec.depth
         seen[place] += 1
         found.append(Name(*place, seen[place]))
     return found
+
+
+def _called(runs: Sequence[Described]) -> dict[str, str]:
+    """What schemes and blocks are called: with the digest only where it tells two files apart."""
+    known = {str(_value(run, n)) for run in runs for n in ("scheme", "shortcut", "block")}
+    often = Counter(map(shown, known))
+    return {name: shown(name) if often[shown(name)] == 1 else name for name in known}
 
 
 def shared(runs: Sequence[Described]) -> str:
@@ -117,16 +130,20 @@ def word(name: str, value: object) -> str:
     if name in WORDS:
         return WORDS[name](value)
     plain = name.replace("_", " ")
-    return str(value) if name in LEADING else f"{plain} {value}"
+    return shown(str(value)) if name in LEADING else f"{plain} {value}"
 
 
-def _design(run: Described, words: Sequence[str], with_block: bool) -> str:
-    design = _value(run, "scheme") or _value(run, "shortcut")
-    # A model has neither: it is its own design.
-    stack = " ".join(filter(None, [design, run.spec.block if with_block or not design else ""]))
+def _design(run: Described, words: Sequence[str], leading: Sequence[str]) -> str:
     norm = "" if _value(run, "scheme") else word("norm", _value(run, "norm"))
     rest = [word(name, _value(run, name)) for name in words if name != "scheme"]
-    return ", ".join(filter(None, [stack, norm, *rest]))
+    return ", ".join(filter(None, [" ".join(leading), norm, *rest, *_departures(run, words)]))
+
+
+def _departures(run: Described, words: Sequence[str]) -> list[str]:
+    """Parts of the scheme that options replaced, but for those that `words` name."""
+    parts = (run.summary.departures or "").split("; ")
+    named = tuple(f"{word.replace('_', ' ')} " for word in words)
+    return [f"with {part}" for part in parts if part and not part.startswith(named)]
 
 
 def _value(run: Described, name: str) -> Any:

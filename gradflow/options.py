@@ -18,8 +18,11 @@ import typer
 from gradflow.errors import UsageError
 from gradflow.recipe import as_trained
 from gradflow.spec import RunOptions, StackSpec, flag
+from gradflow.user_code import from_file, is_reference
 
 PANELS = {StackSpec: "Stack", RunOptions: "Measurement"}
+# Fields that may name a thing in a user's own file.
+FROM_FILES = ("scheme", "block")
 Command = Callable[..., None]
 
 
@@ -101,6 +104,8 @@ def _value(name: str, text: str) -> Any:
     field, kind = _fields()[name]
     _, meaning, example, convert = _KINDS[kind]
     word = text.strip()
+    if name in FROM_FILES and is_reference(word):
+        return from_file(word)
     try:
         if not word:
             raise ValueError

@@ -17,6 +17,7 @@ from gradflow.reading import Results, StoredRun
 from gradflow.records import Summary
 from gradflow.theory_words import theory_sentence
 from gradflow.units import count, milliseconds, number, signed
+from gradflow.user_code import shown
 
 HEALTHY = "healthy"
 # What a verdict says of the gradient, about one run and about many.
@@ -90,6 +91,8 @@ def sentence(run: StoredRun) -> str:
     summary, depth = run.summary, run.spec.depth
     saying = _told(summary.verdict)[0]
     told = [f"{saying}{_where(summary)}{_change(summary, depth)}."]
+    if summary.departures:
+        told.append(f"This is {shown(str(run.spec.scheme))} with {summary.departures}.")
     advice = [] if summary.verdict == HEALTHY else [summary.advice]
     trained = training_sentence(summary) if summary.outcome else ""
     return " ".join(filter(None, [*told, *advice, theory_sentence(summary), trained]))

@@ -180,8 +180,9 @@ class Summary:
     `log10_gain_per_layer` is negative where the gradient shrinks towards the input. The interval
     covers 95 % over seeds and layers. `trend` is `exponential` or `power law` in depth, whichever
     fits the profile better, and `healthy_depth` the depth at which that trend leaves the
-    healthy range. `outcome`, and what follows it, is what training came to (see
-    `gradflow.outcome`); the verdict and all else is that of the first step.
+    healthy range. `departures` tells which parts of a scheme options have replaced. `outcome`, and
+    what follows it, is what training came to (see `gradflow.outcome`); the verdict and all else is
+    that of the first step.
 
     `theory_deviation` is the measured mean less theory, where the two lie farthest apart, in
     decades; `theory_band` what it may be there; `theory_reason` says why there is no theory.
@@ -217,6 +218,7 @@ class Summary:
     theory_deviation: float | None = None
     theory_band: float | None = None
     theory_reason: str | None = None
+    departures: str | None = None
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gradflow.blocks import BRANCHES, PHI, Branch, ConstantStart, make_norm
 from gradflow.spec import StackSpec
 from gradflow.stats import norm
+from gradflow.user_branch import make_branch
 from gradflow.wiring import Wiring
 
 
@@ -85,7 +86,7 @@ class Unit(nn.Module):
         super().__init__()
         self.name, self.wiring = name, wiring
         self.shortcut = wiring.a != 0
-        self.branch: Branch = self.branches[name](spec, wiring)
+        self.branch: Branch = make_branch(spec, wiring, name, self.branches)
         inside = self.branch.norms_inside
         self.shared = nn.Identity() if inside else make_norm(spec, wiring, "shared")
         self.before = nn.Identity() if inside else make_norm(spec, wiring, "in")

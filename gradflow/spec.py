@@ -9,12 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Protocol
 
+from gradflow import user_code
 from gradflow.errors import UsageError
-from gradflow.schemes import Scheme, find
+from gradflow.schemes import Scheme
+from gradflow.user_blocks import declared, declared_options
+from gradflow.user_schemes import check_scheme, check_wirings, scheme_named
 from gradflow.wiring import Place, Wiring
 
 
@@ -67,25 +71,48 @@ BLOCKS: dict[str, BlockKind] = {
 }
 
 
+def block_kind(name: str) -> BlockKind:
+    """The entry of `BLOCKS`, or what a user's own block says of itself (`user_blocks`).
+
+    Raises:
+        UsageError: the file of a user's block was not loaded, or an attribute breaks the interface.
+    """
+    if not user_code.is_user_name(name):
+        return BLOCKS[name]
+    # Queries and keys are inside a branch: only its own code could normalise them.
+    known = [option for option in BLOCK_OPTIONS if option != "qk_norm"]
+    domain = declared(name, "domain", "tokens", DOMAINS)
+    usual = "gelu" if domain == "tokens" else "relu"
+    activation = declared(name, "activation", usual, ACTIVATIONS)
+    options = (*declared_options(name, known), *DOMAINS[domain].sizes)
+    unit = user_code.thing(name)
+    return BlockKind((unit,), domain, activation, "a branch of your own", options)
+
+
 # f(alpha x) in the place of a norm: no statistics.
 POINTWISE = ("dyt", "derf")
 
 
 @dataclass(frozen=True)
 class Domain:
-    """Defaults of one shape of the stream, and the norm kinds that are defined on it."""
+    """Defaults of one shape of the stream, the norm kinds defined on it, and its own sizes."""
 
     norm_kind: str
     batch_size: int
     norm_kinds: tuple[str, ...]
+    sizes: tuple[str, ...] = ()
 
 
 DOMAINS: dict[str, Domain] = {
     "vectors": Domain(
         "layernorm", 64, ("layernorm", "rmsnorm", "batchnorm", "groupnorm", *POINTWISE)
     ),
-    "tokens": Domain("layernorm", 8, ("layernorm", "rmsnorm", "batchnorm", *POINTWISE)),
-    "images": Domain("batchnorm", 8, ("batchnorm", "layernorm", "groupnorm", *POINTWISE)),
+    "tokens": Domain(
+        "layernorm", 8, ("layernorm", "rmsnorm", "batchnorm", *POINTWISE), ("seq_len",)
+    ),
+    "images": Domain(
+        "batchnorm", 8, ("batchnorm", "layernorm", "groupnorm", *POINTWISE), ("image_size",)
+    ),
 }
 
 # Options that belong to some blocks only, with the value used where they apply.
@@ -132,8 +159,12 @@ class StackSpec:
     """
 
     depth: int = option(12, "number of blocks (layers)")
-    scheme: str | None = option(None, "a published recipe: `gradflow schemes` lists them")
-    block: str | None = option(None, "what one layer is (transformer)", tuple(BLOCKS))
+    scheme: str | None = option(
+        None, "a published recipe: `gradflow schemes` lists them; or yours: my_scheme.py:SCHEME"
+    )
+    block: str | None = option(
+        None, "what one layer is (transformer); yours: my_block.py:MyBranch; known", tuple(BLOCKS)
+    )
     shortcut: str | None = option(
         None, "residual: y = x + f(x); plain: y = f(x) (residual)", SHORTCUTS
     )
@@ -159,6 +190,7 @@ class StackSpec:
     dtype: str = option("float32", "number format of the whole pass", DTYPES)
 
     def __post_init__(self) -> None:
+        _check_stored(self)
         self._resolve_design()
         for name in ("block", "shortcut", "norm", "norm_kind", "init", "loss", "dtype"):
             _check_name(self, name)
@@ -170,7 +202,9 @@ class StackSpec:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, float(getattr(self, name)))
         _check_fit(self)
-        self.wiring(1, 0)  # a scheme refuses here what it is not defined for
+        if not self.is_stored(self.scheme):
+            self.wiring(1, 0)  # a scheme refuses here what it is not defined for
+        _check_user_code(self)
 
     def _resolve_details(self) -> None:
         """The defaults that depend on the block and its norms."""
@@ -188,6 +222,8 @@ class StackSpec:
         """The fields that a scheme decides, or their defaults where there is none."""
         if self.scheme is None:
             defaults = {"block": DEFAULT_BLOCK, "shortcut": "residual", "norm": "pre", "init": "he"}
+        elif self.is_stored(self.scheme):
+            defaults = {}
         else:
             _check_scheme(self, self.recipe)
             shortcut = "plain" if self.recipe.plain else "residual"
@@ -196,14 +232,21 @@ class StackSpec:
         for name, value in defaults.items():
             self._resolve(name, value)
 
+    @staticmethod
+    def is_stored(name: str | None) -> bool:
+        """Whether it names a user's code that is not loaded: then the fields have its choices."""
+        return user_code.is_user_name(name) and not user_code.is_loaded(str(name))
+
     def _resolve(self, name: str, default: Any) -> None:
         if getattr(self, name) is None:
             object.__setattr__(self, name, default)
 
     @property
     def kind(self) -> BlockKind:
-        """The entry of `BLOCKS`."""
-        return BLOCKS[str(self.block)]
+        """The entry of `BLOCKS`, or what a user's own block says of itself."""
+        if self.is_stored(self.block):
+            return _stored_kind(self)
+        return block_kind(str(self.block))
 
     @property
     def domain(self) -> Domain:
@@ -222,12 +265,14 @@ class StackSpec:
 
     @property
     def recipe(self) -> Scheme:
-        """The scheme; only where `scheme` is not None."""
-        return find(str(self.scheme))
+        """The scheme; only where `scheme` is not None, and a user's own once it is loaded."""
+        return scheme_named(str(self.scheme))
 
     @property
     def normalises(self) -> bool:
         """Whether its units have norms."""
+        if self.is_stored(self.scheme):
+            return self.norm_kind is not None
         return self.norm != "none" if self.scheme is None else self.recipe.normalises
 
     @property
@@ -235,12 +280,37 @@ class StackSpec:
         """Whether a head normalises the stream first, as nets with norms in the branch need it."""
         return self.norm == "pre" if self.scheme is None else self.recipe.final_norm
 
+    @property
+    def departures(self) -> str:
+        """Where options replace what the scheme brings: `init he in place of xavier`; or empty."""
+        if self.scheme is None or self.is_stored(self.scheme):
+            return ""
+        brought = dict(self.recipe.defaults)
+        if "init" in brought:  # these three change what such an init says
+            brought = {"weight_var": None, "bias_var": None, "gain": 1.0} | brought
+        parts = {name: (getattr(self, name), own) for name, own in brought.items()}
+        return "; ".join(
+            f"{name.replace('_', ' ')} {given} in place of {'none' if own is None else own}"
+            for name, (given, own) in sorted(parts.items())
+            if given != own
+        )
+
+    def place(self, layer: int, unit: int) -> Place:
+        """Where unit number `unit` (from 0) of layer `layer` (from 1) stands."""
+        kinds = self.kind.units
+        return Place(self.depth, layer, unit, len(kinds), kinds[unit])
+
+    def wirings(self) -> Iterator[tuple[Place, Wiring]]:
+        """Every unit, first to last."""
+        for layer in range(1, self.depth + 1):
+            for unit in range(self.units_per_block):
+                yield self.place(layer, unit), self.wiring(layer, unit)
+
     def wiring(self, layer: int, unit: int) -> Wiring:
         """How unit number `unit` (from 0) of layer `layer` (from 1) is wired."""
         kinds = self.kind.units
         if self.scheme is not None:
-            place = Place(self.depth, layer, unit, len(kinds), kinds[unit])
-            wiring = self.recipe.wire(place)
+            wiring = self.recipe.wire(self.place(layer, unit))
         else:
             places = {"none": (), "pre": ("in",), "post": ("out",)}[str(self.norm)]
             wiring = Wiring(a=float(self.has_shortcut), norms=places)
@@ -251,11 +321,12 @@ class StackSpec:
     @property
     def title(self) -> str:
         """The stack in a few words, for headings and folder names."""
+        block = user_code.shown(str(self.block))
         if self.scheme is not None:
             kind = f"{self.norm_kind}, " if self.norm_kind else ""
-            return f"{self.scheme} {self.block}, {kind}depth {self.depth}"
+            return f"{user_code.shown(self.scheme)} {block}, {kind}depth {self.depth}"
         norm = "no norm" if self.norm == "none" else f"{self.norm}-{self.norm_kind}"
-        return f"{self.shortcut} {self.block}, {norm}, depth {self.depth}"
+        return f"{self.shortcut} {block}, {norm}, depth {self.depth}"
 
     @property
     def details(self) -> str:
@@ -279,8 +350,9 @@ class StackSpec:
     @property
     def slug(self) -> str:
         """The stack as a part of a folder name."""
-        design = self.scheme or f"{self.shortcut}-{self.norm}"
-        return f"{self.block}-{design}-d{self.depth}"
+        design = user_code.shown(self.scheme or f"{self.shortcut}-{self.norm}")
+        text = f"{user_code.shown(str(self.block))}-{design}-d{self.depth}"
+        return re.sub(r"[^\w.-]+", "-", text)
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary of plain values that `from_json` takes."""
@@ -431,20 +503,57 @@ def known_fields(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_name(spec: StackSpec, name: str) -> None:
     choices = StackSpec.__dataclass_fields__[name].metadata["choices"]
-    if getattr(spec, name) is not None:
-        check_choice(flag(name), getattr(spec, name), choices)
+    value = getattr(spec, name)
+    if value is not None and not (name == "block" and user_code.is_user_name(value)):
+        check_choice(flag(name), value, choices)
+
+
+def _check_stored(spec: StackSpec) -> None:
+    """The name of code that is not loaded will do where the spec has all that was made of it."""
+    resolved = ("block", "shortcut", "init", "activation", "batch_size")
+    for name in filter(spec.is_stored, (spec.scheme, spec.block)):
+        if any(getattr(spec, field) is None for field in resolved):
+            user_code.loaded(str(name))  # which says what to do
+
+
+def _stored_kind(spec: StackSpec) -> BlockKind:
+    """What a resolved spec tells of a user's block; its sizes are those of its stream."""
+    options = tuple(name for name in BLOCK_OPTIONS if getattr(spec, name) is not None)
+    sized = (domain for domain, facts in DOMAINS.items() if {*facts.sizes} & {*options})
+    unit = user_code.thing(str(spec.block))
+    return BlockKind((unit,), next(sized, "vectors"), str(spec.activation), "", options)
+
+
+def _check_user_code(spec: StackSpec) -> None:
+    """A user's scheme or block, once loaded, holds to the interface in every unit."""
+    own = [name for name in (spec.scheme, spec.block) if user_code.is_user_name(name)]
+    if not own or spec.scheme is None or any(map(spec.is_stored, own)):
+        return
+    check_wirings(spec.scheme, spec.wirings(), spec.domain.norm_kinds)
+
+
+# What a scheme may bring: its units it wires itself.
+_BROUGHT = tuple(
+    f.name for f in fields(StackSpec) if f.name not in ("scheme", "block", "shortcut", "norm")
+)
 
 
 def _check_scheme(spec: StackSpec, recipe: Scheme) -> None:
     """A scheme decides where units add and normalise; a block that it is not defined on fails."""
+    if user_code.is_user_name(spec.scheme):
+        check_scheme(str(spec.scheme), _BROUGHT, BLOCKS)
     own = {"norm": None, "shortcut": "plain" if recipe.plain else "residual"}
     for name, value in own.items():
         given = getattr(spec, name)
         if given not in (None, value):
-            rule = f"--scheme {spec.scheme} wires its units itself"
+            rule = f"--scheme {user_code.shown(str(spec.scheme))} wires its units itself"
             raise UsageError(rule, f"{flag(name)} {given}", f"leave out {flag(name)}, or --scheme")
-    if spec.block is not None:
-        check_choice(f"--block for --scheme {spec.scheme}", spec.block, recipe.blocks)
+    title = user_code.shown(str(spec.scheme))
+    if user_code.is_user_name(spec.block):
+        domains = tuple(dict.fromkeys(BLOCKS[block].domain for block in recipe.blocks))
+        check_choice(f"the domain of a block for --scheme {title}", spec.kind.domain, domains)
+    elif spec.block is not None:
+        check_choice(f"--block for --scheme {title}", spec.block, tuple(recipe.blocks))
 
 
 def _check_numbers(spec: StackSpec) -> None:

@@ -7,12 +7,14 @@ it, so any layer can be replayed by itself.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own convention)
 from torch import Tensor, nn
 
+from gradflow import user_code
 from gradflow.blocks import PHI, ConstantStart, Conv3x3, Linear, norm_of_kind
 from gradflow.fixup import FixupUnit
 from gradflow.initial import Slot, bias_std, fans, fill, generator, weight_std
@@ -21,8 +23,9 @@ from gradflow.profiled import AdminUnit, Profile
 from gradflow.residual import ParamInfo as ParamInfo
 from gradflow.residual import Scale
 from gradflow.residual import Unit as Unit
-from gradflow.spec import StackSpec
+from gradflow.spec import StackSpec, check_choice
 from gradflow.unit_kinds import HighwayUnit, NormformerUnit, PbRelaxUnit, StochasticUnit
+from gradflow.user_branch import UserBranch
 
 # The template, and wirings of their own (`Wiring.unit`).
 UNITS: dict[str, type[Unit]] = {
@@ -42,6 +45,8 @@ class Block(nn.Sequential):
 
     def __init__(self, spec: StackSpec, layer: int = 1) -> None:
         wirings = [spec.wiring(layer, unit) for unit in range(spec.units_per_block)]
+        for wiring in wirings:
+            check_choice("unit of a Wiring", wiring.unit, tuple(UNITS))
         named = zip(wirings, spec.kind.units, strict=True)
         super().__init__(*(UNITS[wiring.unit](spec, wiring, name) for wiring, name in named))
 
@@ -66,6 +71,8 @@ def build_block(spec: StackSpec, seed: int, layer: int, device: torch.device) ->
 def _draw_block(spec: StackSpec, seed: int, layer: int, device: torch.device) -> Block:
     """What does not depend on a forward pass."""
     block = Block(spec, layer)
+    if user_code.is_user_name(spec.block):  # whose modules may have buffers
+        block.to(device, getattr(torch, spec.dtype))
     slots = [slot for unit in block.units for slot in unit_slots(spec, unit)]
     fill(slots, spec, device, generator(device, seed, "layer", layer))
     _share_scales(block)
@@ -99,12 +106,14 @@ def _share_scales(block: Block) -> None:
 def unit_slots(spec: StackSpec, unit: Unit) -> Iterator[Slot]:
     """Every parameter of a unit, with the scale of its draw."""
     branch = unit.branch
-    roles = {part: name for name, part in branch.named_children()}
+    roles = branch.roles()
     for part in unit.modules():
         role = roles.get(part, "")
         gain = unit.wiring.gains.get(role, 1.0)
         feeds, output = role in branch.feeds_activation, role == branch.output
         yield from module_slots(spec, part, feeds=feeds, output=output, gain=gain)
+    if isinstance(branch, UserBranch):
+        yield from branch.slots(spec, unit.wiring.gains)
 
 
 def module_slots(
@@ -128,6 +137,17 @@ def module_slots(
     elif isinstance(part, ConstantStart):
         for name, size in part.shapes.items():
             yield Slot(part, name, size, None, part.starts[name])
+
+
+def rehearse(spec: StackSpec) -> None:
+    """One layer on two samples, on the CPU: shows what is wrong with a user's own block.
+
+    Raises:
+        UsageError: it breaks the interface.
+    """
+    few = replace(spec, batch_size=min(2, int(spec.batch_size or 1)))
+    device = torch.device("cpu")
+    build_block(few, 0, 1, device)(input_batch(few, 0, device))
 
 
 def build_stack(spec: StackSpec, seed: int, device: torch.device) -> list[Block]:

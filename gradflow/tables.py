@@ -18,6 +18,7 @@ from gradflow.spec import StackSpec
 from gradflow.theory_words import theory_sentence
 from gradflow.training_tables import training_lines
 from gradflow.units import count, gib, milliseconds, number, rounded, signed
+from gradflow.user_code import shown
 
 # Rows shown at each end of a long table.
 ENDS = 8
@@ -53,6 +54,7 @@ def run_view(run: Run) -> RenderableType:
     """Everything that `gradflow run` shows."""
     return Group(
         Text(run.spec.title, style="bold"),
+        *(Text(line) for line in departure_lines(run)),
         *(Text(line, style="dim") for line in subtitle(run)),
         layer_table(run),
         profile(run.first_records),
@@ -60,6 +62,12 @@ def run_view(run: Run) -> RenderableType:
         *training_lines(run),
         *cost_lines(run),
     )
+
+
+def departure_lines(run: Run) -> Iterator[str]:
+    """Which parts of a published scheme this run has replaced by options."""
+    if run.summary.departures:
+        yield f"scheme {shown(str(run.spec.scheme))}, {run.summary.departures}"
 
 
 def subtitle(run: Run) -> Iterator[str]:

@@ -18,6 +18,7 @@ from scipy.special import stdtrit
 from gradflow.model_spec import ModelSpec, Spec
 from gradflow.records import LayerRecord, Summary
 from gradflow.spec import RunOptions, StackSpec
+from gradflow.user_code import shown
 
 # Profiles flatter than this have no trend to speak of.
 FLAT_DECADES = 0.1
@@ -97,6 +98,7 @@ def summarise(
         first_unit=finding.unit,
         first_pass=finding.direction,
         loss=loss,
+        departures=spec.departures or None,
     )
 
 
@@ -216,7 +218,7 @@ def _remedy(finding: Finding, spec: StackSpec, options: RunOptions) -> str:
 
 def _redesign(spec: StackSpec) -> str:
     if spec.scheme is not None:
-        return f"{spec.scheme} does so here; `gradflow schemes` lists the others."
+        return f"{shown(spec.scheme)} does so here; `gradflow schemes` lists the others."
     if not spec.has_shortcut:
         return "Add shortcuts: --shortcut residual."
     if spec.norm == "none":

@@ -10,6 +10,7 @@ from typing import Any
 
 from gradflow.spec import StackSpec
 from gradflow.theory.units import Head, NoTheoryError, Shape, Stack, Unit, Weights
+from gradflow.user_code import is_user_name
 from gradflow.wiring import Wiring
 
 RECTIFIERS = ("relu", "gelu", "silu")
@@ -132,6 +133,8 @@ REASONS = {
 
 
 def _check_wiring(spec: StackSpec, wiring: Wiring) -> None:
+    if is_user_name(spec.block):
+        raise NoTheoryError("no formula for a branch of your own")
     if wiring.unit in REASONS:
         raise NoTheoryError(REASONS[wiring.unit])
     if wiring.unit not in AS_TEMPLATE:
