@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -104,20 +105,51 @@ def is_uniform(spec: StackSpec) -> bool:
     return spec.init == "torch" and spec.weight_var is None
 
 
-def fill(slots: list[Slot], spec: StackSpec, device: torch.device, source: torch.Generator) -> None:
-    """Give every slot its parameter, as views of one flat buffer filled by one draw."""
-    drawn = [slot for slot in slots if slot.std is not None]
-    fixed = [slot for slot in slots if slot.std is None]
-    numbers = sum(math.prod(slot.shape) for slot in drawn)
-    total = numbers + sum(math.prod(slot.shape) for slot in fixed)
-    flat = torch.empty(total, dtype=getattr(torch, spec.dtype), device=device)
-    _draw(flat[:numbers], spec, source)
-    start = 0
-    for slot in drawn + fixed:
-        view = flat[start : start + math.prod(slot.shape)].view(slot.shape)
-        start += view.numel()
-        _set_values(view, slot, spec)
-        setattr(slot.owner, slot.name, nn.Parameter(view))
+class Weights:
+    """The parameters of some slots: views of one flat buffer that one draw fills, time and again.
+
+    Args:
+        slots: each gets its parameter here.
+        spec: rule and scale of the draw.
+        device: where the buffer lies.
+    """
+
+    def __init__(self, slots: Sequence[Slot], spec: StackSpec, device: torch.device) -> None:
+        drawn = [slot for slot in slots if slot.std is not None]
+        fixed = [slot for slot in slots if slot.std is None]
+        sizes = [math.prod(slot.shape) for slot in drawn + fixed]
+        flat = torch.empty(sum(sizes), dtype=getattr(torch, spec.dtype), device=device)
+        views = [
+            part.view(slot.shape)
+            for slot, part in zip(drawn + fixed, flat.split(sizes), strict=True)
+        ]
+        for slot, view in zip(drawn + fixed, views, strict=True):
+            setattr(slot.owner, slot.name, nn.Parameter(view))
+        for slot, view in zip(fixed, views[len(drawn) :], strict=True):
+            view.fill_(slot.constant)
+        self._spec = spec
+        self._drawn = list(zip(views, drawn, strict=False))
+        self._numbers = flat[: sum(sizes[: len(drawn)])]
+
+    def draw(self, source: torch.Generator) -> None:
+        """New values, by one call of the generator; constants stay.
+
+        No graph that saved the values before may still be used: it would not notice.
+        """
+        _draw(self._numbers, self._spec, source)
+        for view, slot in self._drawn:
+            if slot.matrix and self._spec.init == "orthogonal" and self._spec.weight_var is None:
+                _orthogonalise(view)
+            view.mul_(slot.std)
+
+
+def fill(
+    slots: Sequence[Slot], spec: StackSpec, device: torch.device, source: torch.Generator
+) -> Weights:
+    """Give every slot its parameter, with values from one draw."""
+    weights = Weights(slots, spec, device)
+    weights.draw(source)
+    return weights
 
 
 def _draw(out: Tensor, spec: StackSpec, source: torch.Generator) -> None:
@@ -128,15 +160,6 @@ def _draw(out: Tensor, spec: StackSpec, source: torch.Generator) -> None:
         wide.normal_(generator=source)
     if wide is not out:
         out.copy_(wide)
-
-
-def _set_values(view: Tensor, slot: Slot, spec: StackSpec) -> None:
-    if slot.std is None:
-        view.fill_(slot.constant)
-        return
-    if slot.matrix and spec.init == "orthogonal" and spec.weight_var is None:
-        _orthogonalise(view)
-    view.mul_(slot.std)
 
 
 def _orthogonalise(weight: Tensor) -> None:

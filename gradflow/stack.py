@@ -6,7 +6,7 @@ it, so any layer can be replayed by itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ import torch.nn.functional as F  # noqa: N812 (torch's own convention)
 from torch import Tensor, nn
 
 from gradflow.blocks import BRANCHES, PHI, Branch, Conv3x3, Linear, Norm, make_norm
-from gradflow.initial import Slot, bias_std, fans, fill, generator, weight_std
+from gradflow.initial import Slot, Weights, bias_std, fans, fill, generator, weight_std
 from gradflow.spec import StackSpec
 from gradflow.stats import norm
 
@@ -45,13 +45,12 @@ class Unit(nn.Module):
 
     Attributes:
         weights: its parameters, once they have values.
-        infos: for each what needs no pass.
         structure: equal for units that keep equally much for their backward.
     """
 
     weights: tuple[nn.Parameter, ...]
-    infos: tuple[ParamInfo, ...]
     structure: tuple[object, ...]
+    _infos: tuple[ParamInfo, ...]
 
     def __init__(self, spec: StackSpec, name: str) -> None:
         super().__init__()
@@ -74,11 +73,24 @@ class Unit(nn.Module):
         """Note what the engines ask of every unit in every pass."""
         named = list(self.named_parameters())
         self.weights = tuple(p for _, p in named)
-        self.infos = tuple(
-            ParamInfo(name, "x".join(map(str, p.shape)), p.numel(), norm(p.detach()))
-            for name, p in named
-        )
+        self._known = [(name, "x".join(map(str, p.shape)), p.numel()) for name, p in named]
         self.structure = (self.shortcut, *(type(part) for part in self.modules()))
+        self.forget()
+
+    def forget(self) -> None:
+        """The weights have new values: what was known of the old ones is not true any more."""
+        self._infos = ()
+
+    @property
+    def infos(self) -> tuple[ParamInfo, ...]:
+        """For each parameter what needs no pass; norms are taken when they are first asked for."""
+        return self._infos or self.note_norms()
+
+    def note_norms(self) -> tuple[ParamInfo, ...]:
+        """Take the norms of the weights, so that no pass has to."""
+        pairs = zip(self._known, self.weights, strict=True)
+        self._infos = tuple(ParamInfo(*known, norm(p.detach())) for known, p in pairs)
+        return self._infos
 
     def forward(self, x: Tensor) -> Tensor:
         # The view gathers the branch's uses of x before the shortcut's is added, in the order
@@ -96,7 +108,9 @@ def _placed_norms(spec: StackSpec, branch: Branch) -> tuple[nn.Module, nn.Module
 
 
 class Block(nn.Sequential):
-    """One layer of the stack: its units in order."""
+    """One layer of the stack: its units in order, with no values in their parameters yet."""
+
+    _source: Weights
 
     def __init__(self, spec: StackSpec) -> None:
         super().__init__(*(Unit(spec, name) for name in spec.kind.units))
@@ -108,15 +122,35 @@ class Block(nn.Sequential):
             assert isinstance(unit, Unit)
             yield unit
 
+    def own(self, weights: Weights) -> None:
+        """Note where the values of the parameters come from."""
+        self._source = weights
+        for unit in self.units:
+            unit.seal()
+
+    def redraw(self, source: torch.Generator) -> None:
+        """The weights of another layer of the same kind, in place."""
+        self._source.draw(source)
+        for unit in self.units:
+            unit.forget()
+
+
+def layer_kind(spec: StackSpec, layer: int) -> Hashable:  # noqa: ARG001
+    """Layers of one kind differ in their drawn weights alone, so one module can play them all."""
+    return spec
+
 
 def build_block(spec: StackSpec, seed: int, layer: int, device: torch.device) -> Block:
     """Layer `layer` (from 1) of the stack, with the weights of this seed."""
     block = Block(spec)
     slots = [slot for unit in block.units for slot in _slots(spec, unit, unit.branch)]
-    fill(slots, spec, device, generator(device, seed, "layer", layer))
-    for unit in block.units:
-        unit.seal()
+    block.own(fill(slots, spec, device, layer_source(seed, layer, device)))
     return block
+
+
+def layer_source(seed: int, layer: int, device: torch.device) -> torch.Generator:
+    """What the weights of a layer are drawn from."""
+    return generator(device, seed, "layer", layer)
 
 
 def _slots(spec: StackSpec, module: nn.Module, branch: Branch | None) -> Iterator[Slot]:
@@ -139,7 +173,11 @@ def _slots(spec: StackSpec, module: nn.Module, branch: Branch | None) -> Iterato
 
 def build_stack(spec: StackSpec, seed: int, device: torch.device) -> list[Block]:
     """All layers, resident."""
-    return [build_block(spec, seed, layer, device) for layer in range(1, spec.depth + 1)]
+    blocks = [build_block(spec, seed, layer, device) for layer in range(1, spec.depth + 1)]
+    for block in blocks:
+        for unit in block.units:
+            unit.note_norms()
+    return blocks
 
 
 def stream_shape(spec: StackSpec) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ a NaN or an infinity in the tensor is one in the norm.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch import Tensor
 Sums = dict[str, Tensor | float]
 Numbers = dict[str, Tensor]
 
+ACTIVATIONS = ("act_rms", "act_max_abs", "act_cos")
 PART_SUMS = ("skip_sq", "branch_sq", "cross")
 GAINS = ("gain", "skip_gain", "branch_gain", "skip_branch_cos")
 
@@ -63,6 +65,11 @@ def forward_sums(y: Tensor, *, tokens: bool) -> Sums:
     norms, lengths = _lengths((y if tokens else y.flatten(1)).double())
     low, high = torch.aminmax(y)
     return {"y_norms": norms, "y_lengths": lengths, "low": low, "high": high}
+
+
+def stack_sums(sums: Sequence[Sums]) -> Numbers:
+    """Sums of units of one shape, stacked on axis 0."""
+    return {n: torch.stack([torch.as_tensor(each[n]) for each in sums]) for n in sums[0]}
 
 
 def forward_stats(sums: Numbers, numel: int) -> Numbers:

@@ -1,0 +1,117 @@
+"""What a pass leaves behind, finished in chunks of units while the pass goes on.
+
+On CPU a chunk goes to the tables at once. On CUDA nothing may wait for the device inside a pass,
+so chunks stay there, packed into one tensor each, until the pass is over.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from gradflow.records import LayerRecord, ParamRecord
+from gradflow.rows import Packed, Row, pack, unpack
+from gradflow.spool import Spool
+from gradflow.stats import Numbers, Sums, forward_stats, forward_sums, stack_sums
+
+CHUNK_UNITS = 256
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Where the rows of a measurement go."""
+
+    layers: Spool[LayerRecord] = field(default_factory=lambda: Spool(LayerRecord))
+    params: Spool[ParamRecord] = field(default_factory=lambda: Spool(ParamRecord))
+
+
+class Activations:
+    """The forward columns of every unit: seen from the input up, given back from the last down.
+
+    Sums of a chunk are finished together; what stays are three numbers for each unit.
+
+    Args:
+        tokens: as for `stats.forward_sums`.
+    """
+
+    def __init__(self, *, tokens: bool) -> None:
+        self._tokens = tokens
+        self._open: list[Sums] = []
+        self._shape: torch.Size | None = None
+        self._chunks: list[Numbers] = []
+        self._last: list[Sums] = []  # the last chunk unit by unit, once it is given back
+
+    def see(self, y: Tensor) -> None:
+        """The next unit's output."""
+        if len(self._open) == CHUNK_UNITS or y.shape != self._shape:
+            self._close()
+        self._shape = y.shape
+        self._open.append(forward_sums(y, tokens=self._tokens))
+
+    def pop(self) -> Sums:
+        """The numbers of the last unit that was not given back yet."""
+        self._close()
+        if not self._last:
+            self._last = _by_unit(self._chunks.pop())
+        return self._last.pop()
+
+    def _close(self) -> None:
+        if self._open and self._shape is not None:
+            numbers = forward_stats(stack_sums(self._open), self._shape.numel())
+            self._chunks.append({n: v.double() for n, v in numbers.items()})
+            self._open = []
+
+
+def _by_unit(numbers: Numbers) -> list[Sums]:
+    columns = {n: v.tolist() if v.device.type == "cpu" else v.unbind() for n, v in numbers.items()}
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+class Collector:
+    """Takes the rows of one pass from the last unit down, and puts them into tables in order.
+
+    Args:
+        seed: written into the records.
+        shape: of the stream.
+        tables: where they go.
+        step: written into the records.
+    """
+
+    def __init__(self, seed: int, shape: torch.Size, tables: Tables, step: int = 0) -> None:
+        self._when, self._shape, self._tables = (seed, step), shape, tables
+        self._first = (tables.layers.chunks, tables.params.chunks)
+        self._rows: list[Row] = []
+        self._packed: list[Packed] = []
+        self._is_finished = False
+
+    def add(self, row: Row) -> None:
+        """The row below those that came before."""
+        self._rows.append(row)
+        if len(self._rows) > CHUNK_UNITS:
+            self._pack()
+            # The gain of a unit needs the row below, so the lowest begins the next chunk.
+            self._rows = self._rows[-1:]
+
+    def finish(self) -> None:
+        """Put what is left into the tables; waits for the device."""
+        if not self._is_finished:
+            self._pack()
+            self._store()
+            self._tables.layers.turn(self._first[0])
+            self._tables.params.turn(self._first[1])
+            self._is_finished = True
+
+    def _pack(self) -> None:
+        packed = pack(self._rows[::-1])
+        self._packed.append(packed)
+        if packed.numbers.device.type == "cpu":
+            self._store()
+
+    def _store(self) -> None:
+        for packed in self._packed:
+            layers, params = unpack(packed, self._when, self._shape)
+            self._tables.layers.add_chunk(layers)
+            self._tables.params.add_chunk(params)
+        self._packed = []
