@@ -16,7 +16,7 @@ from gradflow.rows import Packed, Row, pack, unpack
 from gradflow.spool import Spool
 from gradflow.stats import Numbers, Sums, forward_stats, forward_sums, stack_sums
 
-CHUNK_UNITS = 256
+CHUNK_UNITS = 32
 
 
 @dataclass(frozen=True)

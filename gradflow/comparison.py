@@ -181,7 +181,8 @@ def _obstacles(run: Run, reference: Run) -> Iterator[str]:
 def _log_seconds(run: Run, fields: Sequence[str]) -> Floats:
     """log of the seconds per layer, repeat by repeat."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.log(repeat_totals(run.time_records, fields) / run.spec.depth)
+        layers = len({record.layer for record in run.time_records})
+        return np.log(repeat_totals(run.time_records, fields) / layers)
 
 
 def repeat_totals(records: Sequence[TimeRecord], fields: Sequence[str]) -> Floats:

@@ -121,26 +121,27 @@ class Weights:
         flat = torch.empty(sum(sizes), dtype=getattr(torch, spec.dtype), device=device)
         views = [
             part.view(slot.shape)
-            for slot, part in zip(drawn + fixed, flat.split(sizes), strict=True)
+            for slot, part in zip(drawn + fixed, torch.split(flat, sizes), strict=True)
         ]
         for slot, view in zip(drawn + fixed, views, strict=True):
             setattr(slot.owner, slot.name, nn.Parameter(view))
         for slot, view in zip(fixed, views[len(drawn) :], strict=True):
             view.fill_(slot.constant)
         self._spec = spec
-        self._drawn = list(zip(views, drawn, strict=False))
+        stds = [slot.std for slot in slots if slot.std is not None]
+        self._drawn = list(zip(views[: len(drawn)], drawn, stds, strict=True))
         self._numbers = flat[: sum(sizes[: len(drawn)])]
 
     def draw(self, source: torch.Generator) -> None:
         """New values, by one call of the generator; constants stay.
 
-        No graph that saved the values before may still be used: it would not notice.
+        No graph that saved the old values can be used any more; autograd refuses it.
         """
         _draw(self._numbers, self._spec, source)
-        for view, slot in self._drawn:
+        for view, slot, std in self._drawn:
             if slot.matrix and self._spec.init == "orthogonal" and self._spec.weight_var is None:
                 _orthogonalise(view)
-            view.mul_(slot.std)
+            view.mul_(std)
 
 
 def fill(

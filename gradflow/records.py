@@ -7,8 +7,9 @@ missing and is written as an empty cell; NaN and infinities are numbers and are 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,6 +125,11 @@ class Timing:
     bare_iqr_s: float | None
     spread: float
 
+    @property
+    def layers(self) -> int:
+        """How many layers were timed: all, or a sample of a deep stack."""
+        return len({row.layer for row in self.repeats})
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -195,4 +201,5 @@ class Run:
 def _frame(record: type[Record], rows: Sequence[Record]) -> pd.DataFrame:
     import pandas as pd  # 0.8 s to import, so only where a DataFrame is asked for
 
-    return pd.DataFrame([asdict(row) for row in rows], columns=list(columns(record)))
+    names = list(columns(record))
+    return pd.DataFrame.from_records(list(map(attrgetter(*names), rows)), columns=names)

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from gradflow.errors import UsageError
+from gradflow.units import size_in_bytes
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ NORM_KINDS = ("layernorm", "rmsnorm", "batchnorm", "groupnorm")
 ACTIVATIONS = ("relu", "gelu", "tanh", "silu", "erf", "linear")
 INITS = ("he", "xavier", "lecun", "gpt2", "orthogonal", "torch")
 LOSSES = ("cotangent", "mse", "ce")
+KEEPS = ("auto", "graph", "boundaries", "sqrt")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 # Torch's own number of groups would not divide narrow widths; 8 is GroupNorm's usual small choice.
@@ -221,6 +223,13 @@ class RunOptions:
     raw_range: bool = option(
         False, "do not rescale the gradient: show where the number format itself dies"
     )
+    keep: str = option("auto", "what stays in memory for the backward pass", KEEPS)
+    rebuild: bool | None = option(
+        None, "build each layer again when it is visited, instead of keeping all parameters"
+    )
+    memory_limit: str | None = option(
+        None, "memory the stack may take, for example 4GiB (half of what is free)"
+    )
     vanishing: float = option(3.0, "decades of shrinking that count as vanishing")
     exploding: float = option(3.0, "decades of growth that count as exploding")
 
@@ -230,6 +239,27 @@ class RunOptions:
         at_least(self, "repeats", 1)
         for name in ("time_budget", "vanishing", "exploding"):
             positive(self, name)
+        check_choice("--keep", self.keep, KEEPS)
+        self._check_memory()
+
+    def _check_memory(self) -> None:
+        if not isinstance(self.rebuild, bool | None):
+            raise UsageError("--rebuild is a flag", self.rebuild, "use --rebuild or --no-rebuild")
+        try:
+            _ = self.memory_limit_bytes
+        except (ValueError, TypeError, OverflowError):
+            rule = "--memory-limit is a size: a number with B, KiB, MiB or GiB"
+            raise UsageError(rule, self.memory_limit, "use for example 4GiB") from None
+
+    @property
+    def memory_limit_bytes(self) -> int | None:
+        """`memory_limit` in bytes; None if there is none."""
+        return None if self.memory_limit is None else size_in_bytes(self.memory_limit)
+
+    @property
+    def is_policy_given(self) -> bool:
+        """Whether the memory policy is restricted by more than a limit."""
+        return self.keep != "auto" or self.rebuild is not None
 
     @property
     def all_seeds(self) -> range:

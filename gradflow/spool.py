@@ -39,9 +39,11 @@ class Spool(Sequence[RecordT], Generic[RecordT]):
     def __init__(
         self, record: type[RecordT], folder: Path | None = None, rows: Iterable[RecordT] = ()
     ) -> None:
-        self.record, self.folder = record, folder
+        self.record: type[RecordT] = record
+        self.folder = folder
         self._cells = attrgetter(*columns(record))
-        self._file = SpooledTemporaryFile(max_size=IN_MEMORY_BYTES, dir=folder)  # noqa: SIM115
+        place = str(folder) if folder else None
+        self._file = SpooledTemporaryFile(max_size=IN_MEMORY_BYTES, dir=place)  # noqa: SIM115
         weakref.finalize(self, self._file.close)  # it lives as long as the table
         self._places: list[tuple[int, int, int]] = []  # offset, bytes and rows of each chunk
         self._end = 0

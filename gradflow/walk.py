@@ -105,11 +105,17 @@ def loss_gradient(loss: nn.Module, y: Tensor) -> tuple[Tensor, Tensor]:
     return value.detach(), g
 
 
+# `torch.autograd.grad` checks the shape of a cotangent symbolically: that loads sympy (40 MiB, a
+# second) and takes as long as a narrow unit. The engine behind it checks shapes, too.
+_run_backward = torch.autograd.Variable._execution_engine.run_backward
+
+
 def vjp(tape: Tape, g: Tensor) -> tuple[list[Tensor], list[Tensor | None]]:
     """dL/dx by its parts, in the order of `tape.leaves`, and dL/dparameters; frees the graph."""
     leaves = tape.leaves
-    inputs = [*leaves, *tape.unit.weights]
-    grads = torch.autograd.grad(tape.y, inputs, g, allow_unused=True)
+    inputs = (*leaves, *tape.unit.weights)
+    # One output; no graph is kept or made; inputs need not be reached, and nothing accumulates.
+    grads = _run_backward((tape.y,), (g,), False, False, inputs, True, accumulate_grad=False)
     parts = [torch.zeros_like(x) if d is None else d for x, d in zip(leaves, grads, strict=False)]
     return parts, list(grads[len(leaves) :])
 
