@@ -6,7 +6,7 @@ so chunks stay there, packed into one tensor each, until the pass is over.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -65,8 +65,22 @@ class Activations:
 
 
 def _by_unit(numbers: Numbers) -> list[Sums]:
-    columns = {n: v.tolist() if v.device.type == "cpu" else v.unbind() for n, v in numbers.items()}
-    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    on_cpu = next(iter(numbers.values())).device.type == "cpu"
+    columns = [v.tolist() if on_cpu else v.unbind() for v in numbers.values()]
+    return [dict(zip(numbers, values, strict=True)) for values in zip(*columns, strict=True)]
+
+
+def _at_hand(row: Row) -> Row:
+    """On CPU the numbers as numbers: small tensors that live on would break up the heap."""
+    if any(isinstance(v, Tensor) and v.device.type != "cpu" for v in row.sums.values()):
+        return row
+    return replace(
+        row,
+        sums={name: float(value) for name, value in row.sums.items()},
+        parts={name: float(value) for name, value in row.parts.items()},
+        params=[info.at_hand for info in row.params],
+        grads=[None if g is None else (float(g[0]), float(g[1])) for g in row.grads],
+    )
 
 
 class Collector:
@@ -88,7 +102,7 @@ class Collector:
 
     def add(self, row: Row) -> None:
         """The row below those that came before."""
-        self._rows.append(row)
+        self._rows.append(_at_hand(row))
         if len(self._rows) > CHUNK_UNITS:
             self._pack()
             # The gain of a unit needs the row below, so the lowest begins the next chunk.

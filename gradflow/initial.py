@@ -11,6 +11,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -47,12 +48,16 @@ def generator_seed(seed: int, purpose: str, index: int = 0) -> int:
     Torch's CPU generator (mt19937) keeps only the low 32 bits of its seed, so these are mixed
     here: a bijection of (hash of seed and purpose) + index, which keeps neighbours apart.
     """
-    digest = hashlib.sha256(f"{purpose}:{seed}".encode()).digest()
-    x = (int.from_bytes(digest[:4], "big") + index) & 0xFFFFFFFF
+    x = (_hash(f"{purpose}:{seed}") + index) & 0xFFFFFFFF
     # The finaliser of MurmurHash3 (Appleby), a bijection on 32 bits.
     x = ((x ^ (x >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
     x = ((x ^ (x >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
     return x ^ (x >> 16)
+
+
+@lru_cache
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
 
 
 def generator(device: torch.device, seed: int, purpose: str, index: int = 0) -> torch.Generator:

@@ -12,8 +12,8 @@ from gradflow.executors import first_line
 from gradflow.grid import Cell
 from gradflow.measurement import build_timed
 from gradflow.memory import available_bytes, footprint, make_plan, resident_bytes
-from gradflow.timing import Clock, Pass, clock_for, collector_paused, timed_pass, unit_names
 from gradflow.tape import Network
+from gradflow.timing import Clock, Pass, clock_for, collector_paused, timed_pass, unit_names
 
 # (cell that had its turn, round from 0 for the warm-up, rounds that are wanted)
 Tick = Callable[[Cell, int, int], None]

@@ -40,7 +40,7 @@ class Row:
     parts: Sums
     saved_bytes: int | None = None
     params: Sequence[ParamInfo] = ()
-    grads: Sequence[tuple[Tensor, Tensor | float] | None] = ()
+    grads: Sequence[tuple[Tensor | float, Tensor | float] | None] = ()
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,8 @@ def pack(rows: Sequence[Row]) -> Packed:
         rows: neighbours from the lowest up.
     """
     columns = _by_name(rows)
-    device = next(v.device for values in columns.values() for v in values if isinstance(v, Tensor))
+    tensors = (v for values in columns.values() for v in values if isinstance(v, Tensor))
+    device = next((tensor.device for tensor in tensors), torch.device("cpu"))
     stacks = {name: _stack(values, device) for name, values in columns.items()}
     shapes = {name: stack.shape for name, stack in stacks.items()}
     bare = [replace(row, sums={}, parts={}, grads=()) for row in rows]

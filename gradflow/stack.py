@@ -6,7 +6,7 @@ it, so any layer can be replayed by itself.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,7 +37,12 @@ class ParamInfo:
     name: str
     shape: str
     numel: int
-    norm: Tensor
+    norm: Tensor | float
+
+    @property
+    def at_hand(self) -> ParamInfo:
+        """With the norm as a number."""
+        return ParamInfo(self.name, self.shape, self.numel, float(self.norm))
 
 
 class Unit(nn.Module):
@@ -50,7 +55,6 @@ class Unit(nn.Module):
 
     weights: tuple[nn.Parameter, ...]
     structure: tuple[object, ...]
-    _infos: tuple[ParamInfo, ...]
 
     def __init__(self, spec: StackSpec, name: str) -> None:
         super().__init__()
@@ -75,22 +79,24 @@ class Unit(nn.Module):
         self.weights = tuple(p for _, p in named)
         self._known = [(name, "x".join(map(str, p.shape)), p.numel()) for name, p in named]
         self.structure = (self.shortcut, *(type(part) for part in self.modules()))
-        self.forget()
+        # A list, because a module's own attributes take long to set.
+        self._infos: list[ParamInfo] = []
 
     def forget(self) -> None:
         """The weights have new values: what was known of the old ones is not true any more."""
-        self._infos = ()
+        self._infos.clear()
 
     @property
-    def infos(self) -> tuple[ParamInfo, ...]:
+    def infos(self) -> Sequence[ParamInfo]:
         """For each parameter what needs no pass; norms are taken when they are first asked for."""
-        return self._infos or self.note_norms()
+        if not self._infos:
+            self.note_norms()
+        return tuple(self._infos)
 
-    def note_norms(self) -> tuple[ParamInfo, ...]:
+    def note_norms(self) -> None:
         """Take the norms of the weights, so that no pass has to."""
         pairs = zip(self._known, self.weights, strict=True)
-        self._infos = tuple(ParamInfo(*known, norm(p.detach())) for known, p in pairs)
-        return self._infos
+        self._infos[:] = [ParamInfo(*known, norm(p.detach())) for known, p in pairs]
 
     def forward(self, x: Tensor) -> Tensor:
         # The view gathers the branch's uses of x before the shortcut's is added, in the order

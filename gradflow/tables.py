@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby, islice
+from operator import attrgetter, itemgetter
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -12,12 +15,14 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from gradflow.comparison import mean_profile
 from gradflow.records import LayerRecord, Run, Summary
 from gradflow.units import count, gib, milliseconds, number, rounded, signed
 
 # Rows shown at each end of a long table.
 ENDS = 8
 PROFILE_SIZE = (78, 14)
+MOST_POINTS = 1000
 STYLES = {"healthy": "bold green", "unstable": "bold yellow"}
 
 
@@ -68,7 +73,7 @@ def subtitle(run: Run) -> Iterator[str]:
 
 def layer_table(run: Run) -> Table:
     """One row per unit, the middle of a long stack left out; means over the seeds."""
-    rows = mean_rows(run.layer_records)
+    rows, hidden = end_rows(run.layer_records)
     shown = [c for c in COLUMNS if any(getattr(r, c.field) is not None for r in rows)]
     timed = [t for t in TIMES if run.time_records]
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
@@ -76,14 +81,26 @@ def layer_table(run: Run) -> Table:
     table.add_column("unit")
     for heading in [c.heading for c in shown] + [name for name, _ in timed]:
         table.add_column(heading, justify="right")
-    for row in rows if len(rows) <= 3 * ENDS else rows[:ENDS]:
+    for place, row in enumerate(rows):
+        if hidden and place == ENDS:
+            dots = ["…"] * (len(shown) + len(timed))
+            table.add_row("…", f"{hidden} more", *dots, style="dim")
         table.add_row(*_cells(row, shown, timed))
-    if len(rows) > 3 * ENDS:
-        dots = ["…"] * (len(shown) + len(timed))
-        table.add_row("…", f"{len(rows) - 2 * ENDS} more", *dots, style="dim")
-        for row in rows[-ENDS:]:
-            table.add_row(*_cells(row, shown, timed))
     return table
+
+
+def end_rows(records: Iterable[LayerRecord]) -> tuple[list[LayerRecord], int]:
+    """Means over the seeds at both ends of a long stack, and how many units lie between."""
+    kept: list[LayerRecord] = []
+    hidden = 0
+    for _, seed in groupby(records, key=attrgetter("seed")):
+        rows = enumerate(seed, 1 - ENDS)
+        first = [row for _, row in islice(rows, ENDS)]
+        last = deque(rows, 2 * ENDS)
+        rest = last[-1][0] if last else 0
+        hidden = rest - ENDS if rest > 2 * ENDS else 0
+        kept += first + [row for place, row in last if place > hidden]
+    return mean_rows(kept), hidden
 
 
 def _cells(
@@ -125,18 +142,25 @@ def _mean_of(values: Sequence[float | None]) -> float | None:
 
 def profile(records: Sequence[LayerRecord]) -> RenderableType:
     """log10 of the gradient norm over the layers; one line, the mean over the seeds."""
-    rows = mean_rows(records)
-    depth = max(row.layer for row in rows)
-    units = (len(rows) - 1) / depth
-    points = [
-        (i / units, row.log10_grad_norm)
-        for i, row in enumerate(rows)
-        if row.log10_grad_norm is not None and math.isfinite(row.log10_grad_norm)
-    ]
+    logs = mean_profile(records)
+    depth = records[-1].layer
+    units = (len(logs) - 1) / depth
+    points = [(i / units, log) for i, log in enumerate(logs) if math.isfinite(log)]
     if len(points) < 2:
         return Text("no profile: fewer than two layers have a finite gradient", style="dim")
-    text = _plot([x for x, _ in points], [y for _, y in points], depth)
+    drawn = thinned(points)
+    text = _plot([x for x, _ in drawn], [y for _, y in drawn], depth)
     return Padding(text, (1, 0))
+
+
+def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """No more points than a drawing can tell apart: of each stretch the lowest and the highest."""
+    stretch = math.ceil(len(points) / MOST_POINTS)
+    if stretch == 1:
+        return list(points)
+    parts = (points[i : i + stretch] for i in range(0, len(points), stretch))
+    ends = (sorted((min(part, key=itemgetter(1)), max(part, key=itemgetter(1)))) for part in parts)
+    return [point for pair in ends for point in pair]
 
 
 def _plot(x: Sequence[float], y: Sequence[float], depth: int) -> Text:
@@ -216,3 +240,6 @@ def cost_lines(run: Run) -> Iterator[RenderableType]:
             ratio = run.overhead["statistics_over_bare"]
             overhead = f"; observing cost {ratio:.2f} times a bare pass"
         yield Text(f"Peak memory {gib(summary.peak_bytes)}{overhead}.")
+    policy = run.environment.get("memory_policy")
+    if policy:
+        yield Text(f"Memory policy: {policy}.")

@@ -112,9 +112,7 @@ class _Recorder:
             x = tape.y.detach()
         return x
 
-    def unwind(
-        self, layers: range, x: Tensor, spans: tuple[int, ...], see: See
-    ) -> Iterator[Tape]:
+    def unwind(self, layers: range, x: Tensor, spans: tuple[int, ...], see: See) -> Iterator[Tape]:
         """Tapes from the last to the first; `see` gets them on their first visit."""
         if not spans:
             yield from self._keep(layers, x, see)

@@ -152,7 +152,8 @@ class _Way:
     def back(self, tapes: Iterable[Tape], g: Tensor) -> Iterator[Row]:
         """Rows from the last unit down to the input; each graph is freed once it has been used."""
         # What is not a tensor on CUDA would have to be sent there.
-        exponent: Tensor | int = 0 if g.device.type == "cpu" else torch.zeros((), dtype=torch.int32, device=g.device)
+        on_cpu = g.device.type == "cpu"
+        exponent = 0 if on_cpu else torch.zeros((), dtype=torch.int32, device=g.device)
         layer = None
         for tape in tapes:
             if layer not in (None, tape.layer):
@@ -165,7 +166,8 @@ class _Way:
             row, g = self._through(tape, sums, g)
             yield row
         self.tick()
-        yield Row(0, "input", self.activations.pop() | gradient_sums(g) | {"exponent": exponent}, {})
+        sums = self.activations.pop() | gradient_sums(g) | {"exponent": exponent}
+        yield Row(0, "input", sums, {})
 
     def _through(self, tape: Tape, sums: Sums, g: Tensor) -> tuple[Row, Tensor]:
         """The row of a unit, and the gradient below it."""
