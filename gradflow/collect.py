@@ -6,6 +6,7 @@ so chunks stay there, packed into one tensor each, until the pass is over.
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from gradflow.records import LayerRecord, ParamRecord
 from gradflow.rows import Packed, Row, pack, unpack
 from gradflow.spool import Spool
-from gradflow.stats import Numbers, Sums, forward_stats, forward_sums, stack_sums
+from gradflow.stats import Sums, forward_stats, forward_sums, stack_sums
 
 CHUNK_UNITS = 32
 
@@ -30,7 +31,8 @@ class Tables:
 class Activations:
     """The forward columns of every unit: seen from the input up, given back from the last down.
 
-    Sums of a chunk are finished together; what stays are three numbers for each unit.
+    Sums of a chunk are finished together; what stays are three numbers for each unit. All units
+    have the same columns.
 
     Args:
         tokens: as for `stats.forward_sums`.
@@ -40,8 +42,7 @@ class Activations:
         self._tokens = tokens
         self._open: list[Sums] = []
         self._shape: torch.Size | None = None
-        self._chunks: list[Numbers] = []
-        self._last: list[Sums] = []  # the last chunk unit by unit, once it is given back
+        self._stacks: dict[str, _Stack] = {}
 
     def see(self, y: Tensor) -> None:
         """The next unit's output."""
@@ -53,21 +54,34 @@ class Activations:
     def pop(self) -> Sums:
         """The numbers of the last unit that was not given back yet."""
         self._close()
-        if not self._last:
-            self._last = _by_unit(self._chunks.pop())
-        return self._last.pop()
+        return {name: stack.pop() for name, stack in self._stacks.items()}
 
     def _close(self) -> None:
         if self._open and self._shape is not None:
             numbers = forward_stats(stack_sums(self._open), self._shape.numel())
-            self._chunks.append({n: v.double() for n, v in numbers.items()})
+            for name, values in numbers.items():
+                self._stacks.setdefault(name, _Stack()).push(values.double())
             self._open = []
 
 
-def _by_unit(numbers: Numbers) -> list[Sums]:
-    on_cpu = next(iter(numbers.values())).device.type == "cpu"
-    columns = [v.tolist() if on_cpu else v.unbind() for v in numbers.values()]
-    return [dict(zip(numbers, values, strict=True)) for values in zip(*columns, strict=True)]
+class _Stack:
+    """Numbers of one column, last in, first out; on CUDA they stay there, a tensor for each chunk.
+
+    On CPU they are one array: many small tensors would break up the heap.
+    """
+
+    def __init__(self) -> None:
+        self._here = array("d")
+        self._there: list[Tensor] = []
+
+    def push(self, values: Tensor) -> None:
+        if values.device.type == "cpu":
+            self._here.extend(values.tolist())
+        else:
+            self._there += values.unbind()
+
+    def pop(self) -> Tensor | float:
+        return self._there.pop() if self._there else self._here.pop()
 
 
 def _at_hand(row: Row) -> Row:
@@ -103,7 +117,7 @@ class Collector:
     def add(self, row: Row) -> None:
         """The row below those that came before."""
         self._rows.append(_at_hand(row))
-        if len(self._rows) > CHUNK_UNITS:
+        if len(self._rows) > CHUNK_UNITS and row.layer:
             self._pack()
             # The gain of a unit needs the row below, so the lowest begins the next chunk.
             self._rows = self._rows[-1:]

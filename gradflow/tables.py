@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
-from operator import attrgetter, itemgetter
+from operator import attrgetter
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -145,22 +145,28 @@ def profile(records: Sequence[LayerRecord]) -> RenderableType:
     logs = mean_profile(records)
     depth = records[-1].layer
     units = (len(logs) - 1) / depth
-    points = [(i / units, log) for i, log in enumerate(logs) if math.isfinite(log)]
+    points = [(i / units, logs[i]) for i in telling(logs)]
     if len(points) < 2:
         return Text("no profile: fewer than two layers have a finite gradient", style="dim")
-    drawn = thinned(points)
-    text = _plot([x for x, _ in drawn], [y for _, y in drawn], depth)
+    text = _plot([x for x, _ in points], [y for _, y in points], depth)
     return Padding(text, (1, 0))
 
 
-def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """No more points than a drawing can tell apart: of each stretch the lowest and the highest."""
-    stretch = math.ceil(len(points) / MOST_POINTS)
-    if stretch == 1:
-        return list(points)
-    parts = (points[i : i + stretch] for i in range(0, len(points), stretch))
-    ends = (sorted((min(part, key=itemgetter(1)), max(part, key=itemgetter(1)))) for part in parts)
-    return [point for pair in ends for point in pair]
+def telling(values: Sequence[float]) -> list[int]:
+    """Places of finite values, no more than a drawing can tell apart.
+
+    Of each stretch of a long sequence the lowest and the highest.
+    """
+    stretch = math.ceil(len(values) / MOST_POINTS)
+    kept: list[int] = []
+    for start in range(0, len(values), stretch):
+        places = range(start, min(start + stretch, len(values)))
+        finite = [i for i in places if math.isfinite(values[i])]
+        if finite:
+            kept += sorted(
+                {min(finite, key=values.__getitem__), max(finite, key=values.__getitem__)}
+            )
+    return kept
 
 
 def _plot(x: Sequence[float], y: Sequence[float], depth: int) -> Text:

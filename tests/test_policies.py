@@ -128,3 +128,14 @@ def test_no_more_graphs_live_than_a_span_has() -> None:
         all_of_them = max(len(alive) for _ in record_backward(network(spec)))
     assert 4 <= most <= 5
     assert all_of_them == 20
+
+
+@pytest.mark.parametrize("depth", [1, 3, 4, 5, 8, 9])
+def test_rows_are_complete_wherever_the_chunks_end(
+    monkeypatch: pytest.MonkeyPatch, depth: int
+) -> None:
+    """Chunks of four rows against one that holds all."""
+    spec = small("transformer", depth=depth)
+    plain = numbers(spec, network(spec))
+    monkeypatch.setattr("gradflow.collect.CHUNK_UNITS", 4)
+    assert numbers(spec, network(spec)) == plain
