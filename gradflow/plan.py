@@ -14,8 +14,9 @@ from gradflow.units import gib
 
 # Of the free memory a choice of its own takes no more than this; a given limit is used whole.
 AUTO_SHARE = 0.5
-# Deeper stacks are timed by a sample of their layers, as are those that are not resident.
-MOST_TIMED, SAMPLE = 2000, 16
+# Deeper stacks are rebuilt without being asked: to make so many modules costs more than to draw
+# their weights twice. They are timed by a sample of layers, as are all that are not resident.
+DEEP, SAMPLE = 2000, 16
 MARGIN = 1.1  # what allocators lose
 
 
@@ -129,6 +130,8 @@ def choose(depth: int, size: Footprint, options: RunOptions, free: int) -> tuple
 def _candidates(depth: int, size: Footprint, options: RunOptions) -> Iterator[Plan]:
     """Policies from the fastest to the smallest."""
     ways = (False, True) if options.rebuild is None else (options.rebuild,)
+    if options.keep == "auto" and options.rebuild is None and depth > DEEP:
+        ways = (True,)
     # Graphs of all layers need the weights of all: to rebuild them saves nothing.
     if options.keep == "graph" or (options.keep == "auto" and False in ways):
         yield Plan(depth, (), ways[0])
@@ -164,5 +167,5 @@ def _with_times(plan: Plan, size: Footprint, options: RunOptions, room: int) -> 
         return plan
     each = 2 * size.parameters + size.objects + size.graph
     fits = max(1, int(room / MARGIN - size.working) // each)
-    whole = plan.keep == "graph" and not plan.rebuild and plan.depth <= min(MOST_TIMED, fits)
+    whole = plan.keep == "graph" and not plan.rebuild and plan.depth <= min(DEEP, fits)
     return replace(plan, timed=plan.depth if whole else min(plan.depth, SAMPLE, fits))

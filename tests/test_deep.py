@@ -158,13 +158,14 @@ def test_rows_leave_for_the_folder_that_the_run_will_lie_in(
     assert set(places) == {cli.out.parent.parent}
 
 
-DEEP = ("run", "--block", "mlp", "--width", "16", "--batch-size", "4", "--depth", "4000")
+DEPTH = 3000
+DEEP = ("run", "--block", "mlp", "--width", "16", "--batch-size", "4", "--depth", str(DEPTH))
 SPILLED = (*DEEP, "--memory-limit", "2MiB", "--no-timing", "--quiet", "--device", "cpu", "--out")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
-@pytest.mark.parametrize("moment", [0.0, 0.4, 0.8])
+@pytest.mark.parametrize("moment", [0.0, 0.5])
 def test_a_deep_run_that_is_stopped_leaves_nothing(
     tmp_path: Path, sign: signal.Signals, moment: float
 ) -> None:
@@ -177,12 +178,11 @@ def test_a_deep_run_that_is_stopped_leaves_nothing(
     process.send_signal(sign)
     code = finish(process).code
     assert code == (-sign if sign == signal.SIGKILL else 130) or not stopped
-    if code:
-        assert store.run_folders(tmp_path) == []
-        assert all(path.name.startswith(store.STAGING) for path in tmp_path.iterdir())
+    visible = [path for path in tmp_path.iterdir() if not path.name.startswith(store.STAGING)]
+    assert all(len(store.load(path).layer_records) == DEPTH + 1 for path in visible)
     finish(start(*SPILLED, str(tmp_path)))
     assert list(tmp_path.glob(".*")) == []
-    assert len(store.load(store.run_folders(tmp_path)[-1]).layer_records) == 4001
+    assert len(store.load(store.run_folders(tmp_path)[-1]).layer_records) == DEPTH + 1
 
 
 def spilled(process: subprocess.Popen[str], folder: Path) -> bool:
@@ -212,5 +212,5 @@ def test_memory_does_not_grow_with_the_depth(tmp_path: Path) -> None:
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         return int(done.stdout)
 
-    shallow, deep = peak(500), peak(8000)
-    assert deep - shallow < 12 << 10  # KiB; all graphs and parameters would take 100 MiB
+    shallow, deep = peak(500), peak(5000)
+    assert deep - shallow < 10 << 10  # KiB; all graphs and parameters would take 100 MiB

@@ -21,7 +21,7 @@ SIZE = Footprint(parameters=MIB, objects=40 * KIB, graph=2 * MIB, stream=64 * KI
 HUGE = 1 << 50
 
 
-def chosen(depth: int = 10_000, free: int = HUGE, size: Footprint = SIZE, **options: Any) -> Plan:
+def chosen(depth: int = 1000, free: int = HUGE, size: Footprint = SIZE, **options: Any) -> Plan:
     plan, fits = choose(depth, size, RunOptions(**{"timing": False, **options}), free)
     assert fits
     return plan
@@ -32,7 +32,7 @@ def policy(plan: Plan) -> tuple[str, bool, int]:
 
 
 def test_less_memory_means_a_slower_policy() -> None:
-    limits = [HUGE, 20_000 * MIB, 200 * MIB, 40 * MIB]
+    limits = [HUGE, 1500 * MIB, 100 * MIB, 20 * MIB]
     plans = [chosen(memory_limit=f"{limit}B") for limit in limits]
     assert [policy(plan) for plan in plans] == [
         ("graph", False, 0),
@@ -67,6 +67,13 @@ def test_options_restrict_the_choice(options: dict[str, Any], expected: Any) -> 
     assert policy(chosen(**options)) == expected
 
 
+def test_deep_stacks_are_rebuilt_without_being_asked() -> None:
+    assert policy(chosen(2000)) == ("graph", False, 0)
+    assert policy(chosen(2001)) == ("sqrt", True, 1)
+    assert policy(chosen(2001, keep="graph")) == ("graph", False, 0)
+    assert policy(chosen(2001, rebuild=False)) == ("graph", False, 0)
+
+
 def test_what_cannot_fit_says_so_and_names_the_smallest() -> None:
     plan, fits = choose(10_000, SIZE, RunOptions(memory_limit="1MiB"), HUGE)
     assert not fits
@@ -96,10 +103,10 @@ def test_few_layers_with_much_in_them_keep_every_stream() -> None:
 
 def test_the_sentence_says_what_was_chosen_and_what_it_costs() -> None:
     assert chosen(keep="graph").sentence.startswith("all graphs kept, parameters resident: about ")
-    text = chosen(keep="sqrt", rebuild=True, memory_limit="200MiB").sentence
+    text = chosen(10_000, keep="sqrt", rebuild=True, memory_limit="200MiB").sentence
     assert "streams and 14 graphs kept of 10,000 layers, each built and computed twice" in text
     assert "MiB instead of 32.7 GiB" in text
-    assert "computed three times" in chosen(memory_limit="40MiB").sentence
+    assert "computed three times" in chosen(memory_limit="20MiB").sentence
 
 
 @pytest.mark.parametrize(
