@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from gradflow.spec import RunOptions
-from gradflow.units import gib
+from gradflow.units import count, gib
 
 # Of the free memory a choice of its own takes no more than this; a given limit is used whole.
 AUTO_SHARE = 0.5
@@ -91,9 +91,9 @@ class Plan:
             return f"all graphs kept, {where}: {size}"
         times = {1: "twice", 2: "three times"}[len(self.spans)]
         done = "built and computed" if self.rebuild else "computed"
-        kept = f"{self.streams:,} streams and {self.alive:,} graphs"
+        kept = f"{count(self.streams, 'stream')} and {count(self.alive, 'graph')}"
         return (
-            f"{kept} kept of {self.depth:,} layers, each {done} {times}: "
+            f"{kept} kept of {count(self.depth, 'layer')}, each {done} {times}: "
             f"{size} instead of {gib(self.everything)}"
         )
 

@@ -68,5 +68,5 @@ def signed(value: float | None, digits: int = 2) -> str:
 
 
 def count(amount: int, noun: str) -> str:
-    """`1 seed`, `2 seeds`."""
-    return f"{amount} {noun}" if amount == 1 else f"{amount} {noun}s"
+    """`1 seed`, `2,000 seeds`."""
+    return f"{amount} {noun}" if amount == 1 else f"{amount:,} {noun}s"

@@ -56,13 +56,13 @@ def test_a_run_does_not_depend_on_the_policy(
     assert (other.environment["keep"], other.environment["rebuild"]) == policy
 
 
-@pytest.mark.parametrize("decades", [-12, -7])
-def test_tens_of_thousands_of_decades_are_exact(decades: int) -> None:
+def test_tens_of_thousands_of_decades_are_exact() -> None:
     """An orthogonal linear stack multiplies the gradient by its gain: log10 = depth * log10(gain).
 
     Activations underflow to zero on the way; no part of the gradient at y depends on them.
     """
-    depth, gain = 3000, 10.0**decades
+    depth, decades = 2000, -12
+    gain = 10.0**decades
     spec = StackSpec(
         **{"depth": depth, "block": "mlp", "shortcut": "plain", "norm": "none", "width": 4},
         **{"activation": "linear", "init": "orthogonal", "gain": gain, "dtype": "float64"},
@@ -121,7 +121,7 @@ def test_a_deep_run_is_stored_and_loaded_and_shown(cli: CommandLine) -> None:
 
 def test_the_policy_is_shown_and_stored(cli: CommandLine) -> None:
     shown = cli.run("--keep", "boundaries", "--no-timing").out
-    assert "Memory policy: 2 streams and 1 graphs kept of 2 layers" in " ".join(shown.split())
+    assert "Memory policy: 2 streams and 1 graph kept of 2 layers" in " ".join(shown.split())
     (folder,) = store.run_folders(cli.out)
     assert store.load(folder).options.keep == "boundaries"
 

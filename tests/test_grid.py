@@ -55,6 +55,9 @@ TWO_VALUES: dict[str, list[Any]] = {
     "repeats": [3, 5],
     "time_budget": [0.5, 1.0],
     "raw_range": [True, False],
+    "keep": ["graph", "sqrt"],
+    "rebuild": [True, False],
+    "memory_limit": ["1GiB", "2GiB"],
     "vanishing": [2.0, 3.0],
     "exploding": [2.0, 3.0],
 }

@@ -31,19 +31,18 @@ def numbers(spec: StackSpec, net: Network, spans: tuple[int, ...] = ()) -> str:
 
 @pytest.mark.parametrize("stack", STACKS, ids=name)
 def test_all_policies_give_the_same_numbers_bit_by_bit(stack: StackSpec) -> None:
-    spec = retyped(stack, depth=5)
+    spec = retyped(stack, depth=4)
     plain = numbers(spec, network(spec))
     assert numbers(spec, network(spec), (2,)) == plain
     assert numbers(spec, rebuilt(spec), (1,)) == plain
-    assert numbers(spec, rebuilt(spec, alive=2), (2,)) == plain
+    assert numbers(spec, rebuilt(spec, alive=3), (3,)) == plain
     assert numbers(spec, rebuilt(spec), (2, 1)) == plain
 
 
 @pytest.mark.parametrize("spans", SPANS.values(), ids=SPANS)
 @pytest.mark.parametrize("depth", [1, 2, 4, 7, 9])
-@pytest.mark.parametrize("loss", ["ce", "mse"])
-def test_any_spans_at_any_depth(spans: tuple[int, ...], depth: int, loss: str) -> None:
-    spec = small("transformer", depth=depth, loss=loss)
+def test_any_spans_at_any_depth(spans: tuple[int, ...], depth: int) -> None:
+    spec = small("transformer", depth=depth, loss="ce")
     plain = numbers(spec, network(spec))
     assert numbers(spec, network(spec), spans) == plain
     assert numbers(spec, rebuilt(spec, alive=spans[-1]), spans) == plain
