@@ -28,6 +28,11 @@ class Tables:
     params: Spool[ParamRecord] = field(default_factory=lambda: Spool(ParamRecord))
 
 
+def is_at_hand(x: Tensor) -> bool:
+    """Whether reading it waits for no device."""
+    return x.device.type == "cpu"
+
+
 class Activations:
     """The forward columns of every unit: seen from the input up, given back from the last down.
 
@@ -75,7 +80,7 @@ class _Stack:
         self._there: list[Tensor] = []
 
     def push(self, values: Tensor) -> None:
-        if values.device.type == "cpu":
+        if is_at_hand(values):
             self._here.extend(values.tolist())
         else:
             self._there += values.unbind()
@@ -86,7 +91,7 @@ class _Stack:
 
 def _at_hand(row: Row) -> Row:
     """On CPU the numbers as numbers: small tensors that live on would break up the heap."""
-    if any(isinstance(v, Tensor) and v.device.type != "cpu" for v in row.sums.values()):
+    if any(isinstance(v, Tensor) and not is_at_hand(v) for v in row.sums.values()):
         return row
     return replace(
         row,
@@ -134,7 +139,7 @@ class Collector:
     def _pack(self) -> None:
         packed = pack(self._rows[::-1])
         self._packed.append(packed)
-        if packed.numbers.device.type == "cpu":
+        if is_at_hand(packed.numbers):
             self._store()
 
     def _store(self) -> None:

@@ -138,3 +138,17 @@ def test_rows_are_complete_wherever_the_chunks_end(
     plain = numbers(spec, network(spec))
     monkeypatch.setattr("gradflow.collect.CHUNK_UNITS", 4)
     assert numbers(spec, network(spec)) == plain
+
+
+@pytest.mark.parametrize("loss", ["ce", "cotangent"])
+def test_rows_that_wait_on_a_device_are_the_same(
+    monkeypatch: pytest.MonkeyPatch, loss: str
+) -> None:
+    """As on CUDA: nothing is read before the pass is over."""
+    spec = small("transformer", depth=9, loss=loss)
+    plain = numbers(spec, network(spec))
+    monkeypatch.setattr("gradflow.collect.CHUNK_UNITS", 4)
+    monkeypatch.setattr("gradflow.collect.is_at_hand", lambda _: False)
+    found = walk(spec, 0, rebuilt(spec), spans=(3, 1))
+    assert len(found.tables.layers) == 0
+    assert repr((found.records(), found.loss.item())) == plain
