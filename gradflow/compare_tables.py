@@ -8,7 +8,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from itertools import groupby
 from operator import attrgetter
 from textwrap import wrap
@@ -25,6 +25,7 @@ from gradflow.records import Summary
 from gradflow.spec import TRAINING as TRAINING_OPTIONS
 from gradflow.store import plain
 from gradflow.theory_words import theory_cell
+from gradflow.trainable import trainable_depths
 from gradflow.units import gib, milliseconds, number, rounded
 
 WIDTH = 80
@@ -48,6 +49,8 @@ def comparison_view(comparison: Comparison) -> RenderableType:
     """Everything that `gradflow compare` shows; the answer comes last, where the eye is."""
     columns, note = gradient_columns(comparison)
     parts: list[RenderableType] = [table(comparison, columns), Text(note, style="dim")]
+    depths = depth_lines(comparison)
+    parts += map(Text, ["", "trainable depth", *depths] if depths else [])
     if _timed(comparison):
         parts += [Text(), table(comparison, cost_columns(comparison.noise))]
         parts += [Text(note, style="dim") for note in cost_notes(comparison)]
@@ -70,6 +73,11 @@ def answer_lines(comparison: Comparison) -> list[str]:
     runs = [row.run for row in comparison.rows]
     which = designs_through(runs, [row.name for row in comparison.rows])
     return [line for line in (answer(runs), which) if line]
+
+
+def depth_lines(comparison: Comparison) -> list[str]:
+    """How deep each design can be, where it was measured at several depths."""
+    return [each.sentence for each in trainable_depths(comparison)]
 
 
 def _depth(row: Row) -> str:
@@ -365,6 +373,7 @@ def as_json(comparison: Comparison) -> str:
         "reference": path.name if path else None,
         "noise_threshold": comparison.noise,
         "rows": plain(rows_as_data(comparison)),
+        "trainable_depths": [asdict(each) for each in trainable_depths(comparison)],
         "failures": list(comparison.failures),
     }
     return json.dumps(content, indent=2, allow_nan=False) + "\n"
@@ -374,6 +383,8 @@ def as_markdown(comparison: Comparison) -> str:
     """The terminal tables with all rows, the answer first."""
     columns, _ = gradient_columns(comparison)
     parts = [answer_lines(comparison), _markdown_table(comparison, columns)]
+    depths = [f"- {markdown.escaped(line)}" for line in depth_lines(comparison)]
+    parts += [["Trainable depth:", "", *depths]] if depths else []
     if _timed(comparison):
         parts.append(_markdown_table(comparison, cost_columns(comparison.noise)))
         parts.append([markdown.escaped(note) for note in cost_notes(comparison)])

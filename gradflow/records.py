@@ -7,13 +7,14 @@ missing and is written as an empty cell; NaN and infinities are numbers and are 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradflow.model_spec import Spec
-from gradflow.spec import RunOptions
+from gradflow.spec import RunOptions, StackSpec
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -172,6 +173,11 @@ class Timing:
     bare_iqr_s: float | None
     spread: float
 
+    @property
+    def layers(self) -> int:
+        """How many layers were timed: all, or a sample of a deep stack."""
+        return len({row.layer for row in self.repeats})
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -243,8 +249,10 @@ class Run:
     step_records: Sequence[StepRecord] = ()
 
     @cached_property
-    def first_records(self) -> list[LayerRecord]:
+    def first_records(self) -> Sequence[LayerRecord]:
         """The rows of `layers.csv` at the first step, which verdicts and comparisons go by."""
+        if isinstance(self.spec, StackSpec) and not self.options.steps:
+            return self.layer_records  # which may be too many to hold
         return first_step(self.layer_records)
 
     @cached_property
@@ -277,4 +285,5 @@ def first_step(records: Sequence[LayerRecord]) -> list[LayerRecord]:
 def _frame(record: type[Record], rows: Sequence[Record]) -> pd.DataFrame:
     import pandas as pd  # 0.8 s to import, so only where a DataFrame is asked for
 
-    return pd.DataFrame([asdict(row) for row in rows], columns=list(columns(record)))
+    names = list(columns(record))
+    return pd.DataFrame.from_records(list(map(attrgetter(*names), rows)), columns=names)

@@ -5,7 +5,7 @@ Classes for wirings beyond the template are subclasses of `Unit`; `gradflow.stac
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -36,7 +36,12 @@ class ParamInfo:
     name: str
     shape: str
     numel: int
-    norm: Tensor
+    norm: Tensor | float
+
+    @property
+    def at_hand(self) -> ParamInfo:
+        """With the norm as a number."""
+        return ParamInfo(self.name, self.shape, self.numel, float(self.norm))
 
 
 class Scale(ConstantStart):
@@ -73,13 +78,11 @@ class Unit(nn.Module):
         branches: the classes of its branch, by name.
         shortcut: whether it is residual.
         weights: its parameters, once they have values.
-        infos: for each what needs no pass.
         structure: equal for units that keep equally much for their backward.
     """
 
     branches: ClassVar[Mapping[str, type[Branch]]] = BRANCHES
     weights: tuple[nn.Parameter, ...]
-    infos: tuple[ParamInfo, ...]
     structure: tuple[object, ...]
 
     def __init__(self, spec: StackSpec, wiring: Wiring, name: str) -> None:
@@ -119,12 +122,27 @@ class Unit(nn.Module):
         """Note what the engines ask of every unit in every pass."""
         named = list(self.named_parameters())
         self.weights = tuple(p for _, p in named)
-        self.infos = tuple(
-            ParamInfo(name, "x".join(map(str, p.shape)), p.numel(), norm(p.detach()))
-            for name, p in named
-        )
+        self._known = [(name, "x".join(map(str, p.shape)), p.numel()) for name, p in named]
         scalars = (self.wiring.a, self.shortcut)
         self.structure = (scalars, *(type(part) for part in self.modules()))
+        # A list, because a module's own attributes take long to set.
+        self._infos: list[ParamInfo] = []
+
+    def forget(self) -> None:
+        """The weights have new values: what was known of the old ones is not true any more."""
+        self._infos.clear()
+
+    @property
+    def infos(self) -> Sequence[ParamInfo]:
+        """For each parameter what needs no pass; norms are taken when they are first asked for."""
+        if not self._infos:
+            self.note_norms()
+        return tuple(self._infos)
+
+    def note_norms(self) -> None:
+        """Take the norms of the weights, so that no pass has to."""
+        pairs = zip(self._known, self.weights, strict=True)
+        self._infos[:] = [ParamInfo(*known, norm(p.detach())) for known, p in pairs]
 
     def forward(self, x: Tensor) -> Tensor:
         # The view gathers the branch's uses of x before the shortcut's is added, in the order

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from gradflow import user_code
 from gradflow.errors import UsageError
 from gradflow.schemes import Scheme
+from gradflow.units import size_in_bytes
 from gradflow.user_blocks import declared, declared_options
 from gradflow.user_schemes import check_scheme, check_wirings, scheme_named
 from gradflow.wiring import Place, Wiring
@@ -132,6 +133,7 @@ NORM_KINDS = ("layernorm", "rmsnorm", "batchnorm", "groupnorm", *POINTWISE)
 ACTIVATIONS = ("relu", "gelu", "tanh", "silu", "erf", "linear")
 INITS = ("he", "xavier", "lecun", "normal", "gpt2", "orthogonal", "torch")
 LOSSES = ("cotangent", "mse", "ce")
+KEEPS = ("auto", "graph", "boundaries", "sqrt")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 OPTIMIZERS = ("adamw", "sgd")
 
@@ -385,6 +387,13 @@ class RunOptions:
     raw_range: bool = option(
         False, "do not rescale the gradient: show where the number format itself dies"
     )
+    keep: str = option("auto", "what stays in memory for the backward pass", KEEPS)
+    rebuild: bool | None = option(
+        None, "build each layer again when it is visited, instead of keeping all parameters"
+    )
+    memory_limit: str | None = option(
+        None, "memory the stack may take, for example 4GiB (half of what is free)"
+    )
     vanishing: float = option(3.0, "decades of shrinking that count as vanishing")
     exploding: float = option(3.0, "decades of growth that count as exploding")
     steps: int = option(0, "training steps on the built-in task; 0 does not train")
@@ -400,6 +409,27 @@ class RunOptions:
         at_least(self, "repeats", 1)
         for name in ("time_budget", "vanishing", "exploding"):
             positive(self, name)
+        check_choice("--keep", self.keep, KEEPS)
+        self._check_memory()
+
+    def _check_memory(self) -> None:
+        if not isinstance(self.rebuild, bool | None):
+            raise UsageError("--rebuild is a flag", self.rebuild, "use --rebuild or --no-rebuild")
+        try:
+            _ = self.memory_limit_bytes
+        except (ValueError, TypeError, OverflowError):
+            rule = "--memory-limit is a size: a number with B, KiB, MiB or GiB"
+            raise UsageError(rule, self.memory_limit, "use for example 4GiB") from None
+
+    @property
+    def memory_limit_bytes(self) -> int | None:
+        """`memory_limit` in bytes; None if there is none."""
+        return None if self.memory_limit is None else size_in_bytes(self.memory_limit)
+
+    @property
+    def is_policy_given(self) -> bool:
+        """Whether the memory policy is restricted by more than a limit."""
+        return self.keep != "auto" or self.rebuild is not None
 
     def _resolve_training(self) -> None:
         """The options of training: their defaults, or none where nothing is trained."""

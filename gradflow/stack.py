@@ -6,7 +6,7 @@ it, so any layer can be replayed by itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import replace
 from functools import lru_cache
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from gradflow import user_code
 from gradflow.blocks import PHI, ConstantStart, Conv3x3, Linear, norm_of_kind
 from gradflow.fixup import FixupUnit
-from gradflow.initial import Slot, bias_std, fans, fill, generator, weight_std
+from gradflow.initial import Slot, Weights, bias_std, fans, fill, generator, weight_std
 from gradflow.ngpt import NgptUnit, unit_norm
 from gradflow.profiled import AdminUnit, Profile
 from gradflow.residual import ParamInfo as ParamInfo
@@ -43,6 +43,8 @@ UNITS: dict[str, type[Unit]] = {
 class Block(nn.Sequential):
     """One layer of the stack: its units in order."""
 
+    source: Weights
+
     def __init__(self, spec: StackSpec, layer: int = 1) -> None:
         wirings = [spec.wiring(layer, unit) for unit in range(spec.units_per_block)]
         for wiring in wirings:
@@ -58,14 +60,31 @@ class Block(nn.Sequential):
             yield unit
 
 
+def layer_kind(spec: StackSpec, layer: int) -> Hashable:
+    """Layers of one kind differ in their drawn weights alone, so one module can play them all."""
+    if spec.scheme is None:
+        return spec
+    units = range(spec.units_per_block)
+    return (spec, *(repr(spec.wiring(layer, unit)) for unit in units))
+
+
 def build_block(spec: StackSpec, seed: int, layer: int, device: torch.device) -> Block:
     """Layer `layer` (from 1) of the stack, with the weights of this seed."""
     block = _draw_block(spec, seed, layer, device)
-    if spec.scheme and spec.recipe.profiled:
-        _set_omegas(block, _profile(spec, seed, device).omegas(layer))
+    _set_profiled(block, spec, seed, layer, device)
     for unit in block.units:
         unit.seal()
     return block
+
+
+def redraw(block: Block, spec: StackSpec, seed: int, layer: int, device: torch.device) -> None:
+    """Give a block the weights of another layer of its kind, in place."""
+    block.source.draw(generator(device, seed, "layer", layer))
+    for unit in block.units:
+        unit.settle(seed, layer)
+    _set_profiled(block, spec, seed, layer, device)
+    for unit in block.units:
+        unit.forget()
 
 
 def _draw_block(spec: StackSpec, seed: int, layer: int, device: torch.device) -> Block:
@@ -74,11 +93,19 @@ def _draw_block(spec: StackSpec, seed: int, layer: int, device: torch.device) ->
     if user_code.is_user_name(spec.block):  # whose modules may have buffers
         block.to(device, getattr(torch, spec.dtype))
     slots = [slot for unit in block.units for slot in unit_slots(spec, unit)]
-    fill(slots, spec, device, generator(device, seed, "layer", layer))
+    block.source = fill(slots, spec, device, generator(device, seed, "layer", layer))
     _share_scales(block)
     for unit in block.units:
         unit.settle(seed, layer)
     return block
+
+
+def _set_profiled(
+    block: Block, spec: StackSpec, seed: int, layer: int, device: torch.device
+) -> None:
+    """What a forward pass at initialisation decides."""
+    if spec.scheme and spec.recipe.profiled:
+        _set_omegas(block, _profile(spec, seed, device).omegas(layer))
 
 
 # Each layer of a stack asks for the same one; it holds one stream, so few are kept.

@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from datetime import datetime
+from operator import attrgetter
 from pathlib import Path
 from types import NoneType
 from typing import IO, Any, TypeVar, get_args, get_type_hints
@@ -39,6 +40,7 @@ from gradflow.records import (
     columns,
 )
 from gradflow.spec import RunOptions, run_key
+from gradflow.spool import Spool
 from gradflow.typed import expect, expect_items, typed
 
 STAGING = ".gradflow-"
@@ -54,14 +56,18 @@ def check_writable(out: Path) -> None:
         MeasurementError: the disk is full.
     """
     try:
-        there = next(folder for folder in (out, *out.parents) if os.path.lexists(folder))
-        with tempfile.TemporaryFile(dir=there):
+        with tempfile.TemporaryFile(dir=nearest_folder(out)):
             pass
     except OSError as error:
         if error.errno in _FULL:
             raise not_stored(out, error) from None
         rule = "--out is a folder that can be written to"
         raise UsageError(rule, f"{out} ({error.strerror})", "choose another --out") from None
+
+
+def nearest_folder(out: Path) -> Path:
+    """The folder, or the nearest above it that exists."""
+    return next(folder for folder in (out, *out.parents) if os.path.lexists(folder))
 
 
 def save(run: Run, out: Path | str = "results") -> Run:
@@ -131,7 +137,7 @@ def load(path: Path | str) -> Run:
     return run
 
 
-def _step_records(path: Path, rows: dict[str, int]) -> list[StepRecord]:
+def _step_records(path: Path, rows: dict[str, int]) -> Sequence[StepRecord]:
     """The steps; runs that were stored before there was training have no such table."""
     return read_records(path / "steps.csv", StepRecord) if "steps" in rows else []
 
@@ -198,7 +204,7 @@ def run_folders(out: Path) -> list[Path]:
     return sorted(path for path in found if (path / "run.json").is_file())
 
 
-def read_records(file: Path, record: type[RecordT]) -> list[RecordT]:
+def read_records(file: Path, record: type[RecordT]) -> Sequence[RecordT]:
     """The rows of a table; empty cells are None.
 
     Raises:
@@ -209,7 +215,8 @@ def read_records(file: Path, record: type[RecordT]) -> list[RecordT]:
         with file.open(newline="", encoding="utf-8") as lines:
             rows = csv.reader(lines)
             _check_header(file, next(rows, []), record)
-            return [record(*(f(c) for f, c in zip(parsers, row, strict=True))) for row in rows]
+            made = (record(*(f(c) for f, c in zip(parsers, row, strict=True))) for row in rows)
+            return Spool(record, rows=made)
     except OSError as error:
         raise RunFolderError(f"{file} cannot be read: {error.strerror}") from None
     except (ValueError, csv.Error) as error:
@@ -327,7 +334,8 @@ def write_records(file: Path, record: type[Record], rows: Sequence[Record]) -> N
     with _durable(file) as lines:
         writer = csv.writer(lines, lineterminator="\n")
         writer.writerow(names)
-        writer.writerows([getattr(row, name) for name in names] for row in rows)
+        cells = rows.cells() if isinstance(rows, Spool) else map(attrgetter(*names), rows)
+        writer.writerows(cells)
 
 
 @contextmanager

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby, islice
+from operator import attrgetter
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -12,6 +15,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from gradflow.comparison import mean_profile
 from gradflow.recipe import training_line
 from gradflow.records import LayerRecord, Run, Summary
 from gradflow.spec import StackSpec
@@ -24,6 +28,7 @@ from gradflow.user_code import shown
 ENDS = 8
 PROFILE_SIZE = (78, 14)
 DOT = "·"
+MOST_POINTS = 1000
 STYLES = {"healthy": "bold green", "unstable": "bold yellow"}
 
 
@@ -81,7 +86,7 @@ def subtitle(run: Run) -> Iterator[str]:
 
 def layer_table(run: Run) -> Table:
     """One row per unit, the middle of a long stack left out; means over the seeds."""
-    rows = mean_rows(run.first_records)
+    rows, hidden = end_rows(run.first_records)
     shown = [c for c in COLUMNS if any(getattr(r, c.field) is not None for r in rows)]
     timed = [t for t in TIMES if run.time_records]
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
@@ -89,14 +94,26 @@ def layer_table(run: Run) -> Table:
     table.add_column("unit")
     for heading in [c.heading for c in shown] + [name for name, _ in timed]:
         table.add_column(heading, justify="right")
-    for row in rows if len(rows) <= 3 * ENDS else rows[:ENDS]:
+    for place, row in enumerate(rows):
+        if hidden and place == ENDS:
+            dots = ["…"] * (len(shown) + len(timed))
+            table.add_row("…", f"{hidden} more", *dots, style="dim")
         table.add_row(*_cells(row, shown, timed))
-    if len(rows) > 3 * ENDS:
-        dots = ["…"] * (len(shown) + len(timed))
-        table.add_row("…", f"{len(rows) - 2 * ENDS} more", *dots, style="dim")
-        for row in rows[-ENDS:]:
-            table.add_row(*_cells(row, shown, timed))
     return table
+
+
+def end_rows(records: Iterable[LayerRecord]) -> tuple[list[LayerRecord], int]:
+    """Means over the seeds at both ends of a long stack, and how many units lie between."""
+    kept: list[LayerRecord] = []
+    hidden = 0
+    for _, seed in groupby(records, key=attrgetter("seed")):
+        rows = enumerate(seed, 1 - ENDS)
+        first = [row for _, row in islice(rows, ENDS)]
+        last = deque(rows, 2 * ENDS)
+        rest = last[-1][0] if last else 0
+        hidden = rest - ENDS if rest > 2 * ENDS else 0
+        kept += first + [row for place, row in last if place > hidden]
+    return mean_rows(kept), hidden
 
 
 def _cells(
@@ -138,18 +155,17 @@ def _mean_of(values: Sequence[float | None]) -> float | None:
 
 def profile(records: Sequence[LayerRecord]) -> RenderableType:
     """log10 of the gradient norm over the layers, the mean over the seeds; theory dotted."""
-    rows = mean_rows(records)
-    depth = max(row.layer for row in rows)
-    units = (len(rows) - 1) / depth
+    depth = records[-1].layer
     curves = [
-        [
-            (i / units, value)
-            for i, row in enumerate(rows)
-            if (value := getattr(row, name)) is not None and math.isfinite(value)
-        ]
+        _curve(mean_profile(records, name), depth)
         for name in ("log10_grad_norm", "theory_log10_grad_norm")
     ]
     return draw(curves[0], curves[1], depth)
+
+
+def _curve(logs: Sequence[float], depth: int) -> list[tuple[float, float]]:
+    units = (len(logs) - 1) / depth
+    return [(i / units, logs[i]) for i in telling(logs)]
 
 
 def draw(measured: Curve, theory: Curve, depth: int) -> RenderableType:
@@ -159,6 +175,23 @@ def draw(measured: Curve, theory: Curve, depth: int) -> RenderableType:
     dots = f"; {DOT} theory" if theory else ""
     text = _plot(measured, theory, depth, f"log10 |dL/dy| over the layers (0 is the input{dots})")
     return Padding(text, (1, 0))
+
+
+def telling(values: Sequence[float]) -> list[int]:
+    """Places of finite values, no more than a drawing can tell apart.
+
+    Of each stretch of a long sequence the lowest and the highest.
+    """
+    stretch = math.ceil(len(values) / MOST_POINTS)
+    kept: list[int] = []
+    for start in range(0, len(values), stretch):
+        places = range(start, min(start + stretch, len(values)))
+        finite = [i for i in places if math.isfinite(values[i])]
+        if finite:
+            kept += sorted(
+                {min(finite, key=values.__getitem__), max(finite, key=values.__getitem__)}
+            )
+    return kept
 
 
 def _plot(measured: Curve, theory: Curve, depth: int, title: str) -> Text:
@@ -244,3 +277,6 @@ def cost_lines(run: Run) -> Iterator[RenderableType]:
             ratio = run.overhead["statistics_over_bare"]
             overhead = f"; observing cost {ratio:.2f} times a bare pass"
         yield Text(f"Peak memory {gib(summary.peak_bytes)}{overhead}.")
+    policy = run.environment.get("memory_policy")
+    if policy:
+        yield Text(f"Memory policy: {policy}.")

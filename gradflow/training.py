@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 import torch
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from gradflow.initial import generator
 from gradflow.records import LayerRecord, ParamRecord, StepRecord
-from gradflow.rows import to_records
 from gradflow.spec import RunOptions, StackSpec
 from gradflow.stack import CrossEntropyLoss, build_stack, scaled_input
 from gradflow.stats import norm
@@ -201,9 +200,9 @@ def train_stack(
 
     def observe(step: int, batch: Batch) -> None:
         walked = walk(spec, seed, model.network(batch), raw_range=options.raw_range)
-        layers, params = to_records(seed, walked.rows, tokens=walked.tokens, step=step)
-        found.layers.extend(layers)
-        found.params.extend(params)
+        layers, params = walked.records()
+        found.layers.extend(replace(row, step=step) for row in layers)
+        found.params.extend(replace(row, step=step) for row in params)
 
     batches = (task.batch(seed, step) for step in range(options.steps + 1))
     problem = Problem(model, batches, lambda model, batch: model(batch))

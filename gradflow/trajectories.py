@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import polars as pl
@@ -56,7 +56,7 @@ def read_losses(tables: Iterable[Table]) -> tuple[pl.DataFrame, dict[int, str]]:
     return pl.concat(parts), faults
 
 
-def _losses(number: int, records: list[StepRecord]) -> pl.DataFrame:
+def _losses(number: int, records: Sequence[StepRecord]) -> pl.DataFrame:
     loss = pl.when(pl.col("loss").is_finite()).then("loss")
     columns = {name: [getattr(r, name) for r in records] for name in ("step", "loss", "loss_floor")}
     means = (

@@ -60,7 +60,8 @@ def measure_and_store(given: dict[str, Any], out: Path, quiet: bool) -> Run:
     with progress_bar(quiet) as progress:
         from gradflow.measurement import measure
 
-        return store.save(measure(spec, options, progress=progress), out)
+        scratch = store.nearest_folder(out)
+        return store.save(measure(spec, options, progress=progress, scratch=scratch), out)
 
 
 def show(found: Run) -> None:
