@@ -129,9 +129,8 @@ def _against(run: Run, baseline: Baseline) -> Iterator[str]:
     if not baseline.file.is_file():
         yield f"no baseline {baseline.file.name}: write it with --gradflow-update"
         return
-    with baseline.file.open(newline="", encoding="utf-8") as given:
-        stored = list(csv.DictReader(given))
-    if [row.get("unit") for row in stored] != [row.unit for row in run.layer_records]:
+    stored = _stored(baseline.file)
+    if [row["unit"] for row in stored] != [row.unit for row in run.layer_records]:
         yield f"{baseline.file.name} has other layers: write it anew with --gradflow-update"
         return
     for row, base in zip(run.layer_records, stored, strict=True):
@@ -139,6 +138,15 @@ def _against(run: Run, baseline: Baseline) -> Iterator[str]:
             if not _close(getattr(row, name), base[name], math.log10(1 + baseline.rtol)):
                 mine = getattr(row, name)
                 yield f"{row.unit}: {name} {mine}, baseline {base[name] or 'none'}"
+
+
+def _stored(file: Path) -> list[dict[str, str]]:
+    with file.open(newline="", encoding="utf-8") as given:
+        header, *rows = list(csv.reader(given)) or [[]]
+    if tuple(header) != COLUMNS or any(len(row) != len(COLUMNS) for row in rows):
+        rule = f"a baseline has the columns {', '.join(COLUMNS)}"
+        raise UsageError(rule, file.name, "write it anew with --gradflow-update")
+    return [dict(zip(COLUMNS, row, strict=True)) for row in rows]
 
 
 def _close(mine: float | None, stored: str, limit: float) -> bool:

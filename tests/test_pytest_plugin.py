@@ -6,6 +6,7 @@ import csv
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -115,6 +116,21 @@ def test_usage() -> None:
     frozen = stack().requires_grad_(False)
     with pytest.raises(UsageError, match="takes a gradient"):
         assert_gradient_flow(frozen, torch.ones(1, 8))
+
+
+@pytest.mark.parametrize("text", ["", "unit,norm\n0,1\n"])
+def test_damaged_baseline(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "six.csv"
+    file.write_text(text)
+    with pytest.raises(UsageError, match=r"a baseline has the columns"):
+        assert_gradient_flow(stack(), torch.randn(4, 8), baseline=file)
+
+
+def test_other_layers_are_said(tmp_path: Path) -> None:
+    x = torch.randn(4, 8)
+    assert_gradient_flow(stack(), x, baseline=tmp_path / "six.csv", update=True)
+    with pytest.raises(AssertionError, match=r"other layers"):
+        assert_gradient_flow(stack()[:5], x, baseline=tmp_path / "six.csv")
 
 
 def test_import_needs_no_torch() -> None:
