@@ -13,18 +13,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own convention)
 from torch import Tensor, nn
 
-from gradflow.blocks import (
-    BRANCHES,
-    PHI,
-    Branch,
-    Conv3x3,
-    Linear,
-    Norm,
-    Pointwise,
-    make_norm,
-    norm_of_kind,
-)
+from gradflow.blocks import BRANCHES, PHI, Branch, Conv3x3, Linear
 from gradflow.initial import Slot, bias_std, fans, fill, generator, weight_std
+from gradflow.norms import Norm, Pointwise, make_norm, norm_of_kind
 from gradflow.spec import StackSpec
 from gradflow.stats import norm
 from gradflow.wiring import Wiring

@@ -15,7 +15,7 @@ from gradflow.theory.corrections import Source, elements, norm_gain
 from gradflow.theory.layouts import Layout, Moments
 from gradflow.theory.maths import Number, sqrt
 
-EPS = 1e-5  # as `gradflow.blocks` has it
+EPS = 1e-5  # as `gradflow.norms` has it
 
 ROW_NORMS = ("layernorm", "groupnorm", "rmsnorm")
 CENTRED = ("layernorm", "groupnorm")
