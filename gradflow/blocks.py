@@ -8,12 +8,14 @@ projection; `initial` needs both. Its parameters hold no values until `initial.f
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own convention)
 from torch import Tensor, nn
 
 from gradflow.norms import make_norm
+from gradflow.rotary import rotate
 from gradflow.spec import StackSpec
 from gradflow.wiring import Wiring
 
@@ -54,6 +56,7 @@ class Conv3x3(nn.Module):
 PHI: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,
+    "gelu-tanh": partial(F.gelu, approximate="tanh"),
     "tanh": torch.tanh,
     "silu": F.silu,
     "erf": torch.erf,
@@ -135,60 +138,88 @@ class ResNet(Branch):
 class Attention(Branch):
     """Multi-head self-attention, Vaswani et al. 2017 (arXiv:1706.03762). x: (B, T, d).
 
-    f(x) = W_o M(concat_h softmax(q_h k_h^T / sqrt(d / heads)) v_h) + b_o through torch's fused
-    kernel, M the norm in the middle, where there is one; queries, keys and values are normalised
-    per head where the wiring says so. The keys have no bias: softmax does not change when all
-    logits of a row move together, so its gradient would be zero.
+    f(x) = W_o M(concat_h softmax(q_h k_h^T / sqrt(c)) v_h) + b_o through torch's fused kernel, c
+    the features of a head, M the norm in the middle, where there is one; queries, keys and values
+    are normalised per head where the wiring says so, queries and keys then rotated (`rotary`).
+    With fewer `kv_heads` than `heads` each key and value serves a group of queries, Ainslie et al.
+    2023 (arXiv:2305.13245).
     """
 
     output = "out"
 
     def __init__(self, spec: StackSpec, wiring: Wiring) -> None:
         super().__init__()
-        self.q = Linear(spec.width, spec.width)
-        self.k = Linear(spec.width, spec.width, bias=False)
-        self.v = Linear(spec.width, spec.width)
-        self.out = Linear(spec.width, spec.width)
-        self.heads, self.causal = int(spec.heads or 1), bool(spec.causal)
-        self.q_norm = make_norm(spec, wiring, "query-key", heads=self.heads)
-        self.k_norm = make_norm(spec, wiring, "query-key", heads=self.heads)
-        self.v_norm = make_norm(spec, wiring, "value", heads=self.heads)
-        self.mid = make_norm(spec, wiring, "mid")
+        self.size, self.base, self.causal = spec.head_size, spec.rope, bool(spec.causal)
+        heads = int(spec.heads or 1)
+        kv_heads = spec.kv_heads or heads
+        queries, keys = heads * self.size, kv_heads * self.size
+        self.grouped = kv_heads != heads
+        self.q = Linear(spec.width, queries, bias=spec.has_bias("q"))
+        self.k = Linear(spec.width, keys, bias=spec.has_bias("k"))
+        self.v = Linear(spec.width, keys, bias=spec.has_bias("v"))
+        self.out = Linear(queries, spec.width, bias=spec.has_bias("out"))
+        self.q_norm = make_norm(spec, wiring, "query-key", width=self.size)
+        self.k_norm = make_norm(spec, wiring, "query-key", width=self.size)
+        self.v_norm = make_norm(spec, wiring, "value", width=self.size)
+        self.mid = make_norm(spec, wiring, "mid", width=queries)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (self._split(proj(x)) for proj in (self.q, self.k, self.v))
         q, k, v = self.q_norm(q), self.k_norm(k), self.v_norm(v)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        if self.base:
+            q, k = rotate(q, self.base), rotate(k, self.base)
+        mixed = F.scaled_dot_product_attention(
+            q, k, v, is_causal=self.causal, enable_gqa=self.grouped
+        )
         return self.out(self.mid(mixed.transpose(1, 2).flatten(2)))
 
     def _split(self, x: Tensor) -> Tensor:
-        """(B, T, d) to (B, heads, T, d / heads)."""
+        """(B, T, heads c) to (B, heads, T, c)."""
         batch, tokens, _ = x.shape
-        return x.view(batch, tokens, self.heads, -1).transpose(1, 2)
+        return x.view(batch, tokens, -1, self.size).transpose(1, 2)
 
 
 class Ffn(Branch):
-    """f(x) = W_2 M(phi(W_1 x + b_1)) + b_2, hidden width `ffn_mult` d. x: (B, T, d)."""
+    """f(x) = W_2 M(phi(W_1 x + b_1)) + b_2, x: (B, T, d)."""
 
     feeds_activation = ("up",)
     output = "down"
 
     def __init__(self, spec: StackSpec, wiring: Wiring) -> None:
         super().__init__()
-        hidden = spec.width * int(spec.ffn_mult or 1)
-        self.up = Linear(spec.width, hidden)
-        self.down = Linear(hidden, spec.width)
+        self.up = Linear(spec.width, spec.hidden, bias=spec.has_bias("up"))
+        self.down = Linear(spec.hidden, spec.width, bias=spec.has_bias("down"))
         self.phi = PHI[str(spec.activation)]
-        self.mid = make_norm(spec, wiring, "mid", width=hidden)
+        self.mid = make_norm(spec, wiring, "mid", width=spec.hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.mid(self.phi(self.up(x))))
 
 
-BRANCHES: dict[str, type[Branch]] = {
+class GatedFfn(Ffn):
+    """f(x) = W_2 M(phi(W_g x + b_g) * (W_1 x + b_1)) + b_2, x: (B, T, d).
+
+    SwiGLU with silu, GEGLU with gelu: Shazeer 2020 (arXiv:2002.05202).
+    """
+
+    feeds_activation = ("gate",)
+
+    def __init__(self, spec: StackSpec, wiring: Wiring) -> None:
+        super().__init__(spec, wiring)
+        self.gate = Linear(spec.width, spec.hidden, bias=spec.has_bias("gate"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.mid(self.phi(self.gate(x)) * self.up(x)))
+
+
+def _ffn(spec: StackSpec, wiring: Wiring) -> Branch:
+    return (GatedFfn if spec.gated else Ffn)(spec, wiring)
+
+
+BRANCHES: dict[str, Callable[[StackSpec, Wiring], Branch]] = {
     "mlp": Mlp,
     "conv": Conv,
     "resnet": ResNet,
     "attention": Attention,
-    "ffn": Ffn,
+    "ffn": _ffn,
 }

@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from gradflow.spec import GROUPS, POINTWISE, StackSpec
 from gradflow.wiring import Wiring
 
-EPS = 1e-5
-
 
 class Norm(nn.Module):
     """A normalisation with an affine map after it, 1 and 0 at the start; empty as `Linear` is.
@@ -26,22 +24,22 @@ class Norm(nn.Module):
     arXiv:1910.07467). batchnorm: per feature over all else, always with the statistics of the
     batch, because that is the network whose gradient is asked for (Ioffe & Szegedy 2015,
     arXiv:1502.03167). groupnorm: as layernorm in groups of features (Wu & He 2018,
-    arXiv:1803.08494). eps is 1e-5 throughout.
+    arXiv:1803.08494).
     """
 
     weight: Tensor
     bias: Tensor | None
 
-    def __init__(self, kind: str, domain: str, width: int) -> None:
+    def __init__(self, kind: str, domain: str, width: int, eps: float) -> None:
         super().__init__()
         self.shapes = {"weight": (width,)} | ({"bias": (width,)} if kind != "rmsnorm" else {})
         self.starts = {"weight": 1.0, "bias": 0.0}
         self.bias = None
-        self.kind = kind
+        self.kind, self.eps = kind, eps
         self.apply_norm = NORMALISE[kind, domain]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.apply_norm(x, self.weight, self.bias)
+        return self.apply_norm(x, self.weight, self.bias, self.eps)
 
 
 class Pointwise(nn.Module):
@@ -73,27 +71,31 @@ class Pointwise(nn.Module):
         return weight * self.squash(z) + bias
 
 
-def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], weight, bias, EPS)
+# x, weight, bias, eps
+Normalise = Callable[[Tensor, Tensor, Tensor | None, float], Tensor]
 
 
-def _rms_norm(x: Tensor, weight: Tensor, _: Tensor | None) -> Tensor:
-    return F.rms_norm(x, x.shape[-1:], weight, EPS)
+def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
-def _batch_norm(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.batch_norm(x, None, None, weight, bias, training=True, eps=EPS)
+def _rms_norm(x: Tensor, weight: Tensor, _: Tensor | None, eps: float) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:], weight, eps)
 
 
-def _token_batch_norm(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return _batch_norm(x.flatten(0, 1), weight, bias).view(x.shape)
+def _batch_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    return F.batch_norm(x, None, None, weight, bias, training=True, eps=eps)
 
 
-def _group_norm(groups: int) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
-    return lambda x, weight, bias: F.group_norm(x, groups, weight, bias, EPS)
+def _token_batch_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    return _batch_norm(x.flatten(0, 1), weight, bias, eps).view(x.shape)
 
 
-NORMALISE: dict[tuple[str, str], Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {
+def _group_norm(groups: int) -> Normalise:
+    return lambda x, weight, bias, eps: F.group_norm(x, groups, weight, bias, eps)
+
+
+NORMALISE: dict[tuple[str, str], Normalise] = {
     ("layernorm", "vectors"): _layer_norm,
     ("layernorm", "tokens"): _layer_norm,
     ("layernorm", "images"): _group_norm(1),
@@ -107,9 +109,7 @@ NORMALISE: dict[tuple[str, str], Callable[[Tensor, Tensor, Tensor | None], Tenso
 }
 
 
-def make_norm(
-    spec: StackSpec, wiring: Wiring, *places: str, width: int | None = None, heads: int = 1
-) -> nn.Module:
+def make_norm(spec: StackSpec, wiring: Wiring, *places: str, width: int | None = None) -> nn.Module:
     """The normalisation at a place of a unit, or the identity where it has none.
 
     Args:
@@ -117,17 +117,16 @@ def make_norm(
         wiring: where the unit normalises.
         places: of `wiring.NORM_PLACES`; the first that the unit has counts.
         width: features, where these are not the stream's.
-        heads: the features are those of one head.
     """
     place = next((p for p in places if p in wiring.norms), None)
     if place is None:
         return nn.Identity()
     kind = wiring.kinds.get(place, str(spec.norm_kind or spec.domain.norm_kind))
-    return norm_of_kind(kind, spec.kind.domain, (width or spec.width) // heads, wiring.alpha)
+    return norm_of_kind(spec, kind, width or spec.width, wiring.alpha)
 
 
-def norm_of_kind(kind: str, domain: str, width: int, alpha: float = 0.5) -> nn.Module:
-    """A normalisation by its name."""
+def norm_of_kind(spec: StackSpec, kind: str, width: int, alpha: float = 0.5) -> nn.Module:
+    """A normalisation by its name, for the stream of the spec."""
     if kind in POINTWISE:
-        return Pointwise(kind, domain, width, alpha)
-    return Norm(kind, domain, width)
+        return Pointwise(kind, spec.kind.domain, width, alpha)
+    return Norm(kind, spec.kind.domain, width, spec.norm_eps)

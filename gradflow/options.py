@@ -118,8 +118,8 @@ def _fields() -> dict[str, tuple[Field[Any], type]]:
 
 def _parameter(cls: type, field: Field[Any], *, lists: bool) -> inspect.Parameter:
     kind = _fields()[field.name][1]
-    # A network is causal or not; the other flags say how all are measured.
-    is_flag = kind is bool and not (lists and field.name == "causal")
+    # A network is causal or not, so both can be compared; other flags say how all are measured.
+    is_flag = kind is bool and not (lists and cls is StackSpec)
     name = flag(field.name)
     info = typer.Option(
         f"{name}/{flag('no_' + field.name)}" if is_flag else name,

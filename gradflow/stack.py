@@ -275,7 +275,7 @@ class CrossEntropyLoss(nn.Module):
         super().__init__()
         kind = str(spec.norm_kind or spec.domain.norm_kind)
         final = spec.has_final_norm
-        self.norm = norm_of_kind(kind, spec.kind.domain, spec.width) if final else nn.Identity()
+        self.norm = norm_of_kind(spec, kind, spec.width) if final else nn.Identity()
         self.project = Linear(spec.width, spec.classes)
         slots = [slot for part in self.modules() for slot in module_slots(spec, part)]
         fill(slots, spec, device, generator(device, seed, "head"))
