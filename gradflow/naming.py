@@ -11,7 +11,8 @@ from gradflow.records import Summary
 from gradflow.spec import RunOptions, StackSpec
 
 # Depth is an axis of its own, and these three always stand in a name where they differ.
-LEADING = ("shortcut", "block", "norm")
+LEADING = ("like", "shortcut", "block", "norm")
+DECISIVE = ("like", "block", "norm", "scheme")
 MEASURED = ("seed", "seeds", "raw_range")
 DEVICE = "device"
 OTHERS = (
@@ -123,6 +124,7 @@ def word(name: str, value: object) -> str:
 def _design(run: Described, words: Sequence[str], with_block: bool) -> str:
     design = run.spec.scheme or run.spec.shortcut
     stack = f"{design} {run.spec.block}" if with_block else str(design)
+    stack = f"{run.spec.like}, {stack}" if run.spec.like else stack
     norm = "" if run.spec.scheme else word("norm", run.spec.norm)
     rest = [word(name, _value(run, name)) for name in words if name != "scheme"]
     return ", ".join(filter(None, [stack, norm, *rest]))
@@ -135,10 +137,10 @@ def _value(run: Described, name: str) -> Any:
 
 
 def _differs(runs: Sequence[Described], name: str) -> bool:
-    """Whether a setting says more than block, norm and scheme, whose defaults set many others."""
+    """Whether a setting says more than those whose defaults set many others."""
     found: dict[tuple[object, ...], object] = {}
     return any(
-        found.setdefault((run.spec.block, run.spec.norm, run.spec.scheme), _value(run, name))
+        found.setdefault(tuple(_value(run, n) for n in DECISIVE), _value(run, name))
         != _value(run, name)
         for run in runs
     )

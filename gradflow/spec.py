@@ -15,6 +15,7 @@ from typing import Any
 
 from gradflow.errors import UsageError
 from gradflow.schemes import Scheme, find
+from gradflow.shapes import SHAPES, changed, missing
 from gradflow.wiring import Place, Wiring
 
 
@@ -129,13 +130,15 @@ def option(default: Any, meaning: str, choices: tuple[str, ...] = ()) -> Any:
 class StackSpec:
     """One network with its input and loss: everything that decides the gradients but the seed.
 
-    Options left at None take the default of the block (`BLOCKS`, `DOMAINS`, `BLOCK_OPTIONS`);
+    Options left at None take the value of the published shape (`like`), if there is one, or the
+    default of the scheme or the block (`SIZES`, `BLOCKS`, `DOMAINS`, `BLOCK_OPTIONS`);
     options that a block does not have stay None.
 
     Raises:
         UsageError: a value breaks a rule; the message says which and what to do.
     """
 
+    like: str | None = option(None, "a published shape, for what is not given", tuple(SHAPES))
     depth: int = option(None, "number of blocks (layers) (12)")
     scheme: str | None = option(None, "a published recipe: `gradflow schemes` lists them")
     block: str | None = option(None, "what one layer is (transformer)", tuple(BLOCKS))
@@ -171,6 +174,7 @@ class StackSpec:
     dtype: str = option("float32", "number format of the whole pass", DTYPES)
 
     def __post_init__(self) -> None:
+        self._resolve_shape()
         self._resolve_design()
         for name in ("block", "shortcut", "norm", "norm_kind", "init", "bias", "loss", "dtype"):
             _check_name(self, name)
@@ -182,6 +186,17 @@ class StackSpec:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, float(getattr(self, name)))
         _check_fit(self)
+
+    def _resolve_shape(self) -> None:
+        """The fields that a published shape brings; all are transformers."""
+        if self.like is None:
+            return
+        values = missing(self.like, vars(self))
+        self._resolve("block", DEFAULT_BLOCK)
+        _check_name(self, "block")
+        for name, value in values.items():
+            if name not in BLOCK_OPTIONS or name in self.kind.options:
+                self._resolve(name, value)
 
     def _resolve_details(self) -> None:
         """The sizes, and the defaults that depend on the block and its norms."""
@@ -283,7 +298,20 @@ class StackSpec:
 
     @property
     def title(self) -> str:
-        """The stack in a few words, for headings and folder names."""
+        """The stack in a few words, for headings."""
+        return f"{self.like}: {self._design}" if self.like else self._design
+
+    @property
+    def origin(self) -> str:
+        """Whose shape it has and where it departs from that; empty where it has nobody's."""
+        if self.like is None:
+            return ""
+        others = " ".join(f"{flag(k)} {v}" for k, v in changed(self.like, vars(self)).items())
+        shape = f"shape of {self.like}, {SHAPES[self.like].source}"
+        return f"{shape}; but for {others}" if others else shape
+
+    @property
+    def _design(self) -> str:
         if self.scheme is not None:
             kind = f"{self.norm_kind}, " if self.norm_kind else ""
             return f"{self.scheme} {self.block}, {kind}depth {self.depth}"
@@ -294,7 +322,7 @@ class StackSpec:
     def slug(self) -> str:
         """The stack as a part of a folder name."""
         design = self.scheme or f"{self.shortcut}-{self.norm}"
-        return f"{self.block}-{design}-d{self.depth}"
+        return f"{self.like or self.block}-{design}-d{self.depth}"
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary of plain values that `from_json` takes."""

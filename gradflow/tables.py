@@ -63,6 +63,8 @@ def subtitle(run: Run) -> Iterator[str]:
     }[spec.kind.domain]
     seeds = count(run.options.seeds, "seed")
     yield f"width {spec.width}, {size}, {spec.activation}, init {spec.init}, {seeds}"
+    if spec.origin:
+        yield spec.origin
     yield f"loss {spec.loss}, {where['dtype']} on {where['device_name']}"
 
 

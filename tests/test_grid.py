@@ -28,6 +28,7 @@ def test_bare_compare_is_the_seed_grid() -> None:
 
 # Two values of every field, both of which make a network of an mlp or a transformer.
 TWO_VALUES: dict[str, list[Any]] = {
+    "like": ["gpt2", "llama-7b"],
     "depth": [2, 3],
     "scheme": ["pre-ln", "keel"],
     "block": ["transformer", "ffn"],

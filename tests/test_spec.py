@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from problems import CELLS, cell
 
 from gradflow.errors import UsageError
+from gradflow.shapes import SHAPES
 from gradflow.spec import (
     ACTIVATIONS,
     BLOCKS,
@@ -212,12 +213,14 @@ def numbers(low: float) -> Any:
     return st.floats(low, 1e6, allow_nan=False)
 
 
+OPTIONAL = ("shortcut", "norm", "norm_kind", "activation", "init")
 SPECS = st.fixed_dictionaries(
     {
-        **{name: st.sampled_from(known) for name, known in NAMES.items() if name != "norm_kind"},
-        "norm_kind": maybe() | st.sampled_from(NORM_KINDS),
-        "depth": st.integers(1, 10_000),
-        "width": st.sampled_from([8, 12, 64, 128]),
+        "like": maybe() | st.sampled_from(list(SHAPES)),
+        **{name: st.sampled_from(known) for name, known in NAMES.items() if name not in OPTIONAL},
+        **{name: maybe() | st.sampled_from(NAMES[name]) for name in OPTIONAL},
+        "depth": maybe() | st.integers(1, 10_000),
+        "width": maybe() | st.sampled_from([8, 12, 64, 128]),
         "batch_size": maybe() | st.integers(1, 100),
         "gain": numbers(1e-6),
         "weight_var": maybe() | numbers(1e-6),
@@ -274,6 +277,7 @@ BASES = {
     "images": StackSpec(block="resnet"),
 }
 CHANGES: dict[str, Any] = {
+    "like": "gpt2",
     "depth": 13,
     "scheme": "pre-ln",
     "block": "attention",
