@@ -111,7 +111,7 @@ def _has_norms(chosen: Mapping[str, Any]) -> bool:
 
 
 def _block(chosen: Mapping[str, Any]) -> str:
-    scheme = None if "like" in chosen else chosen.get("scheme")
+    scheme = None if {"like", "weights"} & chosen.keys() else chosen.get("scheme")
     usual = DEFAULT_BLOCK if scheme is None else find(scheme).blocks[0]
     return str(chosen.get("block", usual))
 

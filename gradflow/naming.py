@@ -11,8 +11,8 @@ from gradflow.records import Summary
 from gradflow.spec import RunOptions, StackSpec
 
 # Depth is an axis of its own, and these three always stand in a name where they differ.
-LEADING = ("like", "shortcut", "block", "norm")
-DECISIVE = ("like", "block", "norm", "scheme")
+LEADING = ("like", "weights", "shortcut", "block", "norm")
+DECISIVE = ("like", "weights", "block", "norm", "scheme")
 MEASURED = ("seed", "seeds", "raw_range")
 DEVICE = "device"
 OTHERS = (
@@ -124,7 +124,8 @@ def word(name: str, value: object) -> str:
 def _design(run: Described, words: Sequence[str], with_block: bool) -> str:
     design = run.spec.scheme or run.spec.shortcut
     stack = f"{design} {run.spec.block}" if with_block else str(design)
-    stack = f"{run.spec.like}, {stack}" if run.spec.like else stack
+    model = run.spec.weights or run.spec.like
+    stack = f"{model}, {stack}" if model else stack
     norm = "" if run.spec.scheme else word("norm", run.spec.norm)
     rest = [word(name, _value(run, name)) for name in words if name != "scheme"]
     return ", ".join(filter(None, [stack, norm, *rest]))

@@ -126,7 +126,8 @@ SHAPES: dict[str, Shape] = {
         86_000_000,
         "Dosovitskiy et al. 2020 (ViT-B/16), arXiv:2010.11929, table 1; init of the release",
     ),
-    # 500 encoder and 500 decoder layers in the paper; here an encoder of 1,000.
+    # 500 encoder and 500 decoder layers in the paper; here an encoder of 1,000, of the width that
+    # the published number of parameters leaves room for.
     "deepnet-1000": Shape(
         {"scheme": "deepnorm", "depth": 1000, "width": 512, "heads": 8, "ffn_mult": 4}
         | {"activation": "relu", "batch_size": 1},

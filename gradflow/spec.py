@@ -9,11 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from gradflow.errors import UsageError
+from gradflow.pretrained import Pretrained, locate
 from gradflow.schemes import Scheme, find
 from gradflow.shapes import SHAPES, changed, missing
 from gradflow.wiring import Place, Wiring
@@ -139,6 +141,7 @@ class StackSpec:
     """
 
     like: str | None = option(None, "a published shape, for what is not given", tuple(SHAPES))
+    weights: str | None = option(None, "folder of a trained checkpoint, for shape and values")
     depth: int = option(None, "number of blocks (layers) (12)")
     scheme: str | None = option(None, "a published recipe: `gradflow schemes` lists them")
     block: str | None = option(None, "what one layer is (transformer)", tuple(BLOCKS))
@@ -174,6 +177,7 @@ class StackSpec:
     dtype: str = option("float32", "number format of the whole pass", DTYPES)
 
     def __post_init__(self) -> None:
+        self._resolve_weights()
         self._resolve_shape()
         self._resolve_design()
         for name in ("block", "shortcut", "norm", "norm_kind", "init", "bias", "loss", "dtype"):
@@ -186,6 +190,25 @@ class StackSpec:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, float(getattr(self, name)))
         _check_fit(self)
+
+    def _resolve_weights(self) -> None:
+        """The fields that a trained checkpoint decides; others than its own are refused."""
+        if self.weights is None:
+            return
+        if not isinstance(self.weights, Pretrained):
+            object.__setattr__(self, "weights", locate(self.weights))
+        for name in ("like", "scheme", "init", "weight_var", "bias_var"):
+            if getattr(self, name) is not None:
+                raise UsageError(
+                    "--weights has values of its own", flag(name), f"leave out {flag(name)}"
+                )
+        own = {"block": DEFAULT_BLOCK, "shortcut": "residual"} | self.checkpoint.fields
+        for name, value in own.items():
+            given = getattr(self, name)
+            if given not in (None, value):
+                rule = f"--weights {self.weights} has {flag(name)} {value}"
+                raise UsageError(rule, f"{flag(name)} {given}", f"leave out {flag(name)}")
+            object.__setattr__(self, name, value)
 
     def _resolve_shape(self) -> None:
         """The fields that a published shape brings; all are transformers."""
@@ -215,7 +238,8 @@ class StackSpec:
     def _resolve_design(self) -> None:
         """The fields that a scheme decides, or their defaults where there is none."""
         if self.scheme is None:
-            defaults = {"block": DEFAULT_BLOCK, "shortcut": "residual", "norm": "pre", "init": "he"}
+            defaults = {"block": DEFAULT_BLOCK, "shortcut": "residual", "norm": "pre"}
+            defaults |= {} if self.weights else {"init": "he"}
         else:
             _check_scheme(self, self.recipe)
             shortcut = "plain" if self.recipe.plain else "residual"
@@ -247,6 +271,12 @@ class StackSpec:
     def units_per_block(self) -> int:
         """Steps of the stream in one layer."""
         return len(self.kind.units)
+
+    @property
+    def checkpoint(self) -> Pretrained:
+        """Where the weights are read from; only where `weights` is not None."""
+        assert isinstance(self.weights, Pretrained)
+        return self.weights
 
     @property
     def hidden(self) -> int:
@@ -299,11 +329,18 @@ class StackSpec:
     @property
     def title(self) -> str:
         """The stack in a few words, for headings."""
-        return f"{self.like}: {self._design}" if self.like else self._design
+        return f"{self._model}: {self._design}" if self._model else self._design
+
+    @property
+    def _model(self) -> str | None:
+        """The published shape, or the name of the checkpoint."""
+        return self.checkpoint.name if self.weights else self.like
 
     @property
     def origin(self) -> str:
-        """Whose shape it has and where it departs from that; empty where it has nobody's."""
+        """Whose shape or values it has, and where it departs from them; empty where nobody's."""
+        if self.weights:
+            return f"trained weights {self.weights}"
         if self.like is None:
             return ""
         others = " ".join(f"{flag(k)} {v}" for k, v in changed(self.like, vars(self)).items())
@@ -322,7 +359,8 @@ class StackSpec:
     def slug(self) -> str:
         """The stack as a part of a folder name."""
         design = self.scheme or f"{self.shortcut}-{self.norm}"
-        return f"{self.like or self.block}-{design}-d{self.depth}"
+        model = re.sub(r"[^\w.]+", "-", self._model or str(self.block))
+        return f"{model}-{design}-d{self.depth}"
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary of plain values that `from_json` takes."""
@@ -335,7 +373,10 @@ class StackSpec:
         Raises:
             UsageError: an unknown field, or a value that breaks a rule.
         """
-        return cls(**_known_fields(cls, values))
+        known = _known_fields(cls, values)
+        if known.get("weights") is not None and not isinstance(known["weights"], Pretrained):
+            known["weights"] = Pretrained(known["weights"])  # its folder was not stored
+        return cls(**known)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -493,6 +534,12 @@ def _check_fit(spec: StackSpec) -> None:
     if spec.ffn_mult is not None and spec.ffn_width is not None:
         got = f"--ffn-mult {spec.ffn_mult} --ffn-width {spec.ffn_width}"
         raise UsageError("an ffn has one hidden width", got, "leave out one of the two")
+    if spec.weights and spec.gain != 1:
+        raise UsageError("--weights has values of its own", f"--gain {spec.gain}", "leave it out")
+    most = spec.checkpoint.most_tokens if spec.weights else None
+    if most is not None and int(spec.seq_len or 1) > most:
+        rule = f"--weights {spec.weights} has positions for {most} tokens"
+        raise UsageError(rule, f"--seq-len {spec.seq_len}", f"use --seq-len {most} or less")
     if spec.norm_kind is not None:
         _check_norm_kind(spec)
 

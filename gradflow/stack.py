@@ -14,7 +14,9 @@ import torch.nn.functional as F  # noqa: N812 (torch's own convention)
 from torch import Tensor, nn
 
 from gradflow.blocks import BRANCHES, PHI, Branch, Conv3x3, Linear
+from gradflow.checkpoint import load_layer
 from gradflow.initial import Slot, bias_std, fans, fill, generator, weight_std
+from gradflow.language import NextTokenLoss, embedded_batch
 from gradflow.norms import Norm, Pointwise, make_norm, norm_of_kind
 from gradflow.spec import StackSpec
 from gradflow.stats import norm
@@ -162,11 +164,13 @@ class Block(nn.Sequential):
 
 
 def build_block(spec: StackSpec, seed: int, layer: int, device: torch.device) -> Block:
-    """Layer `layer` (from 1) of the stack, with the weights of this seed."""
+    """Layer `layer` (from 1) of the stack, with the weights of this seed or of the checkpoint."""
     block = Block(spec, layer)
     slots = [slot for unit in block.units for slot in unit_slots(spec, unit)]
     fill(slots, spec, device, generator(device, seed, "layer", layer))
     _share_scales(block)
+    if spec.weights:
+        load_layer(spec.checkpoint, layer, block)
     for unit in block.units:
         unit.seal()
     return block
@@ -202,7 +206,11 @@ def module_slots(
         output: whether it is the output projection of a branch.
         gain: factor on the standard deviation of its matrix.
     """
-    if isinstance(part, Linear | Conv3x3):
+    if spec.weights:
+        # Trained values replace them all.
+        for name, size in getattr(part, "shapes", {}).items():
+            yield Slot(part, name, size, None)
+    elif isinstance(part, Linear | Conv3x3):
         shape = part.shapes["weight"]
         std = gain * weight_std(spec, shape, feeds=feeds, output=output)
         yield Slot(part, "weight", shape, std, matrix=True)
@@ -229,7 +237,12 @@ def stream_shape(spec: StackSpec) -> tuple[int, ...]:
 
 
 def input_batch(spec: StackSpec, seed: int, device: torch.device) -> Tensor:
-    """y_0: independent standard normal elements, times the scheme's own scale."""
+    """y_0: independent standard normal elements, times the scheme's own scale.
+
+    Of a trained checkpoint: the embeddings of random tokens.
+    """
+    if spec.weights:
+        return embedded_batch(spec, spec.checkpoint, seed, device)
     x = _normal(spec, stream_shape(spec), generator(device, seed, "input"))
     scale = spec.recipe.input_scale(spec.depth) if spec.scheme else 1.0
     return x if scale == 1 else x * scale
@@ -301,4 +314,6 @@ LOSSES: dict[str, type[nn.Module]] = {
 
 def build_loss(spec: StackSpec, seed: int, device: torch.device) -> nn.Module:
     """The map from y_D to the scalar loss."""
+    if spec.weights and spec.loss == "ce":
+        return NextTokenLoss(spec, spec.checkpoint, seed, device)
     return LOSSES[spec.loss](spec, seed, device)

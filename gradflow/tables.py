@@ -62,7 +62,8 @@ def subtitle(run: Run) -> Iterator[str]:
         "images": f"{spec.batch_size} images of {spec.image_size} x {spec.image_size}",
     }[spec.kind.domain]
     seeds = count(run.options.seeds, "seed")
-    yield f"width {spec.width}, {size}, {spec.activation}, init {spec.init}, {seeds}"
+    init = f"init {spec.init}, " if spec.init else ""
+    yield f"width {spec.width}, {size}, {spec.activation}, {init}{seeds}"
     if spec.origin:
         yield spec.origin
     yield f"loss {spec.loss}, {where['dtype']} on {where['device_name']}"

@@ -68,8 +68,9 @@ def describe(spec: StackSpec) -> Stack:
 
 
 def _check_parts(spec: StackSpec) -> None:
-    """Refuse parts of attention and ffn that no formula here covers."""
+    """Refuse parts of attention and ffn, and weights, that no formula here covers."""
     beyond = {
+        "trained weights": spec.weights,
         "a gated ffn": spec.gated,
         "rotary positions": spec.rope,
         "grouped key and value heads": spec.kv_heads not in (None, spec.heads),
