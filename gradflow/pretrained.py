@@ -84,13 +84,13 @@ def locate(text: str) -> Pretrained:
     Raises:
         UsageError: no folder, a file is missing or broken, or the architecture is unknown.
     """
-    folder = Path(text)
+    folder = Path(text).resolve()  # for workers that start elsewhere
     if not folder.is_dir():
         rule = "--weights is a folder with config.json and safetensors files"
         raise UsageError(rule, repr(text), "give the folder of a checkpoint as Hugging Face has it")
     config = read_json(folder / CONFIG)
     architecture(config)
-    found = Pretrained(f"{folder.resolve().name}@{_digest(folder)}")
+    found = Pretrained(f"{folder.name}@{_digest(folder)}")
     found.folder, found.config = folder, config
     return found
 

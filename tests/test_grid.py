@@ -72,7 +72,9 @@ BLOCK_OF = {"image_size": "conv"}
 
 
 def test_every_option_of_run_is_tried_here() -> None:
-    assert set(TWO_VALUES) == {f.name for cls in (StackSpec, RunOptions) for f in fields(cls)}
+    """Folders of weights have tests of their own."""
+    known = {f.name for cls in (StackSpec, RunOptions) for f in fields(cls)}
+    assert set(TWO_VALUES) == known - {"weights"}
 
 
 @pytest.mark.parametrize("name", TWO_VALUES)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import pytest
 from commandline import CommandLine
+from problems import measure
 from test_spec import assert_one_line
 
 from gradflow.errors import UsageError
@@ -17,6 +19,7 @@ from gradflow.naming import word
 from gradflow.shapes import SHAPES
 from gradflow.spec import StackSpec
 from gradflow.stack import Block
+from gradflow.theory import predict
 
 
 def untied(spec: StackSpec) -> int:
@@ -139,6 +142,35 @@ def test_shapes_make_a_grid() -> None:
         *(("gpt2", 1, False), ("gpt2", 2, False)),
         *(("llama-7b", 1, True), ("llama-7b", 2, True)),
     ]
+
+
+PARTS: tuple[tuple[dict[str, Any], str], ...] = (
+    ({"gated": True}, "a gated ffn"),
+    ({"rope": 1e4}, "rotary positions"),
+    ({"kv_heads": 2}, "grouped key and value heads"),
+    ({"head_dim": 8}, "heads of another total width"),
+    ({"bias": "qkv"}, "biases of queries, keys and values alone"),
+    ({"norm_eps": 1e-3}, "another epsilon of the norms"),
+)
+
+
+@pytest.mark.parametrize(("options", "part"), PARTS)
+def test_theory_names_the_part_that_it_has_no_formula_for(
+    options: dict[str, Any], part: str
+) -> None:
+    assert predict(StackSpec(**options)).reason == f"no formula for {part}"
+    assert predict(StackSpec(bias="none", activation="gelu-tanh", norm_eps=1e-6)).reason is None
+
+
+def test_theory_covers_the_shape_of_gpt2() -> None:
+    spec = StackSpec(like="gpt2", depth=6, width=128, heads=4, seq_len=32, batch_size=4)
+    rows = [measure(spec, seed)[0] for seed in range(3)]
+    profile = [mean(row.log10_grad_norm for row in layer) for layer in zip(*rows, strict=True)]
+    band = predict(spec).band(seeds=3)
+    assert len(band) == len(profile)
+    end = profile[-1]
+    for value, (low, high) in zip(profile, band, strict=True):
+        assert low <= value - end <= high
 
 
 SMALL = ("--depth=1", "--width=16", "--heads=2", "--seq-len=4", "--no-timing")

@@ -310,7 +310,7 @@ CHANGES: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("name", [f.name for f in fields(StackSpec)])
+@pytest.mark.parametrize("name", [f.name for f in fields(StackSpec) if f.name != "weights"])
 def test_the_key_depends_on_every_field(name: str) -> None:
     base = BASES["images" if name == "image_size" else "tokens"]
     without = {

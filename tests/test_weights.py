@@ -232,7 +232,7 @@ def test_a_spec_keeps_its_folder_through_pickle_and_replace(folder: Path) -> Non
     spec = spec_of(folder)
     for other in (pickle.loads(pickle.dumps(spec)), replace(spec, batch_size=2)):
         assert other == spec
-        assert other.checkpoint.folder == folder
+        assert other.checkpoint.folder == folder.resolve()
         assert other.checkpoint.config == spec.checkpoint.config
 
 
