@@ -16,7 +16,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 
 from gradflow.errors import UsageError
-from gradflow.spec import RunOptions, StackSpec, flag
+from gradflow.spec import SIZES, RunOptions, StackSpec, flag
 
 PANELS = {StackSpec: "Stack", RunOptions: "Measurement"}
 Command = Callable[..., None]
@@ -104,7 +104,8 @@ def _value(name: str, text: str) -> Any:
             raise ValueError
         return convert(word)
     except (ValueError, KeyError):
-        example = example if field.default is None else field.default
+        default = SIZES.get(name, field.default)
+        example = example if default is None else default
         remedy = f"use for example {flag(name)} {example}"
         raise UsageError(f"{flag(name)} takes {meaning}", repr(text), remedy) from None
 
