@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gradflow.architectures import Source
 from gradflow.errors import UsageError
-from gradflow.pretrained import Pretrained, files_of
+from gradflow.pretrained import INDEX, Pretrained, files_of
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -132,7 +132,11 @@ class Tensors:
     def _values(self, name: str) -> Tensor:
         """A tensor as the file has it, mapped: what is not used of it is not read."""
         full, file = self._find(name)
-        values: Tensor = file.get_tensor(full)
+        try:
+            values: Tensor = file.get_tensor(full)
+        except SafetensorError as error:
+            rule = f"{full} is where {INDEX} says"
+            raise UsageError(rule, str(error), "copy the folder again") from None
         if values.dtype not in FLOATS:
             rule = "weights are plain floating-point numbers of 16 bits or more"
             raise UsageError(rule, f"{full} in {values.dtype}", "use a checkpoint without packing")
