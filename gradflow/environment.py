@@ -68,11 +68,12 @@ def describe(spec: StackSpec, device: torch.device) -> dict[str, Any]:
 
 
 def without_path(word: str) -> str:
-    """A word of the command line with absolute paths cut to their last part."""
-    if PurePath(word).is_absolute():
-        return PurePath(word).name
+    """A word of the command line with absolute paths, of a list too, cut to their last part."""
     head, equals, tail = word.partition("=")
-    return head + equals + (PurePath(tail).name if PurePath(tail).is_absolute() else tail)
+    if not equals or PurePath(word).is_absolute():
+        head, equals, tail = "", "", word
+    parts = (PurePath(p).name if PurePath(p).is_absolute() else p for p in tail.split(","))
+    return head + equals + ",".join(parts)
 
 
 def _device_name(device: torch.device) -> str:

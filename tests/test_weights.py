@@ -171,7 +171,7 @@ def test_the_key_depends_on_the_weights(folder: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(folder, tmp_path / "elsewhere" / folder.name))
     assert run_key(spec_of(copy), RunOptions()) == key
     tensors = by_hand()
-    tensors["model.norm.weight"] += 1
+    tensors["model.norm.weight"] += 1  # another training of the same shape
     write(copy, tensors)
     assert run_key(spec_of(copy), RunOptions()) != key
 
