@@ -7,7 +7,7 @@ refused by name, never passed over. Nothing here imports torch.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from gradflow.errors import UsageError
@@ -51,8 +51,9 @@ class Architecture:
         embedding: of the tokens.
         norm: the final one.
         positions: embedding of the positions, where they are learned.
-        prefixes: what all names but the head's may begin with.
+        prefixes: what the names of the body may begin with.
         tied: whether head and embedding are one where the config does not say.
+        head: the map to the vocabulary.
     """
 
     fields: Callable[[Config], Fields]
@@ -64,7 +65,7 @@ class Architecture:
     positions: str | None = None
     prefixes: tuple[str, ...] = ("model.", "")
     tied: bool = False
-    head: str = field(default="lm_head", init=False)
+    head: str = "lm_head"
 
 
 def architecture(config: Config) -> Architecture:
@@ -173,10 +174,10 @@ _LLAMA_NAMES: dict[str, Any] = {
     "embedding": "embed_tokens",
     "norm": "norm",
 }
-_FULL = {"use_sliding_window": False, "attention_bias": False, "mlp_bias": False}
+_UNBIASED = {"use_sliding_window": False, "attention_bias": False, "mlp_bias": False}
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "llama": Architecture(fields=_llama, needs=_FULL, parts=_LLAMA_PARTS, **_LLAMA_NAMES),
+    "llama": Architecture(fields=_llama, needs=_UNBIASED, parts=_LLAMA_PARTS, **_LLAMA_NAMES),
     "qwen2": Architecture(
         fields=lambda config: _llama(config) | {"bias": "qkv"},
         needs={"use_sliding_window": False},
@@ -185,7 +186,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "qwen3": Architecture(
         fields=lambda config: _llama(config) | {"qk_norm": True},
-        needs=_FULL,
+        needs=_UNBIASED,
         parts={
             **_LLAMA_PARTS,
             "0.branch.q_norm": Source("self_attn.q_norm"),

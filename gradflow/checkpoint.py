@@ -143,11 +143,11 @@ class Tensors:
         return values
 
     def _find(self, name: str) -> tuple[str, Any]:
-        for full in (*(prefix + name for prefix in self._prefixes), name):
+        for full in (prefix + name for prefix in self._prefixes):
             if full in self._where:
                 return full, self._file(self._where[full])
         rule = "the checkpoint has every tensor of its architecture"
-        raise UsageError(rule, f"none by the name {self._prefixes[0]}{name}", "complete the folder")
+        raise UsageError(rule, f"no {name}", "complete the folder")
 
     def _file(self, file: Path) -> Any:
         if file not in self._open:

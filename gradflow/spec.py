@@ -217,8 +217,10 @@ class StackSpec:
         values = missing(self.like, vars(self))
         self._resolve("block", DEFAULT_BLOCK)
         _check_name(self, "block")
+        own = self.recipe.defaults if self.scheme else {}  # what is given goes before the shape
         for name, value in values.items():
-            if name not in BLOCK_OPTIONS or name in self.kind.options:
+            fits = name not in BLOCK_OPTIONS or name in self.kind.options
+            if fits and name not in own:
                 self._resolve(name, value)
 
     def _resolve_details(self) -> None:

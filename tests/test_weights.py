@@ -269,7 +269,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], tuple[str, str, str]]] = {
     "truncated": (truncated, ("model.safetensors is a whole safetensors file", "got", "copy")),
     "tensor": (
         lambda f: rewrite(f, lambda t: t.pop(Q)),
-        ("has every tensor of its architecture", Q, "complete the folder"),
+        ("every tensor of its architecture", f"no {Q[6:]}", "complete the folder"),
     ),
     "misplaced": (misplaced, (f"{Q} is where", "does not contain tensor", "copy the folder")),
     "shape": (
