@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from gradflow.spec import StackSpec as StackSpec
     from gradflow.store import load as load
     from gradflow.store import save as save
+    from gradflow.user_code import from_file as from_file
+    from gradflow.watching import watch as watch
 
 __version__ = "0.1.0"
 
@@ -25,9 +27,21 @@ _HOMES = {
     "StackSpec": "gradflow.spec",
     "load": "gradflow.store",
     "save": "gradflow.store",
+    "watch": "gradflow.watching",
+    "from_file": "gradflow.user_code",
 }
 
-__all__ = ["Run", "RunOptions", "StackSpec", "__version__", "load", "measure", "save"]
+__all__ = [
+    "Run",
+    "RunOptions",
+    "StackSpec",
+    "__version__",
+    "from_file",
+    "load",
+    "measure",
+    "save",
+    "watch",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -77,6 +77,10 @@ class Branch(nn.Module):
     output: str | None = None
     norms_inside = False
 
+    def roles(self) -> dict[nn.Module, str]:
+        """Its layers by the names that `feeds_activation`, `output` and gains use."""
+        return {part: name for name, part in self.named_children()}
+
 
 class Mlp(Branch):
     """f(x) = phi(Wx + b), the dense layer of classical feed-forward nets. x: (B, d)."""
@@ -153,7 +157,7 @@ class Attention(Branch):
         heads = int(spec.heads or 1)
         kv_heads = spec.kv_heads or heads
         queries, keys = heads * self.size, kv_heads * self.size
-        self.grouped = kv_heads != heads
+        self.heads, self.grouped = heads, kv_heads != heads
         self.q = Linear(spec.width, queries, bias=spec.has_bias("q"))
         self.k = Linear(spec.width, keys, bias=spec.has_bias("k"))
         self.v = Linear(spec.width, keys, bias=spec.has_bias("v"))
@@ -216,7 +220,9 @@ def _ffn(spec: StackSpec, wiring: Wiring) -> Branch:
     return (GatedFfn if spec.gated else Ffn)(spec, wiring)
 
 
-BRANCHES: dict[str, Callable[[StackSpec, Wiring], Branch]] = {
+MakeBranch = Callable[[StackSpec, Wiring], Branch]
+
+BRANCHES: dict[str, MakeBranch] = {
     "mlp": Mlp,
     "conv": Conv,
     "resnet": ResNet,

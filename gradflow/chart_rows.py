@@ -1,4 +1,4 @@
-"""The three tables that charts draw, made from results: `units`, `depths` and `times` (polars)."""
+"""The tables that charts draw, made from results: units, depths, times, losses, heats (polars)."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ def tables(results: Results, runs: Runs) -> dict[str, pl.DataFrame]:
         "units": units(results, runs),
         "depths": depths(runs),
         "times": times(results, runs),
+        "losses": losses(results, runs),
+        "heats": heats(results, runs),
     }
 
 
@@ -83,6 +85,23 @@ def times(results: Results, runs: Runs) -> pl.DataFrame:
     bar = pl.when(several).then(pl.format("{}: {}", "run", "unit")).otherwise("run")
     joined = _named(runs).join(median, on="number", maintain_order="left_right")
     return joined.with_columns(bar=bar)
+
+
+def losses(results: Results, runs: Runs) -> pl.DataFrame:
+    """One row per trained run and step."""
+    found = results.losses.rename({"run": "number"})
+    joined = _named(runs).join(found, on="number", maintain_order="left_right")
+    return joined.with_columns(pl.selectors.float().round_sig_figs(DIGITS))
+
+
+def heats(results: Results, runs: Runs) -> pl.DataFrame:
+    """One row per trained run, layer and measured step; `bar` names run and layer."""
+    at_input = pl.when(pl.col("layer") == 0).then(pl.lit("input"))
+    layer = at_input.otherwise(pl.format("layer {}", "layer"))
+    found = results.heat.rename({"run": "number"})
+    joined = _named(runs).join(found, on="number", maintain_order="left_right")
+    with_bars = joined.with_columns(bar=pl.format("{}: {}", "run", layer))
+    return with_bars.with_columns(pl.selectors.float().round_sig_figs(DIGITS))
 
 
 def _named(runs: Runs) -> pl.DataFrame:

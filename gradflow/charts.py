@@ -47,6 +47,7 @@ class Drawing:
         columns: those it draws, the first one on the vertical axis, with their headings.
         draw: makes the chart of that table.
         near, seen: of the vertical axis, see `chart_rows.ends`.
+        bars: it has a line of text for each value of the column `bar`, and grows with them.
     """
 
     title: str
@@ -56,6 +57,7 @@ class Drawing:
     draw: Callable[[Table], alt.LayerChart]
     near: float | None = None
     seen: tuple[float, float] = (0, 1.05)
+    bars: bool = False
 
     @property
     def value(self) -> str:
@@ -69,13 +71,16 @@ class Drawing:
 
 
 def gradient(units: Table) -> alt.LayerChart:
-    """The gradient norm over the layers: a line per run, a band over its seeds, theory dashed."""
+    """The gradient norm over the layers: a line per run with its seeds, theory with its band."""
     title = "gradient norm |dL/dy|"
     y = _powers("log10_grad_norm", title)
-    series = {"x": _layer(), "color": _colour(units), "detail": "run:N", "opacity": _faded(1)}
+    series = {"x": _layer(), "color": design_colour(units), "detail": "run:N", "opacity": faded(1)}
     theory = alt.Chart(units).mark_line(strokeDash=[2, 5], strokeWidth=3, clip=True)
+    expected = alt.Chart(units).mark_area(fillOpacity=0.08, clip=True)
     band = alt.Chart(units).mark_area(fillOpacity=0.2, clip=True)
-    return _layered(
+    low, high = (f"theory_log10_grad_norm_{end}" for end in ("low", "high"))
+    return layered(
+        expected.encode(**series, y=_powers(low, title), y2=f"{high}:Q"),
         band.encode(**series, y=_powers("low", title), y2="high:Q"),
         theory.encode(**series, y=_powers("theory_log10_grad_norm", title)),
         *_lines(units, y, "gradient"),
@@ -94,20 +99,20 @@ def branch_gain(units: Table) -> alt.LayerChart:
 
 def token_cosine(units: Table) -> alt.LayerChart:
     """The mean cosine between the tokens of y: 1 where all have become the same."""
-    y = _number("act_cos", "cosine between tokens")
-    return _layered(*_lines(units, y, "token-cosine"))
+    y = number_axis("act_cos", "cosine between tokens")
+    return layered(*_lines(units, y, "token-cosine"))
 
 
 def gradient_cosine(units: Table) -> alt.LayerChart:
     """The mean cosine between the gradients of samples: 0 where they are shattered."""
-    y = _number("grad_cos", "cosine between gradients")
-    return _layered(*_lines(units, y, "gradient-cosine"))
+    y = number_axis("grad_cos", "cosine between gradients")
+    return layered(*_lines(units, y, "gradient-cosine"))
 
 
 def activation(units: Table) -> alt.LayerChart:
     """The size of the stream over the layers."""
     y = _powers("log10_act_rms", "root mean square of y")
-    return _layered(*_lines(units, y, "activation"))
+    return layered(*_lines(units, y, "activation"))
 
 
 def depth(depths: Table) -> alt.LayerChart:
@@ -126,14 +131,14 @@ def depth(depths: Table) -> alt.LayerChart:
     series = {
         "x": x.axis(values=ticks, format=",d", grid=False),
         "y": _powers("total_log10_gain", title),
-        "color": _colour(depths),
+        "color": design_colour(depths),
     }
     line = alt.Chart(depths).mark_line(clip=True)
     point = alt.Chart(depths).mark_point(size=60, filled=True, clip=True)
-    hints = [alt.Tooltip("run:N"), alt.Tooltip("verdict:N"), _hint("total_log10_gain", "decades")]
-    points = point.encode(**series, shape=_shape(depths), opacity=_faded(1), tooltip=hints)
-    steered = points.add_params(_chosen(), _zoom(), *_steering(depths, "depth"))
-    return _layered(*rules, line.encode(**series, opacity=_faded(0.9)), steered)
+    hints = [alt.Tooltip("run:N"), alt.Tooltip("verdict:N"), hint("total_log10_gain", "decades")]
+    points = point.encode(**series, shape=_shape(depths), opacity=faded(1), tooltip=hints)
+    steered = points.add_params(chosen(), zoom(), *steering(depths, CHARTS["depth"]))
+    return layered(*rules, line.encode(**series, opacity=faded(0.9)), steered)
 
 
 def time(times: Table) -> alt.LayerChart:
@@ -143,11 +148,11 @@ def time(times: Table) -> alt.LayerChart:
     y = alt.Y("bar:N", title=None, sort=None, axis=alt.Axis(labelLimit=limit, ticks=False))
     x = alt.X("ms:Q", title="milliseconds per unit", axis=alt.Axis(format="~g", tickCount=8))
     colour = alt.Color("pass:N", title=None, sort=["forward", "backward"])
-    hints = [alt.Tooltip("bar:N", title="run"), alt.Tooltip("pass:N"), _hint("ms", "ms")]
+    hints = [alt.Tooltip("bar:N", title="run"), alt.Tooltip("pass:N"), hint("ms", "ms")]
     bars = alt.Chart(times).mark_bar(height=alt.RelativeBandSize(0.7))
     order = alt.Order("pass:N", sort="descending")
     encoded = bars.encode(x=x, y=y, color=colour, order=order, tooltip=hints)
-    return _layered(encoded).properties(height=BAR * times["bar"].n_unique())
+    return layered(encoded).properties(height=BAR * times["bar"].n_unique())
 
 
 def themed(
@@ -189,10 +194,14 @@ def themed(
 
 def picture(name: str, table: Table) -> alt.LayerChart:
     """The chart as it stands alone: with its title, on paper, far-out runs left out."""
-    drawing = CHARTS[name]
+    return picture_of(CHARTS[name], table)
+
+
+def picture_of(drawing: Drawing, table: Table) -> alt.LayerChart:
+    """The same for a chart of any kind."""
     title = alt.TitleParams(drawing.title, subtitle=drawing.text.split(". ")[0], limit=WIDTH)
     chart = drawing.draw(table).properties(title=title, width=WIDTH)
-    if name != "time":
+    if not drawing.bars:
         chart = chart.properties(height=HEIGHT)
     return themed(chart)
 
@@ -204,12 +213,12 @@ def _by_unit(units: Table, name: str, title: str) -> alt.LayerChart:
     scale = alt.Scale(domain=kinds, range=[DASH if two and k == "ffn" else [1, 0] for k in kinds])
     legend = alt.Legend(orient="top", symbolType="stroke", values=["attention", "ffn"])
     dash = alt.StrokeDash("unit:N", title=None, scale=scale, legend=legend if two else None)
-    return _layered(*_lines(units, _number(CHARTS[name].value, title), name, strokeDash=dash))
+    return layered(*_lines(units, number_axis(CHARTS[name].value, title), name, strokeDash=dash))
 
 
 def _lines(units: Table, y: alt.Y, name: str, **of_lines: Any) -> tuple[alt.Chart, alt.Chart]:
     """A line per run with a few marks on it; all its points appear under the pointer."""
-    series = {"x": _layer(), "y": y, "color": _colour(units)}
+    series = {"x": _layer(), "y": y, "color": design_colour(units)}
     line = alt.Chart(units).mark_line(strokeWidth=1.8, clip=True)
     point = alt.Chart(units).mark_point(size=45, filled=True, clip=True)
     hover = alt.selection_point(
@@ -218,7 +227,7 @@ def _lines(units: Table, y: alt.Y, name: str, **of_lines: Any) -> tuple[alt.Char
     # As a dictionary: Altair's own `|` forgets that an empty hover selects nothing.
     marked = {"or": ["datum.mark", {"param": "hover", "empty": False}]}
     seen = {"test": {"and": [{"param": "chosen"}, marked]}, "value": 1}
-    hints = [_hint(column, title) for column, title in CHARTS[name].columns.items()]
+    hints = [hint(column, title) for column, title in CHARTS[name].columns.items()]
     where = [alt.Tooltip("run:N"), alt.Tooltip("layer:Q", format=",d"), alt.Tooltip("unit:N")]
     points = point.encode(
         **series,
@@ -227,33 +236,37 @@ def _lines(units: Table, y: alt.Y, name: str, **of_lines: Any) -> tuple[alt.Char
         tooltip=[*where, *hints],
     )
     return (
-        line.encode(**series, **of_lines, detail="run:N", opacity=_faded(0.9)),
-        points.add_params(_chosen(), hover, _zoom(), *_steering(units, name)),
+        line.encode(**series, **of_lines, detail="run:N", opacity=faded(0.9)),
+        points.add_params(chosen(), hover, zoom(), *steering(units, CHARTS[name])),
     )
 
 
-def _layered(*layers: alt.Chart) -> alt.LayerChart:
+def layered(*layers: alt.Chart) -> alt.LayerChart:
+    """Charts on top of each other."""
     return alt.LayerChart(layer=list(layers))
 
 
-def _chosen() -> alt.Parameter:
+def chosen() -> alt.Parameter:
+    """What a click in the legend selects."""
     return alt.selection_point(name="chosen", fields=["design"], bind="legend")
 
 
-def _zoom() -> alt.Parameter:
+def zoom() -> alt.Parameter:
+    """Dragging and zooming."""
     # The bare wheel belongs to the page.
     return alt.selection_interval(name="zoom", bind="scales", zoom="wheel![event.ctrlKey]")
 
 
-def _steering(table: Table, name: str) -> list[alt.Parameter]:
-    drawing = CHARTS[name]
+def steering(table: Table, drawing: Drawing) -> list[alt.Parameter]:
+    """The parameters by which a page steers a chart."""
     bottom, top = ends(table, drawing.span, drawing.near, drawing.seen)
     axis = [alt.param(name="bottom", value=bottom), alt.param(name="top", value=top)]
     return [alt.param(name="listed", value=_designs(table)), *axis]
 
 
-def _faded(opacity: float) -> Any:
-    return alt.when(_chosen()).then(alt.value(opacity)).otherwise(alt.value(FADED))
+def faded(opacity: float) -> Any:
+    """This opacity for what is chosen."""
+    return alt.when(chosen()).then(alt.value(opacity)).otherwise(alt.value(FADED))
 
 
 def _layer() -> alt.X:
@@ -265,7 +278,8 @@ def _designs(table: Table) -> list[str]:
     return table["design"].unique(maintain_order=True).to_list()
 
 
-def _colour(table: Table) -> alt.Color:
+def design_colour(table: Table) -> alt.Color:
+    """A colour for each design, with its legend."""
     # The same domain for colour and shape makes one legend of the two.
     return alt.Color("design:N", title=None, scale=_scale(table), legend=_legend(table))
 
@@ -284,18 +298,20 @@ def _legend(table: Table) -> alt.Legend:
     return alt.Legend(values=alt.ExprRef("listed"), columns=columns)
 
 
-def _hint(column: str, title: str) -> alt.Tooltip:
+def hint(column: str, title: str) -> alt.Tooltip:
+    """A number under the pointer."""
     return alt.Tooltip(f"{column}:Q", title=title, format=".4~g")
 
 
-def _number(column: str, title: str) -> alt.Y:
+def number_axis(column: str, title: str) -> alt.Y:
+    """A vertical axis whose ends a page steers."""
     scale = alt.Scale(domain=[alt.ExprRef("bottom"), alt.ExprRef("top")], nice=True)
     return alt.Y(f"{column}:Q", title=title, scale=scale)
 
 
 def _powers(column: str, title: str) -> alt.Y:
     """An axis for a logarithm that is labelled in powers of ten, a decade high at least."""
-    return _number(column, title).axis(labelExpr=power_of_ten("datum.value"), tickMinStep=0.1)
+    return number_axis(column, title).axis(labelExpr=power_of_ten("datum.value"), tickMinStep=0.1)
 
 
 def power_of_ten(exponent: str) -> str:
@@ -315,7 +331,7 @@ CHARTS: dict[str, Drawing] = {
         "Gradient norm over the layers",
         "The gradient enters at the last layer, on the right, and goes back to the input, on the "
         "left. A flat line keeps its size; a slope is a factor in every layer. The band spans the "
-        "seeds; a thick dotted line is theory.",
+        "seeds; a thick dotted line is theory, and the pale band what it expects of one seed.",
         "units",
         {
             "log10_grad_norm": "log10 |dL/dy|",
@@ -388,5 +404,6 @@ CHARTS: dict[str, Drawing] = {
         "times",
         {"ms": "milliseconds"},
         time,
+        bars=True,
     ),
 }

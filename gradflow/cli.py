@@ -18,6 +18,7 @@ from gradflow.commands.check import check
 from gradflow.commands.compare import compare
 from gradflow.commands.report import report
 from gradflow.commands.run import run
+from gradflow.commands.schemes import schemes
 from gradflow.errors import EXIT_INTERRUPTED, EXIT_OK, GradflowError
 from gradflow.spec import check_choice
 
@@ -135,6 +136,6 @@ def root(
     """Does the gradient reach my first layer, is that normal, and what does each layer cost?"""
 
 
-for command in (run, compare, report, check):
+for command in (run, compare, report, check, schemes):
     # As the short help too, which Typer would cut off.
     app.command(cls=HelpByPanel, short_help=command.__doc__)(command)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Generator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,6 +19,8 @@ from gradflow.spec import StackSpec
 
 # How often Ray tries a cell again whose worker or node was lost.
 RETRIES = 2
+# How long a cluster may take to accept a connection.
+KNOCK_SECONDS = 5.0
 # A run is a few megabytes, and finished ones are taken away at once.
 OBJECT_STORE_BYTES = 256 * 2**20
 # All nodes of a cluster share these; they may well differ in processor and threads.
@@ -73,9 +76,7 @@ class Ray:
                 for reference in done:
                     yield self._outcome(reference, waiting.pop(reference))
         finally:
-            if self._connected:
-                self.ray.shutdown()  # ends what is still at work
-                self._connected = False
+            self._disconnect()
 
     def _submit(self, cell: Cell, told: dict[str, Any]) -> Any:
         device = self._device(cell)
@@ -96,6 +97,7 @@ class Ray:
         if self.ray.cluster_resources().get("GPU", 0):
             return "cuda"
         if wanted != "auto":
+            self._disconnect()
             rule = "--device cuda needs a GPU in the cluster"
             raise UsageError(rule, wanted, "use --device cpu")
         return "cpu"
@@ -107,12 +109,18 @@ class Ray:
         own = {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
         quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
         try:
+            _knock(self.address)
             self.ray.init(address=self.address, **quiet, **({} if self.address else own))
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             rule = "--address is that of a running Ray cluster"
             got = f"{self.address} ({first_line(error)})"
             raise UsageError(rule, got, "start one with `ray start --head`") from None
         self._connected = True
+
+    def _disconnect(self) -> None:
+        if self._connected:
+            self.ray.shutdown()  # ends what is still at work
+            self._connected = False
 
     def _outcome(self, reference: Any, cell: Cell) -> Outcome:
         try:
@@ -132,6 +140,13 @@ def _driver() -> dict[str, Any]:
     """
     here = describe(StackSpec(), torch.device("cpu"))
     return {key: here[key] for key in ("argv", "git")}
+
+
+def _knock(address: str | None) -> None:
+    """Raise OSError where nothing listens: Ray itself would go on trying for minutes."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=KNOCK_SECONDS).close()
 
 
 def _on_cluster(cell: Cell, device: str, told: dict[str, Any]) -> Outcome:

@@ -8,7 +8,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from itertools import groupby
 from operator import attrgetter
 from textwrap import wrap
@@ -19,9 +19,13 @@ from rich.text import Text
 
 from gradflow import markdown
 from gradflow.comparison import SPEED_KEYS, Comparison, Ratio, Row
+from gradflow.outcome import outcome_sentence
 from gradflow.overview import STYLES, answer, designs_through
 from gradflow.records import Summary
+from gradflow.spec import TRAINING as TRAINING_OPTIONS
 from gradflow.store import plain
+from gradflow.theory_words import theory_cell
+from gradflow.trainable import trainable_depths
 from gradflow.units import gib, milliseconds, number, rounded
 
 WIDTH = 80
@@ -43,10 +47,15 @@ class Column:
 
 def comparison_view(comparison: Comparison) -> RenderableType:
     """Everything that `gradflow compare` shows; the answer comes last, where the eye is."""
-    parts: list[RenderableType] = [table(comparison, GRADIENT), Text(GRADIENT_NOTE, style="dim")]
+    columns, note = gradient_columns(comparison)
+    parts: list[RenderableType] = [table(comparison, columns), Text(note, style="dim")]
+    depths = depth_lines(comparison)
+    parts += map(Text, ["", "trainable depth", *depths] if depths else [])
     if _timed(comparison):
         parts += [Text(), table(comparison, cost_columns(comparison.noise))]
         parts += [Text(note, style="dim") for note in cost_notes(comparison)]
+    if _trained(comparison):
+        parts += [Text(), table(comparison, TRAINING), Text(TRAINING_NOTE, style="dim")]
     answers = answer_lines(comparison)
     return Group(*parts, Text(), *(Text(line, style="bold") for line in answers))
 
@@ -55,11 +64,20 @@ def _timed(comparison: Comparison) -> bool:
     return any(row.run.time_records for row in comparison.rows)
 
 
+def _trained(comparison: Comparison) -> bool:
+    return any(row.summary.outcome for row in comparison.rows)
+
+
 def answer_lines(comparison: Comparison) -> list[str]:
     """How many runs let the gradient through, and which designs."""
     runs = [row.run for row in comparison.rows]
     which = designs_through(runs, [row.name for row in comparison.rows])
     return [line for line in (answer(runs), which) if line]
+
+
+def depth_lines(comparison: Comparison) -> list[str]:
+    """How deep each design can be, where it was measured at several depths."""
+    return [each.sentence for each in trainable_depths(comparison)]
 
 
 def _depth(row: Row) -> str:
@@ -111,6 +129,35 @@ GRADIENT_NOTE = (
     "dW: decades between the largest and the smallest parameter gradient. profile: log |gradient| "
     "from the input to the output."
 )
+THEORY = Column("theory", lambda row: theory_cell(row.summary))
+THEORY_NOTE = " theory: decades above what theory predicts, ! where that is beyond its band."
+
+
+def gradient_columns(comparison: Comparison) -> tuple[tuple[Column, ...], str]:
+    """The columns and their note; theory where it has something to say of any run."""
+    if not any(row.summary.theory_deviation is not None for row in comparison.rows):
+        return GRADIENT, GRADIENT_NOTE
+    *columns, profile = GRADIENT
+    return (*columns, THEORY, profile), GRADIENT_NOTE + THEORY_NOTE
+
+
+TRAINING = (
+    Column("depth", _depth),
+    Column("outcome", lambda row: _outcome(row.summary), left=True),
+    Column("loss", lambda row: _short(row.summary.final_loss, ".3f")),
+    Column("floor", lambda row: _short(row.summary.loss_floor, ".3f")),
+    Column("chance", lambda row: _short(row.summary.loss_chance, ".3f")),
+    Column("closed", lambda row: _short(row.summary.gap_closed, ".0%", 6)),
+)
+TRAINING_NOTE = (
+    "loss: cross-entropy in nats, mean over the last tenth of the steps. floor: the smallest that "
+    "there is. chance: the smallest without looking at the input. closed: part of the way from "
+    "chance to the floor. All else is of the first step."
+)
+
+
+def _outcome(summary: Summary) -> str:
+    return outcome_sentence(summary.outcome, summary.outcome_step) if summary.outcome else ""
 
 
 def cost_columns(noise: float) -> tuple[Column, ...]:
@@ -289,6 +336,7 @@ def _row_as_data(row: Row, noise: float) -> dict[str, Any]:
         "seed": options.seed,
         "seeds": options.seeds,
         "raw_range": options.raw_range,
+        **{name: getattr(options, name) for name in ("steps", *TRAINING_OPTIONS)},
     }
     place = {key: run.environment.get(key) for key in SPEED_KEYS if key not in identity}
     # The spec names its kind of loss, the summary the value that it took.
@@ -325,6 +373,7 @@ def as_json(comparison: Comparison) -> str:
         "reference": path.name if path else None,
         "noise_threshold": comparison.noise,
         "rows": plain(rows_as_data(comparison)),
+        "trainable_depths": [asdict(each) for each in trainable_depths(comparison)],
         "failures": list(comparison.failures),
     }
     return json.dumps(content, indent=2, allow_nan=False) + "\n"
@@ -332,10 +381,15 @@ def as_json(comparison: Comparison) -> str:
 
 def as_markdown(comparison: Comparison) -> str:
     """The terminal tables with all rows, the answer first."""
-    parts = [answer_lines(comparison), _markdown_table(comparison, GRADIENT)]
+    columns, _ = gradient_columns(comparison)
+    parts = [answer_lines(comparison), _markdown_table(comparison, columns)]
+    depths = [f"- {markdown.escaped(line)}" for line in depth_lines(comparison)]
+    parts += [["Trainable depth:", "", *depths]] if depths else []
     if _timed(comparison):
         parts.append(_markdown_table(comparison, cost_columns(comparison.noise)))
         parts.append([markdown.escaped(note) for note in cost_notes(comparison)])
+    if _trained(comparison):
+        parts.append(_markdown_table(comparison, TRAINING))
     return "\n".join("\n".join(part) + "\n" for part in parts)
 
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 import warnings
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -111,7 +112,7 @@ def compare(
         Row(
             run=run,
             name=name,
-            profile=mean_profile(run.layer_records),
+            profile=mean_profile(run.first_records),
             forward=time_ratio(run, reference, ("forward_s",)),
             backward=time_ratio(run, reference, ("backward_s",)),
             total=time_ratio(run, reference, ("forward_s", "backward_s")),
@@ -122,13 +123,16 @@ def compare(
     return Comparison(tuple(_sorted(rows)), reference, noise, tuple(failures))
 
 
-def mean_profile(records: Iterable[LayerRecord]) -> tuple[float, ...]:
-    """log10 |g| from the input up, the mean over the seeds; NaN where a value is missing."""
-    places: dict[tuple[int, str], list[float]] = {}
-    for row in records:
-        value = math.nan if row.log10_grad_norm is None else row.log10_grad_norm
-        places.setdefault((row.layer, row.unit), []).append(value)
-    return tuple(sum(values) / len(values) for values in places.values())
+def mean_profile(
+    records: Iterable[LayerRecord], column: str = "log10_grad_norm"
+) -> tuple[float, ...]:
+    """A column from the input up, the mean over the seeds; NaN where a value is missing."""
+    values = map(attrgetter("seed", column), records)
+    seeds = [
+        array("d", (math.nan if log is None else log for _, log in rows))
+        for _, rows in groupby(values, key=itemgetter(0))
+    ]
+    return tuple(sum(logs) / len(logs) for logs in zip(*seeds, strict=False))
 
 
 def _sorted(rows: Iterable[Row]) -> list[Row]:
@@ -181,7 +185,8 @@ def _obstacles(run: Run, reference: Run) -> Iterator[str]:
 def _log_seconds(run: Run, fields: Sequence[str]) -> Floats:
     """log of the seconds per layer, repeat by repeat."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.log(repeat_totals(run.time_records, fields) / run.spec.depth)
+        layers = len({record.layer for record in run.time_records})
+        return np.log(repeat_totals(run.time_records, fields) / layers)
 
 
 def repeat_totals(records: Sequence[TimeRecord], fields: Sequence[str]) -> Floats:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from gradflow.records import LayerRecord, Run, Summary, Timing
+from gradflow.spool import Spool
 
 # Above these the run carries a warning that names the remedy.
 NOISY_SPREAD = 0.10
@@ -18,22 +19,29 @@ def with_times(run: Run, timing: Timing, statistics_s: float | None = None) -> R
     Args:
         run: measured without times.
         timing: of the same network.
-        statistics_s: median seconds of a statistics pass on the same clock.
+        statistics_s: median seconds that a statistics pass spent on the timed layers.
     """
     return replace(
         run,
-        layer_records=list(_timed_rows(run.layer_records, timing)),
+        layer_records=_with_columns(run.layer_records, timing),
         time_records=timing.repeats,
         summary=_with_cost(run.summary, run.spec.depth, timing),
         overhead=_overhead(timing, statistics_s),
-        warnings=(*run.warnings, *_warnings(timing)),
+        warnings=(*run.warnings, *_warnings(timing, run.spec.depth)),
     )
 
 
-def _timed_rows(rows: Sequence[LayerRecord], timing: Timing) -> Iterator[LayerRecord]:
-    units = iter(timing.units)
+def _with_columns(rows: Sequence[LayerRecord], timing: Timing) -> Sequence[LayerRecord]:
+    if isinstance(rows, Spool):
+        return rows.map(lambda records: _timed_rows(records, timing))
+    return list(_timed_rows(rows, timing))
+
+
+def _timed_rows(rows: Iterable[LayerRecord], timing: Timing) -> Iterator[LayerRecord]:
+    places = [(row.layer, row.unit) for row in timing.repeats if row.repeat == 0]
+    units = dict(zip(places, timing.units, strict=True))
     for row in rows:
-        times = None if row.layer == 0 else next(units, None)
+        times = units.pop((row.layer, row.unit), None)
         if times is None:
             yield row
             continue
@@ -48,8 +56,9 @@ def _timed_rows(rows: Sequence[LayerRecord], timing: Timing) -> Iterator[LayerRe
 
 
 def _with_cost(summary: Summary, depth: int, timing: Timing) -> Summary:
-    forward = sum(f for f, _, _, _ in timing.units)
-    backward = sum(b for _, _, b, _ in timing.units)
+    share = depth / timing.layers
+    forward = sum(f for f, _, _, _ in timing.units) * share
+    backward = sum(b for _, _, b, _ in timing.units) * share
     return replace(
         summary,
         forward_s=forward,
@@ -73,7 +82,12 @@ def _overhead(timing: Timing, statistics_s: float | None) -> dict[str, float] | 
     }
 
 
-def _warnings(timing: Timing) -> Iterator[str]:
+def _warnings(timing: Timing, depth: int) -> Iterator[str]:
+    if timing.layers < depth:
+        yield (
+            f"times are those of {timing.layers} of {depth:,} layers, evenly spread; "
+            "totals are their mean times the depth"
+        )
     if timing.spread > NOISY_SPREAD:
         yield (
             f"timings vary by {timing.spread:.0%} between repeats: close other programs, "

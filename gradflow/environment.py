@@ -13,7 +13,7 @@ import torch
 
 import gradflow
 from gradflow.errors import UsageError
-from gradflow.spec import StackSpec
+from gradflow.model_spec import Spec
 
 
 def resolve_device(name: str, dtype: str) -> torch.device:
@@ -48,7 +48,7 @@ def _check_cuda(device: torch.device) -> None:
         raise UsageError(f"--device cuda:N has N below {count}", str(device), "use --device cuda:0")
 
 
-def describe(spec: StackSpec, device: torch.device) -> dict[str, Any]:
+def describe(spec: Spec, device: torch.device) -> dict[str, Any]:
     """The environment as it is written to `run.json`."""
     return {
         "gradflow": gradflow.__version__,

@@ -4,6 +4,11 @@
 incompatible baseline · 130 interrupted.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import SequenceMatcher
+
 EXIT_OK = 0
 EXIT_INTERRUPTED = 130
 
@@ -57,3 +62,8 @@ class BaselineError(GradflowError):
     """A baseline is missing, or was measured under other conditions."""
 
     exit_code = 4
+
+
+def closest_first(name: str, known: Iterable[str]) -> list[str]:
+    """The known names, those most like a misspelt one first; what is equally like keeps order."""
+    return sorted(known, key=lambda other: -SequenceMatcher(None, name, other).ratio())

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
+from gradflow import user_code
 from gradflow.comparison import SPEED_KEYS
 from gradflow.environment import describe, resolve_device
 from gradflow.errors import GradflowError, UsageError
@@ -73,6 +74,8 @@ def measure_cell(cell: Cell, *, timing: bool = False, device: str | None = None)
     options = replace(cell.options, timing=timing, device=device or cell.options.device)
     try:
         torch.set_num_threads(1)
+        for name, reference in cell.code:
+            user_code.load_again(name, reference)
         run = measure(cell.spec, options)
     except GradflowError as error:
         return Outcome(cell, error=first_line(error))

@@ -86,7 +86,7 @@ def against_baseline(run: Run, baseline: Run, rtol: float) -> Judgement:
         BaselineError: the baseline measured something else.
     """
     _check_comparable(run, baseline)
-    pairs = list(zip(run.layer_records, baseline.layer_records, strict=True))
+    pairs = list(zip(run.first_records, baseline.first_records, strict=True))
     limit = math.log10(1 + rtol)
     reasons = [
         *_shortened(_apart(pairs, "|g|", "log10_grad_norm", limit)),
@@ -116,7 +116,7 @@ def _check_comparable(run: Run, baseline: Run) -> None:
             f"the baseline measured another network: {', '.join(differing)}; "
             "measure a baseline with the same options"
         )
-    places = [[(row.seed, row.layer, row.unit) for row in r.layer_records] for r in (run, baseline)]
+    places = [[(row.seed, row.layer, row.unit) for row in r.first_records] for r in (run, baseline)]
     if places[0] != places[1]:
         raise BaselineError("the rows of the baseline are those of other units; measure it anew")
 
@@ -141,16 +141,23 @@ def _settings(run: Run) -> dict[str, object]:
     return run.spec.to_json() | numbers
 
 
-def _seeds(run: Run) -> Iterator[tuple[int, list[LayerRecord]]]:
+def _seeds(run: Run) -> Iterator[tuple[str, list[LayerRecord]]]:
+    """Every seed, or every step of it where there are several, and its rows."""
+    judged = [r for r in run.layer_records if r.layer > 0 or run.spec.input_has_gradient]
     for seed in run.options.all_seeds:
-        yield seed, [row for row in run.layer_records if row.seed == seed]
+        rows = [row for row in judged if row.seed == seed]
+        steps = dict.fromkeys(row.step for row in rows)
+        if len(steps) < 2:
+            yield str(seed), rows
+        for step in steps if len(steps) > 1 else ():
+            yield f"{seed}, step {step}", [row for row in rows if row.step == step]
 
 
 def _arrives(run: Run) -> Judgement:
     """A finite gradient that is not zero, at every unit of every seed and at its parameters."""
     reasons: list[str] = []
     trained = {(row.seed, row.layer, row.unit) for row in run.param_records}
-    wanted = run.spec.depth * run.spec.units_per_block + 1
+    wanted = run.spec.depth * run.spec.units_per_block + run.spec.input_has_gradient
     for seed, rows in _seeds(run):
         if len(rows) != wanted:
             reasons.append(f"seed {seed}: {len(rows)} of {wanted} places have a gradient")
@@ -185,7 +192,8 @@ def _fault(decades: float | None) -> str:
 
 
 def _place(row: LayerRecord) -> str:
-    return f"seed {row.seed}, layer {row.layer} ({row.unit})"
+    step = f", step {row.step}" if row.step else ""
+    return f"seed {row.seed}{step}, layer {row.layer} ({row.unit})"
 
 
 def _decades(run: Run, limit: float) -> Judgement:
@@ -204,7 +212,7 @@ def _decades(run: Run, limit: float) -> Judgement:
 
 
 def _gains(run: Run, low: float, high: float) -> Judgement:
-    units = [row for row in run.layer_records if row.layer > 0]
+    units = [row for row in run.first_records if row.layer > 0]
     found = [row.gain for row in units if row.gain is not None]
     reasons = (
         f"{_place(row)}: gain is {'missing' if row.gain is None else f'{row.gain:.4g}'}"

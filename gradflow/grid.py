@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from itertools import product
 from typing import Any
 
+from gradflow import user_code
 from gradflow.errors import UsageError
-from gradflow.schemes import find
+from gradflow.recipe import as_trained
 from gradflow.spec import (
     BLOCK_OPTIONS,
-    BLOCKS,
     DEFAULT_BLOCK,
+    TRAINING,
     RunOptions,
     StackSpec,
+    block_kind,
     check_choice,
     flag,
     run_key,
 )
+from gradflow.user_schemes import scheme_named
 
 # What bare `gradflow compare` measures.
 DEFAULT_GRID: dict[str, list[Any]] = {
@@ -35,10 +38,22 @@ STACK_FIELDS = {f.name: f for f in fields(StackSpec)}
 
 @dataclass(frozen=True)
 class Cell:
-    """One network of a sweep, with how it is measured."""
+    """One network of a sweep, with how it is measured.
+
+    Attributes:
+        spec: the network.
+        options: how it is measured.
+        code: names of the user's code in it, with what loads each in another process.
+    """
 
     spec: StackSpec
     options: RunOptions
+    code: tuple[tuple[str, str], ...] = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        names = [str(name) for name in (self.spec.scheme, self.spec.block)]
+        code = [(name, user_code.reference_of(name)) for name in names]
+        object.__setattr__(self, "code", tuple(pair for pair in code if pair[1]))
 
     @property
     def key(self) -> str:
@@ -81,6 +96,7 @@ def expand(lists: Mapping[str, Sequence[Any]]) -> Grid:
         options = RunOptions(**{k: v for k, v in kept.items() if k not in STACK_FIELDS})
         try:
             spec = StackSpec(**{k: v for k, v in kept.items() if k in STACK_FIELDS})
+            spec = as_trained(spec, options)
         except UsageError as error:
             refused.setdefault(f"{_spelled(kept, lists)}: {error.rule}", error)
         else:
@@ -91,34 +107,43 @@ def expand(lists: Mapping[str, Sequence[Any]]) -> Grid:
 
 
 def _check_names(lists: Mapping[str, Sequence[Any]]) -> None:
-    """A misspelt name is a mistake, not a combination to skip."""
+    """A misspelt name is a mistake, not a combination to skip; so is a user's code that breaks."""
     for name, values in lists.items():
+        for value in filter(user_code.is_user_name, values):
+            StackSpec(**{name: value})
         choices = STACK_FIELDS[name].metadata["choices"] if name in STACK_FIELDS else ()
         for value in values if choices else ():
-            check_choice(flag(name), value, choices)
+            if not user_code.is_user_name(value):
+                check_choice(flag(name), value, choices)
 
 
 def _idle(name: str, chosen: Mapping[str, Any]) -> bool:
     """Whether an option means nothing beside the others."""
+    if name in TRAINING:
+        return not chosen.get("steps")
     if name == "norm_kind":
         return chosen.get("norm") == "none" or not _has_norms(chosen)
-    return name in BLOCK_OPTIONS and name not in BLOCKS[_block(chosen)].options
+    return name in BLOCK_OPTIONS and name not in block_kind(_block(chosen)).options
 
 
 def _has_norms(chosen: Mapping[str, Any]) -> bool:
     scheme = chosen.get("scheme")
-    return scheme is None or find(scheme).normalises
+    return scheme is None or scheme_named(scheme).normalises
 
 
 def _block(chosen: Mapping[str, Any]) -> str:
     scheme = None if {"like", "weights"} & chosen.keys() else chosen.get("scheme")
-    usual = DEFAULT_BLOCK if scheme is None else find(scheme).blocks[0]
+    usual = DEFAULT_BLOCK if scheme is None else scheme_named(scheme).blocks[0]
     return str(chosen.get("block", usual))
 
 
 def _notes(lists: Mapping[str, Sequence[Any]]) -> Iterator[str]:
     """Which options were left out where."""
     for name in lists:
+        if name in TRAINING:
+            if 0 in lists.get("steps", [0]):
+                yield f"{flag(name)} does not apply to --steps 0"
+            continue
         by_norm = ("norm", "scheme") if name == "norm_kind" else ("block", "scheme")
         for decides in by_norm:
             if decides == "scheme" and by_norm[0] in lists:
@@ -131,4 +156,4 @@ def _notes(lists: Mapping[str, Sequence[Any]]) -> Iterator[str]:
 
 def _spelled(chosen: Mapping[str, Any], lists: Mapping[str, Sequence[Any]]) -> str:
     varying = {name: chosen[name] for name in chosen if len(lists[name]) > 1} or chosen
-    return " ".join(f"{flag(name)} {value}" for name, value in varying.items())
+    return " ".join(f"{flag(n)} {user_code.shown(str(value))}" for n, value in varying.items())

@@ -24,10 +24,11 @@ from markupsafe import Markup
 
 import gradflow
 from gradflow.chart_rows import FAR, Runs, tables
-from gradflow.charts import BAR, CHARTS, DARK, HEIGHT, LIGHT, themed
+from gradflow.charts import BAR, CHARTS, DARK, HEIGHT, LIGHT, Drawing, themed
 from gradflow.naming import names, shared
 from gradflow.overview import HEALTHY, SAYINGS, answer, designs_through, sentence
 from gradflow.reading import Results, StoredRun, clean
+from gradflow.training_charts import ALL_CHARTS
 from gradflow.units import count, milliseconds, number, signed
 
 WARNINGS_SHOWN = 2
@@ -69,10 +70,15 @@ def render(results: Results, shown: Shown) -> str:
         policy=" ".join(_hash(script) for script in scripts),
         style=Markup(_file("report.css")),
         palettes=(LIGHT, DARK),
-        charts=CHARTS,
+        charts=charts_of(results),
         data=_json(chart_data(results, shown)),
         **words(results, shown),
     )
+
+
+def charts_of(results: Results) -> dict[str, Drawing]:
+    """Those that the runs have something for: of training only where there was some."""
+    return ALL_CHARTS if len(results.losses) else CHARTS
 
 
 def words(results: Results, shown: Shown) -> dict[str, Any]:
@@ -216,7 +222,7 @@ def chart_data(results: Results, shown: Shown) -> dict[str, Any]:
         },
         "charts": {
             name: chart_spec(name, _sample(found[drawing.table], shown))
-            for name, drawing in CHARTS.items()
+            for name, drawing in charts_of(results).items()
         },
     }
 
@@ -231,13 +237,13 @@ def _sample(table: pl.DataFrame, shown: Shown) -> pl.DataFrame:
 
 def chart_spec(name: str, sample: pl.DataFrame) -> dict[str, Any]:
     """A chart without its rows, in colours that the page's style sheet sets."""
-    drawing = CHARTS[name]
+    drawing = ALL_CHARTS[name]
     colours = tuple(f"var(--line-{i})" for i in range(len(LIGHT)))
     chart = themed(drawing.draw(sample), "currentColor", "transparent", colours)
     spec = chart.properties(width="container").to_dict()
     spec.pop("datasets")
     spec |= {"data": {"name": drawing.table}, "autosize": {"type": "fit-x", "contains": "padding"}}
-    if name != "time":
+    if not drawing.bars:
         spec["height"] = HEIGHT
     return {
         "spec": spec,
@@ -247,6 +253,7 @@ def chart_spec(name: str, sample: pl.DataFrame) -> dict[str, Any]:
         "span": drawing.span,
         "near": drawing.near,
         "seen": drawing.seen,
+        "bars": drawing.bars,
     }
 
 

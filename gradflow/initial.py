@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +30,7 @@ class Slot:
         name: its name there.
         shape: its sizes.
         std: scale of the draw (standard deviation, or half-width if uniform); None = constant.
-        constant: the value of a parameter that is not drawn.
+        constant: the value, or the values, of a parameter that is not drawn.
         matrix: whether an orthogonal rule applies to it.
     """
 
@@ -36,7 +38,7 @@ class Slot:
     name: str
     shape: tuple[int, ...]
     std: float | None
-    constant: float = 0.0
+    constant: float | Tensor = 0.0
     matrix: bool = False
 
 
@@ -46,12 +48,16 @@ def generator_seed(seed: int, purpose: str, index: int = 0) -> int:
     Torch's CPU generator (mt19937) keeps only the low 32 bits of its seed, so these are mixed
     here: a bijection of (hash of seed and purpose) + index, which keeps neighbours apart.
     """
-    digest = hashlib.sha256(f"{purpose}:{seed}".encode()).digest()
-    x = (int.from_bytes(digest[:4], "big") + index) & 0xFFFFFFFF
+    x = (_hash(f"{purpose}:{seed}") + index) & 0xFFFFFFFF
     # The finaliser of MurmurHash3 (Appleby), a bijection on 32 bits.
     x = ((x ^ (x >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
     x = ((x ^ (x >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
     return x ^ (x >> 16)
+
+
+@lru_cache
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
 
 
 def generator(device: torch.device, seed: int, purpose: str, index: int = 0) -> torch.Generator:
@@ -107,20 +113,56 @@ def is_uniform(spec: StackSpec) -> bool:
     return spec.init == "torch" and spec.weight_var is None
 
 
-def fill(slots: list[Slot], spec: StackSpec, device: torch.device, source: torch.Generator) -> None:
-    """Give every slot its parameter, as views of one flat buffer filled by one draw."""
-    drawn = [slot for slot in slots if slot.std is not None]
-    fixed = [slot for slot in slots if slot.std is None]
-    numbers = sum(math.prod(slot.shape) for slot in drawn)
-    total = numbers + sum(math.prod(slot.shape) for slot in fixed)
-    flat = torch.empty(total, dtype=getattr(torch, spec.dtype), device=device)
-    _draw(flat[:numbers], spec, source)
-    start = 0
-    for slot in drawn + fixed:
-        view = flat[start : start + math.prod(slot.shape)].view(slot.shape)
-        start += view.numel()
-        _set_values(view, slot, spec)
-        setattr(slot.owner, slot.name, nn.Parameter(view))
+class Weights:
+    """The parameters of some slots: views of one flat buffer that one draw fills, time and again.
+
+    Args:
+        slots: each gets its parameter here.
+        spec: rule and scale of the draw.
+        device: where the buffer lies.
+    """
+
+    def __init__(self, slots: Sequence[Slot], spec: StackSpec, device: torch.device) -> None:
+        drawn = [slot for slot in slots if slot.std is not None]
+        fixed = [slot for slot in slots if slot.std is None]
+        sizes = [math.prod(slot.shape) for slot in drawn + fixed]
+        flat = torch.empty(sum(sizes), dtype=getattr(torch, spec.dtype), device=device)
+        views = [
+            part.view(slot.shape)
+            for slot, part in zip(drawn + fixed, torch.split(flat, sizes), strict=True)
+        ]
+        for slot, view in zip(drawn + fixed, views, strict=True):
+            setattr(slot.owner, slot.name, nn.Parameter(view))
+        self._fixed = list(zip(views[len(drawn) :], fixed, strict=True))
+        self._spec = spec
+        stds = [slot.std for slot in slots if slot.std is not None]
+        self._drawn = list(zip(views[: len(drawn)], drawn, stds, strict=True))
+        self._numbers = flat[: sum(sizes[: len(drawn)])]
+
+    def draw(self, source: torch.Generator) -> None:
+        """New values, by one call of the generator; constants as they were, whatever moved them.
+
+        No graph that saved the old values can be used any more; autograd refuses it.
+        """
+        _draw(self._numbers, self._spec, source)
+        for view, slot, std in self._drawn:
+            if slot.matrix and self._spec.init == "orthogonal" and self._spec.weight_var is None:
+                _orthogonalise(view)
+            view.mul_(std)
+        for view, slot in self._fixed:
+            if isinstance(slot.constant, Tensor):
+                view.copy_(slot.constant)
+            else:
+                view.fill_(slot.constant)
+
+
+def fill(
+    slots: Sequence[Slot], spec: StackSpec, device: torch.device, source: torch.Generator
+) -> Weights:
+    """Give every slot its parameter, with values from one draw."""
+    weights = Weights(slots, spec, device)
+    weights.draw(source)
+    return weights
 
 
 def _draw(out: Tensor, spec: StackSpec, source: torch.Generator) -> None:
@@ -131,15 +173,6 @@ def _draw(out: Tensor, spec: StackSpec, source: torch.Generator) -> None:
         wide.normal_(generator=source)
     if wide is not out:
         out.copy_(wide)
-
-
-def _set_values(view: Tensor, slot: Slot, spec: StackSpec) -> None:
-    if slot.std is None:
-        view.fill_(slot.constant)
-        return
-    if slot.matrix and spec.init == "orthogonal" and spec.weight_var is None:
-        _orthogonalise(view)
-    view.mul_(slot.std)
 
 
 def _orthogonalise(weight: Tensor) -> None:

@@ -5,28 +5,41 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from pathlib import Path
 from statistics import mean, median
 from time import perf_counter
 
 import torch
 
+from gradflow.collect import Tables
 from gradflow.cost import with_times
 from gradflow.environment import describe, resolve_device
+from gradflow.errors import MeasurementError
+from gradflow.expected import with_theory
 from gradflow.memory import (
     available_bytes,
-    check_room,
     is_out_of_memory,
     least_bytes,
+    make_plan,
     out_of_memory,
     peak_bytes,
     reset_peak,
 )
-from gradflow.records import LayerRecord, ParamRecord, Run, Timing
+from gradflow.outcome import summary_of
+from gradflow.plan import Plan
+from gradflow.rebuilt import RebuiltBlocks
+from gradflow.recipe import as_trained
+from gradflow.records import LayerRecord, ParamRecord, Run, StepRecord, Timing, first_step
 from gradflow.spec import RunOptions, StackSpec
-from gradflow.stack import build_loss, build_stack, input_batch
+from gradflow.spool import Spool
+from gradflow.stack import Block, build_block, build_loss, build_stack, input_batch
+from gradflow.tape import Network, visits
 from gradflow.timing import Clock, clock_for, time_network
+from gradflow.training import train_stack
 from gradflow.verdict import summarise
-from gradflow.walk import Network, walk
+from gradflow.walk import walk
+
+MOST_CALLS = 1000
 
 # (what is going on, steps done, steps in all)
 Progress = Callable[[str, int, int], None]
@@ -38,96 +51,172 @@ def measure(
     *,
     progress: Progress = lambda *_: None,
     clock: Clock | None = None,
+    scratch: Path | None = None,
 ) -> Run:
     """Measure gradient flow, and the time of each unit, in one stack.
 
     Args:
-        spec: the network, its input and its loss.
-        options: seeds, device, timing; the defaults of `RunOptions` if None.
+        spec: the network, its input and its loss; where the options train it, its input and its
+            loss are those of a task, see `recipe.as_trained`.
+        options: seeds, device, timing, memory; the defaults of `RunOptions` if None.
         progress: called as the work goes on.
         clock: in place of the device's own.
+        scratch: folder for rows that do not fit into memory; the system's if None.
 
     Returns:
         The run, not stored yet: `gradflow.save` does that.
 
     Raises:
-        UsageError: the device is not there, or lacks the dtype.
-        MeasurementError: out of memory.
+        UsageError: the device is not there, or lacks the dtype, or there is no such training.
+        MeasurementError: out of memory, or the disk of `scratch` is full.
     """
     options = options or RunOptions()
+    spec = as_trained(spec, options)
     device = resolve_device(options.device, spec.dtype)
     started, begin = datetime.now(UTC), perf_counter()
     needed = least_bytes(spec)
     try:
-        needed = check_room(spec, options, device)
+        plan = make_plan(spec, options, device)
+        needed = plan.needed
         reset_peak(device)
-        found = _measure_seeds(spec, options, device, progress, clock or clock_for(device))
+        work = _Work(spec, options, device, plan, progress, clock or clock_for(device))
+        found = work.all_seeds(scratch)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         raise out_of_memory(needed, available_bytes(device), spec, options) from None
+    except OSError as error:
+        raise no_scratch(error) from None
     environment = describe(spec, device) | {
         "start_utc": started.isoformat(timespec="seconds"),
         "duration_s": perf_counter() - begin,
+        "keep": plan.keep,
+        "rebuild": plan.rebuild,
+        "memory_policy": plan.sentence,
     }
     return _to_run(spec, options, environment, found)
 
 
+def no_scratch(error: OSError) -> MeasurementError:
+    """The error that says why rows found no place on disk."""
+    return MeasurementError(
+        f"the rows found no place on disk: {error.strerror or error}; "
+        "free some space or choose another --out; nothing half-written remains"
+    )
+
+
 @dataclass(frozen=True)
 class _Found:
-    """All seeds; `passes_s` are the seconds of the statistics passes."""
+    """All seeds; `pass_s` is the median of the seconds that statistics took of the timed layers."""
 
-    layers: Sequence[LayerRecord]
-    params: Sequence[ParamRecord]
+    tables: Tables
     losses: Sequence[float]
-    passes_s: Sequence[float]
+    pass_s: float | None
+    steps: Sequence[StepRecord]
     timing: Timing | None
     peak: int
 
 
-def build_network(spec: StackSpec, seed: int, device: torch.device) -> Network:
-    """One seed of a stack, resident on the device."""
-    return Network(
-        build_stack(spec, seed, device),
-        input_batch(spec, seed, device),
-        build_loss(spec, seed, device),
-    )
+def build_network(
+    spec: StackSpec, seed: int, device: torch.device, plan: Plan | None = None
+) -> Network:
+    """One seed of a stack: resident on the device, or built as the plan says."""
+    if plan and plan.rebuild:
+        blocks: Sequence[Block] = RebuiltBlocks(spec, seed, device, plan.alive)
+    else:
+        blocks = build_stack(spec, seed, device)
+    return Network(blocks, input_batch(spec, seed, device), build_loss(spec, seed, device))
 
 
-def _measure_seeds(
-    spec: StackSpec, options: RunOptions, device: torch.device, progress: Progress, clock: Clock
-) -> _Found:
-    layers: list[LayerRecord] = []
-    params: list[ParamRecord] = []
-    losses: list[float] = []
-    passes: list[float] = []
-    timing = None
-    for seed in options.all_seeds:
-        progress("building", 0, 1)
-        network = build_network(spec, seed, device)
-        if options.timing and timing is None:
-            tick = _counter(progress, "timing", options.repeats)
-            timing = time_network(network, options, clock, tick)
-        tick = _counter(progress, f"gradients, seed {seed}", 2 * spec.depth)
-        marks = [clock.mark()]
-        found = walk(spec, seed, network, raw_range=options.raw_range, tick=tick)
-        marks.append(clock.mark())
-        passes += clock.seconds(marks)
-        new_layers, new_params = found.records()
-        layers += new_layers
-        params += new_params
-        losses.append(found.loss.item())
-        del network  # or the next one would be built beside it
-    return _Found(layers, params, losses, passes, timing, peak_bytes(device))
+def build_timed(spec: StackSpec, seed: int, device: torch.device, plan: Plan) -> Network:
+    """The layers that are timed, as a stack of their own."""
+    blocks = [build_block(spec, seed, layer, device) for layer in plan.timed_layers]
+    x, loss = input_batch(spec, seed, device), build_loss(spec, seed, device)
+    return Network(blocks, x, loss, plan.timed_layers)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """One measurement under way."""
+
+    spec: StackSpec
+    options: RunOptions
+    device: torch.device
+    plan: Plan
+    progress: Progress
+    clock: Clock
+
+    def all_seeds(self, scratch: Path | None) -> _Found:
+        tables = Tables(Spool(LayerRecord, scratch), Spool(ParamRecord, scratch))
+        timing = self._time_sample() if 0 < self.plan.timed < self.spec.depth else None
+        losses: list[float] = []
+        passes: list[float] = []
+        steps: list[StepRecord] = []
+        for seed in self.options.all_seeds:
+            self.progress("building", 0, 1)
+            network = build_network(self.spec, seed, self.device, self.plan)
+            if self.options.timing and timing is None:
+                timing = self._time(network)
+            if self.options.steps:
+                del network  # the trained one takes its place
+                new = self._train(seed, tables)
+                steps += new
+                losses.append(new[0].loss)
+                continue
+            seconds, loss = self._walk(seed, network, tables)
+            passes.append(seconds)
+            losses.append(loss)
+            del network  # or the next one would be built beside it
+        share = max(self.plan.timed, 1) / self.spec.depth
+        pass_s = median(passes) * share if passes else None
+        return _Found(tables, losses, pass_s, steps, timing, peak_bytes(self.device))
+
+    def _time_sample(self) -> Timing:
+        self.progress("building", 0, 1)
+        return self._time(build_timed(self.spec, self.options.seed, self.device, self.plan))
+
+    def _time(self, network: Network) -> Timing:
+        tick = _counter(self.progress, "timing", self.options.repeats)
+        return time_network(network, self.options, self.clock, tick)
+
+    def _train(self, seed: int, tables: Tables) -> Sequence[StepRecord]:
+        """The steps; what was measured on the way goes to the tables."""
+        total = int(self.options.steps or 0) + 1
+        tick = _counter(self.progress, f"training, seed {seed}", total)
+        trained = train_stack(self.spec, seed, self.device, self.options, tick)
+        tables.layers.extend(trained.layers)
+        tables.params.extend(trained.params)
+        return trained.steps
+
+    def _walk(self, seed: int, network: Network, tables: Tables) -> tuple[float, float]:
+        """Seconds of the pass, and the loss."""
+        steps = visits(self.spec.depth, self.plan.spans) + self.spec.depth
+        marks = [self.clock.mark()]
+        found = walk(
+            self.spec,
+            seed,
+            network,
+            spans=self.plan.spans,
+            raw_range=self.options.raw_range,
+            tables=tables,
+            tick=_counter(self.progress, f"gradients, seed {seed}", steps),
+        )
+        marks.append(self.clock.mark())
+        (seconds,) = self.clock.seconds(marks)
+        found.finish()
+        return seconds, found.loss.item()
 
 
 def _counter(progress: Progress, phase: str, total: int) -> Callable[[], None]:
     done = 0
+    # A bar has no more than so many places, and each call takes as long as a small layer.
+    stride = max(1, total // MOST_CALLS)
 
     def tick() -> None:
         nonlocal done
         done += 1
-        progress(phase, min(done, total), total)
+        if done % stride == 0 or done == total:
+            progress(phase, min(done, total), total)
 
     return tick
 
@@ -136,16 +225,20 @@ def _to_run(
     spec: StackSpec, options: RunOptions, environment: dict[str, object], found: _Found
 ) -> Run:
     loss = None if spec.loss == "cotangent" else mean(found.losses)
-    summary = summarise(found.layers, spec, options, loss)
+    layers = found.tables.layers
+    rows = first_step(layers) if options.steps else layers
+    summary = summarise(rows, spec, options, loss)
     run = Run(
         spec=spec,
         options=options,
-        summary=replace(summary, peak_bytes=found.peak),
+        summary=replace(summary, peak_bytes=found.peak, **summary_of(found.steps)),
         environment=environment,
         overhead=None,
         warnings=(),
-        layer_records=found.layers,
-        param_records=found.params,
+        layer_records=found.tables.layers,
+        param_records=found.tables.params,
         time_records=(),
+        step_records=found.steps,
     )
-    return with_times(run, found.timing, median(found.passes_s)) if found.timing else run
+    run = with_theory(run)
+    return with_times(run, found.timing, found.pass_s) if found.timing else run

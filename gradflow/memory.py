@@ -13,10 +13,11 @@ from pathlib import Path
 import psutil
 import torch
 
-from gradflow.errors import MeasurementError
+from gradflow.errors import MeasurementError, UsageError
+from gradflow.plan import Footprint, Plan, choose
 from gradflow.saved import SavedBytes
 from gradflow.spec import RunOptions, StackSpec, flag
-from gradflow.stack import Block, build_block, input_batch, stream_shape
+from gradflow.stack import Block, build_block, input_batch, layer_kind, stream_shape
 from gradflow.units import gib
 
 _STATUS = Path("/proc/self/status")
@@ -24,6 +25,10 @@ _CLEAR_REFS = Path("/proc/self/clear_refs")
 _CGROUP = Path("/sys/fs/cgroup")
 # Samples that stand for the whole batch in the estimate; batchnorm needs two.
 _FEW = 2
+# Parameters, their gradients, two moments of the optimizer, and the values before an update.
+_TRAINED_COPIES = 5
+# Bytes that Python and torch take for a module with its parameters, and for what stays of a unit.
+_MODULE, _ROW = 3 << 10, 48
 
 
 def available_bytes(device: torch.device) -> int:
@@ -43,57 +48,87 @@ def _cgroup_room() -> int:
     return sys.maxsize if limit == "max" else max(0, int(limit) - used)
 
 
-def needed_bytes(spec: StackSpec, options: RunOptions, device: torch.device) -> int:
-    """Estimate for the resident stack: parameters, and what autograd keeps for the backward.
+def footprint(spec: StackSpec, seed: int, device: torch.device) -> Footprint:
+    """Bytes of a layer: its parameters, what autograd keeps for its backward, its stream.
 
     Measured on one block and a few samples, because one layer and its batch may already be too
-    much. Timing adds the gradients of all parameters: the bare pass holds them together.
+    much; where layers are of several kinds, on the first and the last.
     """
     few = replace(spec, batch_size=min(_FEW, int(spec.batch_size or 1)))
-    block = build_block(few, options.seed, 1, device)
-    x = input_batch(few, options.seed, device)
+    scale = int(spec.batch_size or 1) / int(few.batch_size or 1)
+    layers = {layer_kind(spec, layer): layer for layer in (1, spec.depth)}.values()
+    blocks = [build_block(few, seed, layer, device) for layer in layers]
+    x = input_batch(few, seed, device)
     saved = SavedBytes()
-    parameters = sum(p.numel() * p.element_size() for p in block.parameters())
-    kept = sum(saved.of(unit, x) for unit in block.units) * int(spec.batch_size or 1)
-    kept //= int(few.batch_size or 1)
-    return spec.depth * (parameters * (2 if options.timing else 1) + kept)
+    return Footprint(
+        parameters=max(map(_parameter_bytes, blocks)),
+        objects=max(_MODULE * len(list(block.modules())) for block in blocks),
+        graph=int(max(sum(saved.of(u, x) for u in block.units) for block in blocks) * scale),
+        stream=int(x.nbytes * scale),
+        rows=_ROW * spec.units_per_block,
+    )
+
+
+def _parameter_bytes(block: Block) -> int:
+    return sum(p.nbytes for p in block.parameters())
+
+
+def resident_bytes(size: Footprint, layers: int) -> int:
+    """Parameters of so many layers, and what autograd keeps of all of them."""
+    return layers * (size.parameters + size.graph)
 
 
 def least_bytes(spec: StackSpec) -> int:
-    """A bound from below that allocates nothing: parameters, and one stream for each unit."""
+    """A bound from below that allocates nothing: one layer, and the fewest streams."""
     shapes = [s for part in Block(spec).modules() for s in getattr(part, "shapes", {}).values()]
-    rows = math.prod(stream_shape(spec)) // spec.width
+    stream = math.prod(stream_shape(spec))
+    rows = stream // spec.width
     head = spec.classes * (spec.width + rows) if spec.loss == "ce" else 0
-    streams = spec.units_per_block * math.prod(stream_shape(spec))
-    numbers = spec.depth * (sum(map(math.prod, shapes)) + streams) + head
-    return numbers * int(getattr(torch, spec.dtype).itemsize)
+    streams = stream * max(spec.units_per_block, math.isqrt(spec.depth))
+    numbers = sum(map(math.prod, shapes)) + streams + head
+    size = int(getattr(torch, spec.dtype).itemsize)
+    return numbers * size + _ROW * spec.units_per_block * spec.depth
 
 
-def check_room(spec: StackSpec, options: RunOptions, device: torch.device) -> int:
-    """Refuse a stack that cannot fit, before the system kills the process for it.
-
-    Returns:
-        Bytes that it needs.
+def make_plan(spec: StackSpec, options: RunOptions, device: torch.device) -> Plan:
+    """The memory policy; refuses a stack that cannot fit before the system kills the process.
 
     Raises:
-        MeasurementError: more is needed than is available.
+        MeasurementError: more is needed than is available, or allowed.
     """
-    needed, free = least_bytes(spec), available_bytes(device)
-    if needed <= free:
-        needed = needed_bytes(spec, options, device)
-    if needed > free:
-        raise out_of_memory(needed, free, spec, options)
-    return needed
+    free = available_bytes(device)
+    limit = options.memory_limit_bytes
+    room = free if limit is None else min(free, limit)
+    least = least_bytes(spec)
+    if least > room:
+        raise out_of_memory(least, room, spec, options)
+    size = footprint(spec, options.seed, device)
+    if options.steps:
+        options, size = _for_training(options, size)
+    plan, fits = choose(spec.depth, size, options, free)
+    if not fits:
+        raise out_of_memory(plan.needed, room, spec, options)
+    return plan
 
 
-def out_of_memory(needed: int, free: int, spec: StackSpec, options: RunOptions) -> MeasurementError:
+def _for_training(options: RunOptions, size: Footprint) -> tuple[RunOptions, Footprint]:
+    """All layers and graphs at once; gradients, the optimizer's two moments, the values before."""
+    if options.keep not in ("auto", "graph") or options.rebuild:
+        rule = "training keeps the whole stack"
+        raise UsageError(rule, "--keep or --rebuild", "leave them out, or --steps")
+    kept = replace(options, keep="graph", rebuild=False)
+    return kept, replace(size, parameters=_TRAINED_COPIES * size.parameters)
+
+
+def out_of_memory(needed: int, room: int, spec: StackSpec, options: RunOptions) -> MeasurementError:
     """The error that says how much is needed and which options lower it."""
     sizes = ("depth", "batch_size", "seq_len", "image_size", "ffn_mult", "width")
     lower = ", ".join(flag(name) for name in sizes if getattr(spec, name) is not None)
-    timing = ", or leave out the timing (--no-timing)" if options.timing else ""
+    policy = ", or leave --keep and --rebuild to gradflow" if options.is_policy_given else ""
+    limited = options.memory_limit_bytes is not None and room >= options.memory_limit_bytes
     return MeasurementError(
-        f"out of memory: this stack needs at least {gib(needed)}, {gib(free)} are free; "
-        f"lower {lower}{timing}"
+        f"out of memory: this stack needs at least {gib(needed)}, {gib(room)} are "
+        f"{'allowed' if limited else 'free'}; lower {lower}{policy}"
     )
 
 

@@ -7,13 +7,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
+from gradflow.model_spec import Spec
 from gradflow.records import Summary
 from gradflow.spec import RunOptions, StackSpec
+from gradflow.user_code import shown
 
 # Depth is an axis of its own, and these three always stand in a name where they differ.
 LEADING = ("like", "weights", "shortcut", "block", "norm")
 DECISIVE = ("like", "weights", "block", "norm", "scheme")
-MEASURED = ("seed", "seeds", "raw_range")
+MEASURED = ("seed", "seeds", "raw_range", "steps", "optimizer", "lr", "warmup")
 DEVICE = "device"
 OTHERS = (
     *(field.name for field in fields(StackSpec) if field.name not in (*LEADING, "depth")),
@@ -31,9 +33,12 @@ WORDS: dict[str, Callable[[Any], str]] = {
     "qk_norm": lambda _: "qk-norm",
     "gated": lambda _: "gated",
     "bias": lambda bias: f"bias {bias}",
-    "scheme": str,
+    "scheme": shown,
     "seeds": lambda seeds: f"{seeds} seeds",
     "raw_range": lambda _: "raw range",
+    "steps": lambda steps: f"{steps} steps",
+    "optimizer": str,
+    "lr": lambda lr: f"lr {lr:g}",
     DEVICE: str,
 }
 # Said only where they are not so: nobody looks for these words in a name.
@@ -49,6 +54,8 @@ UNSAID = {
     "bias": "all",
     "seeds": 1,
     "raw_range": False,
+    "steps": 0,
+    "warmup": 0,
 }
 
 
@@ -56,7 +63,7 @@ class Described(Protocol):
     """What words about a run are made from; whole runs have it, and those of a report."""
 
     @property
-    def spec(self) -> StackSpec: ...
+    def spec(self) -> Spec: ...
     @property
     def options(self) -> RunOptions: ...
     @property
@@ -92,13 +99,25 @@ def names(runs: Sequence[Described]) -> list[Name]:
     """A name for each run, all different."""
     words = [name for name in OTHERS if _differs(runs, name)]
     with_block = len({run.spec.block for run in runs}) > 1
+    called = _called(runs)
     seen = Counter[tuple[str, int]]()
     found = []
     for run in runs:
-        place = _design(run, words, with_block), run.spec.depth
+        design = _value(run, "scheme") or _value(run, "shortcut")
+        # A model has neither: it is its own design.
+        block = run.spec.block if with_block or not design else None
+        leading = [called[str(name)] for name in (design, block) if name]
+        place = _design(run, words, leading), run.spec.depth
         seen[place] += 1
         found.append(Name(*place, seen[place]))
     return found
+
+
+def _called(runs: Sequence[Described]) -> dict[str, str]:
+    """What schemes and blocks are called: with the digest only where it tells two files apart."""
+    known = {str(_value(run, n)) for run in runs for n in ("scheme", "shortcut", "block")}
+    often = Counter(map(shown, known))
+    return {name: shown(name) if often[shown(name)] == 1 else name for name in known}
 
 
 def shared(runs: Sequence[Described]) -> str:
@@ -118,23 +137,28 @@ def word(name: str, value: object) -> str:
     if name in WORDS:
         return WORDS[name](value)
     plain = name.replace("_", " ")
-    return str(value) if name in LEADING else f"{plain} {value}"
+    return shown(str(value)) if name in LEADING else f"{plain} {value}"
 
 
-def _design(run: Described, words: Sequence[str], with_block: bool) -> str:
-    design = run.spec.scheme or run.spec.shortcut
-    stack = f"{design} {run.spec.block}" if with_block else str(design)
-    model = run.spec.weights or run.spec.like
-    stack = f"{model}, {stack}" if model else stack
-    norm = "" if run.spec.scheme else word("norm", run.spec.norm)
+def _design(run: Described, words: Sequence[str], leading: Sequence[str]) -> str:
+    model = _value(run, "weights") or _value(run, "like")
+    norm = "" if _value(run, "scheme") else word("norm", _value(run, "norm"))
     rest = [word(name, _value(run, name)) for name in words if name != "scheme"]
-    return ", ".join(filter(None, [stack, norm, *rest]))
+    parts = [model, " ".join(leading), norm, *rest, *_departures(run, words)]
+    return ", ".join(filter(None, parts))
+
+
+def _departures(run: Described, words: Sequence[str]) -> list[str]:
+    """Parts of the scheme that options replaced, but for those that `words` name."""
+    parts = (run.summary.departures or "").split("; ")
+    named = tuple(f"{word.replace('_', ' ')} " for word in words)
+    return [f"with {part}" for part in parts if part and not part.startswith(named)]
 
 
 def _value(run: Described, name: str) -> Any:
     if name == DEVICE:
         return str(run.environment.get(DEVICE))
-    return getattr(run.options if name in MEASURED else run.spec, name)
+    return getattr(run.options if name in MEASURED else run.spec, name, None)
 
 
 def _differs(runs: Sequence[Described], name: str) -> bool:

@@ -16,7 +16,14 @@ from gradflow.spec import GROUPS, POINTWISE, StackSpec
 from gradflow.wiring import Wiring
 
 
-class Norm(nn.Module):
+class ConstantStart(nn.Module):
+    """Parameters that start at constants, `starts`; empty before, as those of `Linear` are."""
+
+    shapes: dict[str, tuple[int, ...]]
+    starts: dict[str, float]
+
+
+class Norm(ConstantStart):
     """A normalisation with an affine map after it, 1 and 0 at the start; empty as `Linear` is.
 
     layernorm: over the features of a token or vector, over C x H x W of an image (Ba et al. 2016,
@@ -32,7 +39,8 @@ class Norm(nn.Module):
 
     def __init__(self, kind: str, domain: str, width: int, eps: float) -> None:
         super().__init__()
-        self.shapes = {"weight": (width,)} | ({"bias": (width,)} if kind != "rmsnorm" else {})
+        names = ("weight",) if kind == "rmsnorm" else ("weight", "bias")
+        self.shapes = dict.fromkeys(names, (width,))
         self.starts = {"weight": 1.0, "bias": 0.0}
         self.bias = None
         self.kind, self.eps = kind, eps
@@ -42,7 +50,7 @@ class Norm(nn.Module):
         return self.apply_norm(x, self.weight, self.bias, self.eps)
 
 
-class Pointwise(nn.Module):
+class Pointwise(ConstantStart):
     """A function of each element in the place of a norm; empty as `Linear` is.
 
     dyt: weight tanh(alpha x) + bias, Zhu et al. 2025 (arXiv:2503.10622). derf: weight

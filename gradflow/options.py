@@ -16,9 +16,14 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 
 from gradflow.errors import UsageError
+from gradflow.ranges import expand_range
+from gradflow.recipe import as_trained
 from gradflow.spec import SIZES, RunOptions, StackSpec, flag
+from gradflow.user_code import from_file, is_reference
 
 PANELS = {StackSpec: "Stack", RunOptions: "Measurement"}
+# Fields that may name a thing in a user's own file.
+FROM_FILES = ("scheme", "block")
 Command = Callable[..., None]
 
 
@@ -59,7 +64,8 @@ def split(given: dict[str, Any]) -> tuple[StackSpec, RunOptions]:
     """
     stack = {f.name for f in fields(StackSpec)}
     spec = StackSpec(**{k: v for k, v in given.items() if k in stack})
-    return spec, RunOptions(**{k: v for k, v in given.items() if k not in stack})
+    options = RunOptions(**{k: v for k, v in given.items() if k not in stack})
+    return as_trained(spec, options), options
 
 
 def parse(given: dict[str, Any]) -> dict[str, Any]:
@@ -72,17 +78,31 @@ def parse(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse_lists(given: dict[str, Any]) -> dict[str, list[Any]]:
-    """Typed values from comma-separated text, field by field.
+    """Typed values from comma-separated text, field by field; whole numbers may be ranges.
 
     Raises:
         UsageError: a value that is not of the field's type, or an empty one.
     """
     return {
-        name: [_value(name, word) for word in value.split(",")]
+        name: [v for word in value.split(",") for v in _values(name, word)]
         if isinstance(value, str)
         else [value]
         for name, value in given.items()
     }
+
+
+def _values(name: str, word: str) -> list[Any]:
+    """One value, or those of a range of whole numbers."""
+    if _fields()[name][1] is int and ".." in word:
+        try:
+            found = expand_range(word.strip())
+        except ValueError:
+            found = None
+        if found is None:
+            remedy = f"use for example {flag(name)} 12..48:12 or {flag(name)} 10..1000:log"
+            raise UsageError(f"{flag(name)} takes whole numbers or ranges", repr(word), remedy)
+        return found
+    return [_value(name, word)]
 
 
 # Of each type of field: its name in the help, what a value is, an example, the way from text.
@@ -99,6 +119,8 @@ def _value(name: str, text: str) -> Any:
     field, kind = _fields()[name]
     _, meaning, example, convert = _KINDS[kind]
     word = text.strip()
+    if name in FROM_FILES and is_reference(word):
+        return from_file(word)
     try:
         if not word:
             raise ValueError

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from math import isfinite
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -11,9 +12,12 @@ from rich.text import Text
 
 from gradflow import markdown
 from gradflow.naming import Described, Name, names
+from gradflow.outcome import outcome_sentence
 from gradflow.reading import Results, StoredRun
 from gradflow.records import Summary
-from gradflow.units import count, milliseconds, signed
+from gradflow.theory_words import theory_sentence
+from gradflow.units import count, milliseconds, number, signed
+from gradflow.user_code import shown
 
 HEALTHY = "healthy"
 # What a verdict says of the gradient, about one run and about many.
@@ -83,11 +87,32 @@ def _depths(depths: set[int]) -> str:
 
 
 def sentence(run: StoredRun) -> str:
-    """The verdict of a run as a student would understand it, and what to do."""
+    """The verdict of a run as a student would understand it, what to do, and what theory says."""
     summary, depth = run.summary, run.spec.depth
     saying = _told(summary.verdict)[0]
-    told = f"{saying}{_where(summary)}{_change(summary, depth)}."
-    return told if summary.verdict == HEALTHY else f"{told} {summary.advice}"
+    told = [f"{saying}{_where(summary)}{_change(summary, depth)}."]
+    if summary.departures:
+        told.append(f"This is {shown(str(run.spec.scheme))} with {summary.departures}.")
+    advice = [] if summary.verdict == HEALTHY else [summary.advice]
+    trained = training_sentence(summary) if summary.outcome else ""
+    return " ".join(filter(None, [*told, *advice, theory_sentence(summary), trained]))
+
+
+def training_sentence(summary: Summary) -> str:
+    """What training came to."""
+    what = outcome_sentence(str(summary.outcome), summary.outcome_step)
+    return f"Training {what}: the {loss_words(summary)}."
+
+
+def loss_words(summary: Summary) -> str:
+    """Where the loss ends, between its floor and chance."""
+    loss, floor, chance = (
+        "not finite" if value is None or not isfinite(value) else number(value, ".3f")
+        for value in (summary.final_loss, summary.loss_floor, summary.loss_chance)
+    )
+    closed = summary.gap_closed
+    part = f"; {closed:.0%} of the gap closed" if closed is not None and closed >= 0 else ""
+    return f"loss ends at {loss} (floor {floor}, chance {chance}{part})"
 
 
 def _told(verdict: str) -> tuple[str, str]:

@@ -24,6 +24,8 @@ VALUES = (
     "act_cos",
     "grad_cos",
     "theory_log10_grad_norm",
+    "theory_log10_grad_norm_low",
+    "theory_log10_grad_norm_high",
     "forward_s",
     "backward_s",
 )

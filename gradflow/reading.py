@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradflow.errors import RunFolderError, UsageError
+from gradflow.model_spec import Spec, spec_from_json
 from gradflow.records import Summary
-from gradflow.spec import RunOptions, StackSpec
+from gradflow.spec import RunOptions
 from gradflow.store import plain, read_about
 from gradflow.typed import expect, expect_items, typed
 
@@ -35,18 +36,19 @@ class StoredRun:
     Attributes:
         number: its place in the results folder, oldest first; `Results.units` refers to it.
         name: of its folder.
-        rows: that its layers.csv must have.
+        rows, step_rows: that its layers.csv and steps.csv must have.
     """
 
     number: int
     name: str
     path: Path
-    spec: StackSpec
+    spec: Spec
     options: RunOptions
     summary: Summary
     environment: dict[str, Any]
     warnings: tuple[str, ...]
     rows: int
+    step_rows: int
 
 
 @dataclass(frozen=True)
@@ -58,12 +60,15 @@ class Results:
         units: their layers, see `profiles.COLUMNS`; means over the seeds, thinned.
         layers_kept: layers of one run that `units` holds at most, but for extremes.
         skipped: one line for each folder that was not read.
+        losses, heat: of the trained runs, see `trajectories.LOSSES` and `trajectories.HEAT`.
     """
 
     runs: tuple[StoredRun, ...]
     units: pl.DataFrame
     layers_kept: int
     skipped: tuple[str, ...]
+    losses: pl.DataFrame
+    heat: pl.DataFrame
 
 
 def read_results(folder: Path) -> Results:
@@ -73,16 +78,21 @@ def read_results(folder: Path) -> Results:
         UsageError: no such folder, or no run in it that can be read.
     """
     from gradflow.profiles import read_units  # polars, 0.4 s
+    from gradflow.trajectories import read_heat, read_losses
 
     skipped: list[str] = []
     stored = list(_stored_runs(folder, skipped))
     layers = max(FEWEST_LAYERS, min(MOST_LAYERS, LAYERS_IN_ALL // max(len(stored), 1)))
     units, faults = read_units([(run.path / "layers.csv", run.rows) for run in stored], layers)
+    trained = [run for run in stored if run.step_rows and run.number not in faults]
+    losses, more = read_losses([(r.number, r.path / "steps.csv", r.step_rows) for r in trained])
+    faults |= more
     skipped += [skip_line(stored[i].name, fault) for i, fault in sorted(faults.items())]
     runs = tuple(run for run in stored if run.number not in faults)
     if not runs:
         raise _nothing_to_read(folder, skipped)
-    return Results(runs, units, layers, tuple(skipped))
+    heat = read_heat([(r.number, r.path / "layers.csv") for r in trained if r.number not in more])
+    return Results(runs, units, layers, tuple(skipped), losses, heat)
 
 
 def skip_line(name: str, reason: str) -> str:
@@ -156,12 +166,13 @@ def _stored_run(number: int, path: Path) -> StoredRun:
             number=number,
             name=clean(path.name),
             path=path,
-            spec=StackSpec.from_json(typed(StackSpec, about["spec"])),
+            spec=spec_from_json(about["spec"]),
             options=RunOptions.from_json(typed(RunOptions, about["options"])),
             summary=Summary(**typed(Summary, about["summary"])),
             environment=expect("environment", about["environment"], dict),
             warnings=tuple(expect_items("warnings", about["warnings"], str)),
             rows=expect("rows", expect("rows", about["rows"], dict)["layers"], int),
+            step_rows=expect("rows", about["rows"].get("steps", 0), int),
         )
     except KeyError as error:
         raise RunFolderError(f"{path} is damaged: run.json lacks {error}") from None

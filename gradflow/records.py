@@ -7,11 +7,13 @@ missing and is written as an empty cell; NaN and infinities are numbers and are 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gradflow.model_spec import Spec
 from gradflow.spec import RunOptions, StackSpec
 
 if TYPE_CHECKING:
@@ -54,12 +56,42 @@ class LayerRecord:
     )
     nonfinite: int | None = column("NaN and infinite elements of g", missing=True)
     zero_fraction: float | None = column("fraction of exact zeros in g", missing=True)
-    theory_log10_grad_norm: float | None = column("prediction", "decades", missing=True)
+    theory_log10_grad_norm: float | None = column(
+        "what theory predicts for `log10_grad_norm`; empty where it has no answer",
+        "decades",
+        missing=True,
+    )
+    theory_log10_grad_norm_low: float | None = column(
+        "lower end of its band for one seed: tolerance and two standard deviations",
+        "decades",
+        missing=True,
+    )
+    theory_log10_grad_norm_high: float | None = column(
+        "upper end of this band", "decades", missing=True
+    )
     saved_bytes: int | None = column("kept by autograd for the unit's backward", "B", missing=True)
     forward_s: float | None = column("forward time, median over the repeats", "s", missing=True)
     forward_s_iqr: float | None = column("its interquartile range", "s", missing=True)
     backward_s: float | None = column("backward time, median over the repeats", "s", missing=True)
     backward_s_iqr: float | None = column("its interquartile range", "s", missing=True)
+    identity_share: float | None = column(
+        "squared cosine of dL/dx and dL/dy: the share of dL/dx that is dL/dy handed on",
+        missing=True,
+    )
+    clipped_param_grad_norm: float | None = column(
+        "norm of dL/dparameters as the optimizer took it, after clipping", missing=True
+    )
+    update_ratio: float | None = column(
+        "norm of the optimizer's change of the parameters over their norm", missing=True
+    )
+    underflow_fraction: float | None = column(
+        "fraction of g that is not 0, but below the normal numbers of its half-precision format",
+        missing=True,
+    )
+    headroom_log2: float | None = column(
+        "powers of two from the largest |g|, as scaled, to the largest number of its format",
+        missing=True,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +122,28 @@ class TimeRecord:
     backward_s: float = column("backward time", "s")
 
 
-Record = LayerRecord | ParamRecord | TimeRecord
-TABLES: dict[str, type[LayerRecord] | type[ParamRecord] | type[TimeRecord]] = {
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One row of `steps.csv`: one step of training of one seed, before its update."""
+
+    seed: int = column("seed of the weights and the batches")
+    step: int = column("updates made so far")
+    loss: float = column("cross-entropy of the batch of this step, which is new, in nats")
+    loss_floor: float = column("smallest expected loss that any model can have, in nats")
+    loss_chance: float = column("smallest expected loss without looking at the input, in nats")
+    grad_norm: float | None = column("norm of dL/dparameters over all of them, before the update")
+    lr: float | None = column("learning rate of the update; empty if none followed", missing=True)
+    update_ratio: float | None = column(
+        "norm of the change of the parameters over their norm", missing=True
+    )
+
+
+Record = LayerRecord | ParamRecord | TimeRecord | StepRecord
+TABLES: dict[str, type[Record]] = {
     "layers": LayerRecord,
     "params": ParamRecord,
     "times": TimeRecord,
+    "steps": StepRecord,
 }
 TIMING_COLUMNS = ("forward_s", "forward_s_iqr", "backward_s", "backward_s_iqr")
 
@@ -124,6 +173,11 @@ class Timing:
     bare_iqr_s: float | None
     spread: float
 
+    @property
+    def layers(self) -> int:
+        """How many layers were timed: all, or a sample of a deep stack."""
+        return len({row.layer for row in self.repeats})
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -132,7 +186,12 @@ class Summary:
     `log10_gain_per_layer` is negative where the gradient shrinks towards the input. The interval
     covers 95 % over seeds and layers. `trend` is `exponential` or `power law` in depth, whichever
     fits the profile better, and `healthy_depth` the depth at which that trend leaves the
-    healthy range.
+    healthy range. `departures` tells which parts of a scheme options have replaced. `outcome`, and
+    what follows it, is what training came to (see `gradflow.outcome`); the verdict and all else is
+    that of the first step.
+
+    `theory_deviation` is the measured mean less theory, where the two lie farthest apart, in
+    decades; `theory_band` what it may be there; `theory_reason` says why there is no theory.
     """
 
     verdict: str
@@ -150,22 +209,34 @@ class Summary:
     first_unit: str | None = None
     first_pass: str | None = None
     loss: float | None = None
+    outcome: str | None = None
+    outcome_step: int | None = None
+    outcome_advice: str | None = None
+    final_loss: float | None = None
+    loss_floor: float | None = None
+    loss_chance: float | None = None
+    gap_closed: float | None = None
     forward_s: float | None = None
     backward_s: float | None = None
     forward_s_per_layer: float | None = None
     backward_s_per_layer: float | None = None
     peak_bytes: int | None = None
+    theory_deviation: float | None = None
+    theory_band: float | None = None
+    theory_reason: str | None = None
+    departures: str | None = None
 
 
 @dataclass(frozen=True)
 class Run:
     """One specification measured for one or more seeds on one device.
 
-    `layers`, `params` and `times` are the three tables as DataFrames; the records behind them are
-    `layer_records`, `param_records` and `time_records`. `path` is the folder, once stored.
+    `layers`, `params`, `times` and `steps` are the four tables as DataFrames; the records behind
+    them are `layer_records`, `param_records`, `time_records` and `step_records`. `path` is the
+    folder, once stored.
     """
 
-    spec: StackSpec
+    spec: Spec
     options: RunOptions
     summary: Summary
     environment: dict[str, Any]
@@ -175,6 +246,14 @@ class Run:
     param_records: Sequence[ParamRecord]
     time_records: Sequence[TimeRecord]
     path: Path | None = None
+    step_records: Sequence[StepRecord] = ()
+
+    @cached_property
+    def first_records(self) -> Sequence[LayerRecord]:
+        """The rows of `layers.csv` at the first step, which verdicts and comparisons go by."""
+        if isinstance(self.spec, StackSpec) and not self.options.steps:
+            return self.layer_records  # which may be too many to hold
+        return first_step(self.layer_records)
 
     @cached_property
     def layers(self) -> pd.DataFrame:
@@ -191,8 +270,20 @@ class Run:
         """`times.csv`: one row per timed repeat and unit."""
         return _frame(TimeRecord, self.time_records)
 
+    @cached_property
+    def steps(self) -> pd.DataFrame:
+        """`steps.csv`: one row per seed and training step."""
+        return _frame(StepRecord, self.step_records)
+
+
+def first_step(records: Sequence[LayerRecord]) -> list[LayerRecord]:
+    """The records of the first step that was measured."""
+    first = min((record.step for record in records), default=0)
+    return [record for record in records if record.step == first]
+
 
 def _frame(record: type[Record], rows: Sequence[Record]) -> pd.DataFrame:
     import pandas as pd  # 0.8 s to import, so only where a DataFrame is asked for
 
-    return pd.DataFrame([asdict(row) for row in rows], columns=list(columns(record)))
+    names = list(columns(record))
+    return pd.DataFrame.from_records(list(map(attrgetter(*names), rows)), columns=names)

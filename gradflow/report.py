@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gradflow.chart_rows import Runs, tables
-from gradflow.charts import CHARTS, picture
+from gradflow.charts import picture_of
 from gradflow.errors import UsageError
-from gradflow.html_page import Shown, render
+from gradflow.html_page import Shown, charts_of, render
 from gradflow.overview import in_order
 from gradflow.reading import Results
 
@@ -133,11 +133,11 @@ def write_pictures(results: Results, folder: Path, kind: str) -> list[Path]:
     written = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, drawing in CHARTS.items():
+        for name, drawing in charts_of(results).items():
             table = found[drawing.table]
             if table[drawing.value].null_count() < len(table):
                 file = folder / f"{name}.{kind}"
-                picture(name, table).save(file, ppi=144)
+                picture_of(drawing, table).save(file, ppi=144)
                 written.append(file)
     except OSError as error:
         raise _unwritable(folder, error) from None

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
+
 from gradflow.environment import resolve_device
 from gradflow.errors import GradflowError
 from gradflow.executors import first_line
 from gradflow.grid import Cell
-from gradflow.measurement import build_network
-from gradflow.memory import available_bytes, needed_bytes
-from gradflow.spec import RunOptions
+from gradflow.measurement import build_timed
+from gradflow.memory import available_bytes, footprint, make_plan, resident_bytes
+from gradflow.tape import Network
 from gradflow.timing import Clock, Pass, clock_for, collector_paused, timed_pass, unit_names
-from gradflow.walk import Network
 
 # (cell that had its turn, round from 0 for the warm-up, rounds that are wanted)
 Tick = Callable[[Cell, int, int], None]
@@ -76,14 +77,19 @@ class Rounds:
         if not self._resident:
             self._networks.clear()
         device = resolve_device(cell.options.device, cell.spec.dtype)
-        network = build_network(cell.spec, cell.options.seed, device)
+        plan = make_plan(cell.spec, cell.options, device)
+        network = build_timed(cell.spec, cell.options.seed, device, plan)
         self._networks[cell] = network
         self.units[cell] = unit_names(network)
         return network
 
 
 def _fit_together(cells: Sequence[Cell]) -> bool:
-    options = RunOptions(timing=False)
     devices = [resolve_device(cell.options.device, cell.spec.dtype) for cell in cells]
-    sizes = [needed_bytes(c.spec, options, d) for c, d in zip(cells, devices, strict=True)]
+    sizes = [_timed_bytes(cell, device) for cell, device in zip(cells, devices, strict=True)]
     return sum(sizes) < min(map(available_bytes, set(devices))) / 2
+
+
+def _timed_bytes(cell: Cell, device: torch.device) -> int:
+    plan = make_plan(cell.spec, cell.options, device)
+    return resident_bytes(footprint(cell.spec, cell.options.seed, device), plan.timed)

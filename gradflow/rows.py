@@ -1,4 +1,4 @@
-"""From sums on the device to records on the host, with one transfer per pass.
+"""From sums on the device to records on the host, with one transfer per chunk of rows.
 
 An engine measures a gradient as g * 2^exponent (see `walk`). Here the two become the norm and its
 logarithm: the logarithm is exact even where the norm itself leaves float64's range.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -43,7 +43,29 @@ class Row:
     parts: Sums
     saved_bytes: int | None = None
     params: Sequence[ParamInfo] = ()
-    grads: Sequence[tuple[Tensor, Tensor | float] | None] = ()
+    grads: Sequence[tuple[Tensor | float, Tensor | float] | None] = ()
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Rows whose numbers are one tensor on the device.
+
+    Attributes:
+        rows: without their sums.
+        plain: which of them are of plain units, without parts of a gain.
+        numbers: float64, all columns one after the other.
+        shapes: of each column.
+    """
+
+    rows: Sequence[Row]
+    plain: Tensor
+    numbers: Tensor
+    shapes: Mapping[str, torch.Size]
+
+    @property
+    def has_below(self) -> bool:
+        """Whether there are rows below the first, which then is there for its neighbour alone."""
+        return self.rows[0].layer > 0
 
 
 def to_records(
@@ -60,22 +82,52 @@ def to_records(
     Returns:
         Layers and parameters, in the order of the rows.
     """
-    host = _to_host(_by_name(rows))
+    return unpack(pack(rows), (seed, step), tokens=tokens)
+
+
+def pack(rows: Sequence[Row]) -> Packed:
+    """Rows in one tensor, which lets go of everything else that they hold on the device.
+
+    Args:
+        rows: neighbours from the lowest up.
+    """
+    columns = _by_name(rows)
+    tensors = (v for values in columns.values() for v in values if isinstance(v, Tensor))
+    device = next((tensor.device for tensor in tensors), torch.device("cpu"))
+    stacks = {name: _stack(values, device) for name, values in columns.items()}
+    shapes = {name: stack.shape for name, stack in stacks.items()}
+    bare = [replace(row, sums={}, parts={}, grads=()) for row in rows]
+    plain = torch.tensor([not row.parts for row in rows])
+    return Packed(bare, plain, torch.cat([stack.flatten() for stack in stacks.values()]), shapes)
+
+
+def unpack(
+    packed: Packed, when: tuple[int, int], *, tokens: bool
+) -> tuple[list[LayerRecord], list[ParamRecord]]:
+    """Records of packed rows, less the first where there are rows below; waits for the device.
+
+    Args:
+        packed: the rows.
+        when: seed and step.
+        tokens: whether the stream has tokens.
+    """
+    host = _to_host(packed)
     params = _param_numbers(host)
     exponents = host["exponent"].tolist()
-    count = stats.counts([row.shape for row in rows], tokens=tokens)
-    plain = torch.tensor([not row.parts for row in rows])
-    columns = _columns(host, count, plain)
+    count = stats.counts([row.shape for row in packed.rows], tokens=tokens)
+    columns = _columns(host, count, packed.plain)
     layer_records: list[LayerRecord] = []
     param_records: list[ParamRecord] = []
-    for i, row in enumerate(rows):
+    for i, row in enumerate(packed.rows):
         numbers = {name: values[i] for name, values in columns.items()}
         # A unit's parameter gradients are measured in the scale of its input, as is its VJP.
         own = [next(params) for _ in row.params]
+        if i == 0 and packed.has_below:
+            continue
         below = exponents[max(i - 1, 0)]
         scales = (exponents[i], below)
-        layer_records.append(_layer_record((seed, step), row, numbers, own, scales))
-        param_records += _param_records(seed, step, row, own, below)
+        layer_records.append(_layer_record(when, row, numbers, own, scales))
+        param_records += _param_records(when, row, own, below)
     return layer_records, param_records
 
 
@@ -92,21 +144,20 @@ def _by_name(rows: Sequence[Row]) -> dict[str, list[Tensor | float]]:
     }
 
 
-def _to_host(columns: Mapping[str, list[Tensor | float]]) -> Numbers:
-    """Stack each column and bring all of them over in one transfer."""
-    device = next(v.device for values in columns.values() for v in values if isinstance(v, Tensor))
-    stacks = [_stack(values, device) for values in columns.values()]
-    flat = torch.cat([stack.flatten() for stack in stacks]).cpu()
-    pieces = torch.split(flat, [stack.numel() for stack in stacks])
-    shapes = [stack.shape for stack in stacks]
-    return {n: p.view(s) for n, p, s in zip(columns, pieces, shapes, strict=True)}
+def _to_host(packed: Packed) -> Numbers:
+    """All columns, brought over in one transfer."""
+    sizes = [shape.numel() for shape in packed.shapes.values()]
+    pieces = torch.split(packed.numbers.cpu(), sizes)
+    return {n: p.view(s) for (n, s), p in zip(packed.shapes.items(), pieces, strict=True)}
 
 
 def _stack(values: list[Tensor | float], device: torch.device) -> Tensor:
-    if all(isinstance(value, Tensor) for value in values) and values:
-        return torch.stack([v for v in values if isinstance(v, Tensor)]).double()
-    wide = [torch.as_tensor(v, dtype=torch.float64, device=device) for v in values]
-    return torch.stack(wide) if wide else torch.empty(0, dtype=torch.float64, device=device)
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    if tensors and len(tensors) == len(values):
+        return torch.stack(tensors).double()
+    if not tensors:
+        return torch.tensor(values, dtype=torch.float64, device=device)
+    return torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device) for v in values])
 
 
 def _columns(host: Numbers, count: Counts, plain: Tensor) -> dict[str, list[float | None]]:
@@ -176,8 +227,9 @@ def _layer_record(
 
 
 def _param_records(
-    seed: int, step: int, row: Row, own: list[tuple[float, float, float]], exponent: float
+    when: tuple[int, int], row: Row, own: list[tuple[float, float, float]], exponent: float
 ) -> Iterator[ParamRecord]:
+    seed, step = when
     for info, (value, size, count) in zip(row.params, own, strict=True):
         grad = size if count >= 0 else None
         yield ParamRecord(

@@ -20,9 +20,10 @@ class SavedBytes:
 
     def of(self, unit: Unit, x: Tensor) -> int:
         """Bytes of the distinct storages that `unit` saves for an input like x."""
-        if unit.structure not in self._known:
-            self._known[unit.structure] = count_saved(unit, x)
-        return self._known[unit.structure]
+        key = (unit.structure, x.shape)
+        if key not in self._known:
+            self._known[key] = count_saved(unit, x)
+        return self._known[key]
 
 
 def count_saved(unit: Unit, x: Tensor) -> int:

@@ -10,15 +10,27 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Protocol
 
+from gradflow import user_code
 from gradflow.errors import UsageError
 from gradflow.pretrained import Pretrained, locate
-from gradflow.schemes import Scheme, find
+from gradflow.schemes import Scheme
 from gradflow.shapes import SHAPES, changed, missing
+from gradflow.units import size_in_bytes
+from gradflow.user_blocks import declared, declared_options
+from gradflow.user_schemes import check_scheme, check_wirings, scheme_named
 from gradflow.wiring import Place, Wiring
+
+
+class Storable(Protocol):
+    """What a key can be made of."""
+
+    def to_json(self) -> dict[str, Any]:
+        """A dictionary of plain values."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -69,25 +81,48 @@ BLOCKS: dict[str, BlockKind] = {
 }
 
 
+def block_kind(name: str) -> BlockKind:
+    """The entry of `BLOCKS`, or what a user's own block says of itself (`user_blocks`).
+
+    Raises:
+        UsageError: the file of a user's block was not loaded, or an attribute breaks the interface.
+    """
+    if not user_code.is_user_name(name):
+        return BLOCKS[name]
+    # Queries and keys are inside a branch: only its own code could normalise them.
+    known = [option for option in BLOCK_OPTIONS if option != "qk_norm"]
+    domain = declared(name, "domain", "tokens", DOMAINS)
+    usual = "gelu" if domain == "tokens" else "relu"
+    activation = declared(name, "activation", usual, ACTIVATIONS)
+    options = (*declared_options(name, known), *DOMAINS[domain].sizes)
+    unit = user_code.thing(name)
+    return BlockKind((unit,), domain, activation, "a branch of your own", options)
+
+
 # f(alpha x) in the place of a norm: no statistics.
 POINTWISE = ("dyt", "derf")
 
 
 @dataclass(frozen=True)
 class Domain:
-    """Defaults of one shape of the stream, and the norm kinds that are defined on it."""
+    """Defaults of one shape of the stream, the norm kinds defined on it, and its own sizes."""
 
     norm_kind: str
     batch_size: int
     norm_kinds: tuple[str, ...]
+    sizes: tuple[str, ...] = ()
 
 
 DOMAINS: dict[str, Domain] = {
     "vectors": Domain(
         "layernorm", 64, ("layernorm", "rmsnorm", "batchnorm", "groupnorm", *POINTWISE)
     ),
-    "tokens": Domain("layernorm", 8, ("layernorm", "rmsnorm", "batchnorm", *POINTWISE)),
-    "images": Domain("batchnorm", 8, ("batchnorm", "layernorm", "groupnorm", *POINTWISE)),
+    "tokens": Domain(
+        "layernorm", 8, ("layernorm", "rmsnorm", "batchnorm", *POINTWISE), ("seq_len",)
+    ),
+    "images": Domain(
+        "batchnorm", 8, ("batchnorm", "layernorm", "groupnorm", *POINTWISE), ("image_size",)
+    ),
 }
 
 # Options that belong to some blocks only, with the value used where they apply.
@@ -117,7 +152,12 @@ ACTIVATIONS = ("relu", "gelu", "gelu-tanh", "tanh", "silu", "erf", "linear")
 BIASES = ("all", "qkv", "none")
 INITS = ("he", "xavier", "lecun", "normal", "gpt2", "orthogonal", "torch")
 LOSSES = ("cotangent", "mse", "ce")
+KEEPS = ("auto", "graph", "boundaries", "sqrt")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
+OPTIMIZERS = ("adamw", "sgd")
+
+# Options that mean something while training only, with the value used there.
+TRAINING: dict[str, Any] = {"lr": 1e-3, "optimizer": "adamw", "warmup": 0, "every": 10}
 
 # Torch's own number of groups would not divide narrow widths; 8 is GroupNorm's usual small choice.
 GROUPS = 8
@@ -143,8 +183,12 @@ class StackSpec:
     like: str | None = option(None, "a published shape, for what is not given", tuple(SHAPES))
     weights: str | None = option(None, "folder of a trained checkpoint, for shape and values")
     depth: int = option(None, "number of blocks (layers) (12)")
-    scheme: str | None = option(None, "a published recipe: `gradflow schemes` lists them")
-    block: str | None = option(None, "what one layer is (transformer)", tuple(BLOCKS))
+    scheme: str | None = option(
+        None, "a published recipe: `gradflow schemes` lists them; or yours: my_scheme.py:SCHEME"
+    )
+    block: str | None = option(
+        None, "what one layer is (transformer); yours: my_block.py:MyBranch; known", tuple(BLOCKS)
+    )
     shortcut: str | None = option(
         None, "residual: y = x + f(x); plain: y = f(x) (residual)", SHORTCUTS
     )
@@ -177,6 +221,7 @@ class StackSpec:
     dtype: str = option("float32", "number format of the whole pass", DTYPES)
 
     def __post_init__(self) -> None:
+        _check_stored(self)
         self._resolve_weights()
         self._resolve_shape()
         self._resolve_design()
@@ -190,6 +235,9 @@ class StackSpec:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, float(getattr(self, name)))
         _check_fit(self)
+        if not self.is_stored(self.scheme):
+            self.wiring(1, 0)  # a scheme refuses here what it is not defined for
+        _check_user_code(self)
 
     def _resolve_weights(self) -> None:
         """The fields that a trained checkpoint decides; others than its own are refused."""
@@ -212,7 +260,7 @@ class StackSpec:
 
     def _resolve_shape(self) -> None:
         """The fields that a published shape brings; all are transformers."""
-        if self.like is None:
+        if self.like is None or self.is_stored(self.scheme):
             return
         values = missing(self.like, vars(self))
         self._resolve("block", DEFAULT_BLOCK)
@@ -242,6 +290,8 @@ class StackSpec:
         if self.scheme is None:
             defaults = {"block": DEFAULT_BLOCK, "shortcut": "residual", "norm": "pre"}
             defaults |= {} if self.weights else {"init": "he"}
+        elif self.is_stored(self.scheme):
+            defaults = {}
         else:
             _check_scheme(self, self.recipe)
             shortcut = "plain" if self.recipe.plain else "residual"
@@ -250,14 +300,21 @@ class StackSpec:
         for name, value in defaults.items():
             self._resolve(name, value)
 
+    @staticmethod
+    def is_stored(name: str | None) -> bool:
+        """Whether it names a user's code that is not loaded: then the fields have its choices."""
+        return user_code.is_user_name(name) and not user_code.is_loaded(str(name))
+
     def _resolve(self, name: str, default: Any) -> None:
         if getattr(self, name) is None:
             object.__setattr__(self, name, default)
 
     @property
     def kind(self) -> BlockKind:
-        """The entry of `BLOCKS`."""
-        return BLOCKS[str(self.block)]
+        """The entry of `BLOCKS`, or what a user's own block says of itself."""
+        if self.is_stored(self.block):
+            return _stored_kind(self)
+        return block_kind(str(self.block))
 
     @property
     def domain(self) -> Domain:
@@ -302,12 +359,14 @@ class StackSpec:
 
     @property
     def recipe(self) -> Scheme:
-        """The scheme; only where `scheme` is not None."""
-        return find(str(self.scheme))
+        """The scheme; only where `scheme` is not None, and a user's own once it is loaded."""
+        return scheme_named(str(self.scheme))
 
     @property
     def normalises(self) -> bool:
         """Whether its units have norms."""
+        if self.is_stored(self.scheme):
+            return self.norm_kind is not None
         return self.norm != "none" if self.scheme is None else self.recipe.normalises
 
     @property
@@ -315,12 +374,37 @@ class StackSpec:
         """Whether a head normalises the stream first, as nets with norms in the branch need it."""
         return self.norm == "pre" if self.scheme is None else self.recipe.final_norm
 
+    @property
+    def departures(self) -> str:
+        """Where options replace what the scheme brings: `init he in place of xavier`; or empty."""
+        if self.scheme is None or self.is_stored(self.scheme):
+            return ""
+        brought = dict(self.recipe.defaults)
+        if "init" in brought:  # these three change what such an init says
+            brought = {"weight_var": None, "bias_var": None, "gain": 1.0} | brought
+        parts = {name: (getattr(self, name), own) for name, own in brought.items()}
+        return "; ".join(
+            f"{name.replace('_', ' ')} {given} in place of {'none' if own is None else own}"
+            for name, (given, own) in sorted(parts.items())
+            if given != own
+        )
+
+    def place(self, layer: int, unit: int) -> Place:
+        """Where unit number `unit` (from 0) of layer `layer` (from 1) stands."""
+        kinds = self.kind.units
+        return Place(self.depth, layer, unit, len(kinds), kinds[unit])
+
+    def wirings(self) -> Iterator[tuple[Place, Wiring]]:
+        """Every unit, first to last."""
+        for layer in range(1, self.depth + 1):
+            for unit in range(self.units_per_block):
+                yield self.place(layer, unit), self.wiring(layer, unit)
+
     def wiring(self, layer: int, unit: int) -> Wiring:
         """How unit number `unit` (from 0) of layer `layer` (from 1) is wired."""
         kinds = self.kind.units
         if self.scheme is not None:
-            place = Place(self.depth, layer, unit, len(kinds), kinds[unit])
-            wiring = self.recipe.wire(place)
+            wiring = self.recipe.wire(self.place(layer, unit))
         else:
             places = {"none": (), "pre": ("in",), "post": ("out",)}[str(self.norm)]
             wiring = Wiring(a=float(self.has_shortcut), norms=places)
@@ -345,24 +429,46 @@ class StackSpec:
             return f"trained weights {self.weights}"
         if self.like is None:
             return ""
-        others = " ".join(f"{flag(k)} {v}" for k, v in changed(self.like, vars(self)).items())
+        values = changed(self.like, vars(self))
+        others = " ".join(f"{flag(k)} {user_code.shown(str(v))}" for k, v in values.items())
         shape = f"shape of {self.like}, {SHAPES[self.like].source}"
         return f"{shape}; but for {others}" if others else shape
 
     @property
     def _design(self) -> str:
+        block = user_code.shown(str(self.block))
         if self.scheme is not None:
             kind = f"{self.norm_kind}, " if self.norm_kind else ""
-            return f"{self.scheme} {self.block}, {kind}depth {self.depth}"
+            return f"{user_code.shown(self.scheme)} {block}, {kind}depth {self.depth}"
         norm = "no norm" if self.norm == "none" else f"{self.norm}-{self.norm_kind}"
-        return f"{self.shortcut} {self.block}, {norm}, depth {self.depth}"
+        return f"{self.shortcut} {block}, {norm}, depth {self.depth}"
+
+    @property
+    def details(self) -> str:
+        """Sizes, activation and initialisation, in one line."""
+        size = {
+            "vectors": f"{self.batch_size} vectors",
+            "tokens": f"{self.batch_size} x {self.seq_len} tokens",
+            "images": f"{self.batch_size} images of {self.image_size} x {self.image_size}",
+        }[self.kind.domain]
+        init = f", init {self.init}" if self.init else ""
+        return f"width {self.width}, {size}, {self.activation}{init}"
+
+    @property
+    def input_has_gradient(self) -> bool:
+        """The engines take the gradient at the input of every stack."""
+        return True
+
+    def kind_of(self, unit: str) -> str:
+        """Units of one branch can be compared with each other."""
+        return unit
 
     @property
     def slug(self) -> str:
         """The stack as a part of a folder name."""
-        design = self.scheme or f"{self.shortcut}-{self.norm}"
-        model = re.sub(r"[^\w.]+", "-", self._model or str(self.block))
-        return f"{model}-{design}-d{self.depth}"
+        design = user_code.shown(self.scheme or f"{self.shortcut}-{self.norm}")
+        text = f"{self._model or user_code.shown(str(self.block))}-{design}-d{self.depth}"
+        return re.sub(r"[^\w.-]+", "-", text)
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary of plain values that `from_json` takes."""
@@ -375,7 +481,7 @@ class StackSpec:
         Raises:
             UsageError: an unknown field, or a value that breaks a rule.
         """
-        known = _known_fields(cls, values)
+        known = known_fields(cls, values)
         if known.get("weights") is not None and not isinstance(known["weights"], Pretrained):
             known["weights"] = Pretrained(known["weights"])  # its folder was not stored
         return cls(**known)
@@ -398,15 +504,65 @@ class RunOptions:
     raw_range: bool = option(
         False, "do not rescale the gradient: show where the number format itself dies"
     )
+    keep: str = option("auto", "what stays in memory for the backward pass", KEEPS)
+    rebuild: bool | None = option(
+        None, "build each layer again when it is visited, instead of keeping all parameters"
+    )
+    memory_limit: str | None = option(
+        None, "memory the stack may take, for example 4GiB (half of what is free)"
+    )
     vanishing: float = option(3.0, "decades of shrinking that count as vanishing")
     exploding: float = option(3.0, "decades of growth that count as exploding")
+    steps: int = option(0, "training steps on the built-in task; 0 does not train")
+    lr: float | None = option(None, "learning rate (0.001)")
+    optimizer: str | None = option(None, "what makes the steps (adamw)", OPTIMIZERS)
+    warmup: int | None = option(None, "steps in which the learning rate rises linearly (0)")
+    every: int | None = option(None, "steps from one measurement to the next (10)")
 
     def __post_init__(self) -> None:
+        self._resolve_training()
         at_least(self, "seed", 0)
         at_least(self, "seeds", 1)
         at_least(self, "repeats", 1)
         for name in ("time_budget", "vanishing", "exploding"):
             positive(self, name)
+        check_choice("--keep", self.keep, KEEPS)
+        self._check_memory()
+
+    def _check_memory(self) -> None:
+        if not isinstance(self.rebuild, bool | None):
+            raise UsageError("--rebuild is a flag", self.rebuild, "use --rebuild or --no-rebuild")
+        try:
+            _ = self.memory_limit_bytes
+        except (ValueError, TypeError, OverflowError):
+            rule = "--memory-limit is a size: a number with B, KiB, MiB or GiB"
+            raise UsageError(rule, self.memory_limit, "use for example 4GiB") from None
+
+    @property
+    def memory_limit_bytes(self) -> int | None:
+        """`memory_limit` in bytes; None if there is none."""
+        return None if self.memory_limit is None else size_in_bytes(self.memory_limit)
+
+    @property
+    def is_policy_given(self) -> bool:
+        """Whether the memory policy is restricted by more than a limit."""
+        return self.keep != "auto" or self.rebuild is not None
+
+    def _resolve_training(self) -> None:
+        """The options of training: their defaults, or none where nothing is trained."""
+        at_least(self, "steps", 0)
+        for name, default in TRAINING.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default if self.steps else None)
+            elif not self.steps:
+                rule = f"{flag(name)} applies to training"
+                raise UsageError(rule, "--steps 0", "use for example --steps 100")
+        if self.steps:
+            check_choice("--optimizer", self.optimizer, OPTIMIZERS)
+            positive(self, "lr")
+            object.__setattr__(self, "lr", float(self.lr or 0))
+            at_least(self, "warmup", 0)
+            at_least(self, "every", 1)
 
     @property
     def all_seeds(self) -> range:
@@ -424,12 +580,18 @@ class RunOptions:
         Raises:
             UsageError: an unknown field, or a value that breaks a rule.
         """
-        return cls(**_known_fields(cls, values))
+        return cls(**known_fields(cls, values))
 
 
-def run_key(spec: StackSpec, options: RunOptions) -> str:
+def run_key(spec: Storable, options: RunOptions) -> str:
     """Eight hexadecimal digits that name the numbers a run will hold, timings aside."""
-    numbers = {"seed": options.seed, "seeds": options.seeds, "raw_range": options.raw_range}
+    numbers: dict[str, Any] = {
+        "seed": options.seed,
+        "seeds": options.seeds,
+        "raw_range": options.raw_range,
+    }
+    if options.steps:
+        numbers |= {name: getattr(options, name) for name in ("steps", *TRAINING)}
     text = json.dumps({"spec": spec.to_json(), **numbers}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
@@ -474,7 +636,12 @@ def positive(values: Any, name: str, *, zero: bool = False) -> None:
         raise UsageError(rule, value, f"use for example {flag(name)} 1.0")
 
 
-def _known_fields(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+def known_fields(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values by field, if the class has all these fields.
+
+    Raises:
+        UsageError: an unknown field.
+    """
     known = tuple(f.name for f in fields(cls))
     for name in values:
         check_choice(f"a field of {cls.__name__}", name, known)
@@ -483,20 +650,57 @@ def _known_fields(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_name(spec: StackSpec, name: str) -> None:
     choices = StackSpec.__dataclass_fields__[name].metadata["choices"]
-    if getattr(spec, name) is not None:
-        check_choice(flag(name), getattr(spec, name), choices)
+    value = getattr(spec, name)
+    if value is not None and not (name == "block" and user_code.is_user_name(value)):
+        check_choice(flag(name), value, choices)
+
+
+def _check_stored(spec: StackSpec) -> None:
+    """The name of code that is not loaded will do where the spec has all that was made of it."""
+    resolved = ("block", "shortcut", "init", "activation", "batch_size")
+    for name in filter(spec.is_stored, (spec.scheme, spec.block)):
+        if any(getattr(spec, field) is None for field in resolved):
+            user_code.loaded(str(name))  # which says what to do
+
+
+def _stored_kind(spec: StackSpec) -> BlockKind:
+    """What a resolved spec tells of a user's block; its sizes are those of its stream."""
+    options = tuple(name for name in BLOCK_OPTIONS if getattr(spec, name) is not None)
+    sized = (domain for domain, facts in DOMAINS.items() if {*facts.sizes} & {*options})
+    unit = user_code.thing(str(spec.block))
+    return BlockKind((unit,), next(sized, "vectors"), str(spec.activation), "", options)
+
+
+def _check_user_code(spec: StackSpec) -> None:
+    """A user's scheme or block, once loaded, holds to the interface in every unit."""
+    own = [name for name in (spec.scheme, spec.block) if user_code.is_user_name(name)]
+    if not own or spec.scheme is None or any(map(spec.is_stored, own)):
+        return
+    check_wirings(spec.scheme, spec.wirings(), spec.domain.norm_kinds)
+
+
+# What a scheme may bring: its units it wires itself.
+_BROUGHT = tuple(
+    f.name for f in fields(StackSpec) if f.name not in ("scheme", "block", "shortcut", "norm")
+)
 
 
 def _check_scheme(spec: StackSpec, recipe: Scheme) -> None:
     """A scheme decides where units add and normalise; a block that it is not defined on fails."""
+    if user_code.is_user_name(spec.scheme):
+        check_scheme(str(spec.scheme), _BROUGHT, BLOCKS)
     own = {"norm": None, "shortcut": "plain" if recipe.plain else "residual"}
     for name, value in own.items():
         given = getattr(spec, name)
         if given not in (None, value):
-            rule = f"--scheme {spec.scheme} wires its units itself"
+            rule = f"--scheme {user_code.shown(str(spec.scheme))} wires its units itself"
             raise UsageError(rule, f"{flag(name)} {given}", f"leave out {flag(name)}, or --scheme")
-    if spec.block is not None:
-        check_choice(f"--block for --scheme {spec.scheme}", spec.block, recipe.blocks)
+    title = user_code.shown(str(spec.scheme))
+    if user_code.is_user_name(spec.block):
+        domains = tuple(dict.fromkeys(BLOCKS[block].domain for block in recipe.blocks))
+        check_choice(f"the domain of a block for --scheme {title}", spec.kind.domain, domains)
+    elif spec.block is not None:
+        check_choice(f"--block for --scheme {title}", spec.block, tuple(recipe.blocks))
 
 
 COUNTS = ("heads", "kv_heads", "head_dim", "ffn_mult", "ffn_width", "seq_len", "image_size")

@@ -6,152 +6,52 @@ it, so any layer can be replayed by itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterator
+from dataclasses import replace
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own convention)
 from torch import Tensor, nn
 
-from gradflow.blocks import BRANCHES, PHI, Branch, Conv3x3, Linear
+from gradflow import user_code
+from gradflow.blocks import PHI, Conv3x3, Linear
 from gradflow.checkpoint import load_layer
-from gradflow.initial import Slot, bias_std, fans, fill, generator, weight_std
+from gradflow.fixup import FixupUnit
+from gradflow.initial import Slot, Weights, bias_std, fans, fill, generator, weight_std
 from gradflow.language import NextTokenLoss, embedded_batch
-from gradflow.norms import Norm, Pointwise, make_norm, norm_of_kind
-from gradflow.spec import StackSpec
-from gradflow.stats import norm
-from gradflow.wiring import Wiring
-
-
-class Activation(nn.Module):
-    """phi as a module."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.phi = PHI[name]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.phi(x)
-
-
-@dataclass(frozen=True)
-class ParamInfo:
-    """What is known of one parameter without a pass; `norm` is that of its value."""
-
-    name: str
-    shape: str
-    numel: int
-    norm: Tensor
-
-
-class Scale(nn.Module):
-    """b x, b a parameter: one number, or one for each feature; empty as `Linear` is."""
-
-    weight: Tensor
-
-    def __init__(self, spec: StackSpec, learned: str, start: float) -> None:
-        super().__init__()
-        self.shapes = {"weight": (spec.width if learned == "vector" else 1,)}
-        self.starts = {"weight": start}
-        self.is_shared = learned == "shared scalar"
-        self.channels = learned == "vector" and spec.kind.domain == "images"
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * (self.weight.view(-1, 1, 1) if self.channels else self.weight)
-
-
-class Factor(nn.Module):
-    """A constant times x."""
-
-    def __init__(self, factor: float) -> None:
-        super().__init__()
-        self.factor = factor
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.factor
-
-
-class Unit(nn.Module):
-    """One step of the stream: y = Np(a x + b No(f(c Ni(x)))), without a x if plain (`wiring`).
-
-    Attributes:
-        shortcut: whether it is residual.
-        weights: its parameters, once they have values.
-        infos: for each what needs no pass.
-        structure: equal for units that keep equally much for their backward.
-    """
-
-    weights: tuple[nn.Parameter, ...]
-    infos: tuple[ParamInfo, ...]
-    structure: tuple[object, ...]
-
-    def __init__(self, spec: StackSpec, wiring: Wiring, name: str) -> None:
-        super().__init__()
-        self.name, self.wiring = name, wiring
-        self.shortcut = wiring.a != 0
-        self.branch: Branch = BRANCHES[name](spec, wiring)
-        inside = self.branch.norms_inside
-        self.shared = nn.Identity() if inside else make_norm(spec, wiring, "shared")
-        self.before = nn.Identity() if inside else make_norm(spec, wiring, "in")
-        self.scale_in = _factor(wiring.c)
-        self.branch_norm = make_norm(spec, wiring, "branch")
-        self.scale = Scale(spec, wiring.learned, wiring.b) if wiring.learned else _factor(wiring.b)
-        self.after = _after(spec, wiring, inside=inside)
-
-    def f(self, x: Tensor) -> Tensor:
-        """b No(f(c Ni(x)))."""
-        return self.scale(self.branch_norm(self.branch(self.scale_in(self.before(x)))))
-
-    def join(self, x_skip: Tensor | None, x_branch: Tensor) -> Tensor:
-        """y from the two uses of x, given apart so that their gradients come apart.
-
-        Args:
-            x_skip: x as the shortcut takes it; None for a plain unit.
-            x_branch: x as the branch takes it.
-        """
-        f = self.f(self.shared(x_branch))
-        if x_skip is None:
-            return self.after(f)
-        skip = self.shared(x_skip)
-        return self.after((skip if self.wiring.a == 1 else self.wiring.a * skip) + f)
-
-    def seal(self) -> None:
-        """Note what the engines ask of every unit in every pass."""
-        named = list(self.named_parameters())
-        self.weights = tuple(p for _, p in named)
-        self.infos = tuple(
-            ParamInfo(name, "x".join(map(str, p.shape)), p.numel(), norm(p.detach()))
-            for name, p in named
-        )
-        scalars = (self.wiring.a, self.shortcut)
-        self.structure = (scalars, *(type(part) for part in self.modules()))
-
-    def forward(self, x: Tensor) -> Tensor:
-        # The view gathers the branch's uses of x before the shortcut's is added, in the order
-        # in which the engine adds the two parts: the gradients agree bit by bit.
-        return self.join(x if self.shortcut else None, x.view_as(x))
-
-
-def _factor(factor: float) -> nn.Module:
-    return nn.Identity() if factor == 1 else Factor(factor)
-
-
-def _after(spec: StackSpec, wiring: Wiring, *, inside: bool) -> nn.Module:
-    """What follows the addition: a norm, or the activation of He et al. 2015."""
-    if not inside:
-        return make_norm(spec, wiring, "out")
-    return Activation(str(spec.activation)) if "out" in wiring.norms else nn.Identity()
-
+from gradflow.ngpt import NgptUnit, unit_norm
+from gradflow.norms import ConstantStart, norm_of_kind
+from gradflow.profiled import AdminUnit, Profile
+from gradflow.residual import ParamInfo as ParamInfo
+from gradflow.residual import Scale
+from gradflow.residual import Unit as Unit
+from gradflow.spec import StackSpec, check_choice
+from gradflow.unit_kinds import HighwayUnit, NormformerUnit, PbRelaxUnit, StochasticUnit
+from gradflow.user_branch import UserBranch
 
 # The template, and wirings of their own (`Wiring.unit`).
-UNITS: dict[str, type[Unit]] = {"template": Unit}
+UNITS: dict[str, type[Unit]] = {
+    "template": Unit,
+    "highway": HighwayUnit,
+    "stochastic": StochasticUnit,
+    "pb-relax": PbRelaxUnit,
+    "normformer": NormformerUnit,
+    "fixup": FixupUnit,
+    "admin": AdminUnit,
+    "ngpt": NgptUnit,
+}
 
 
 class Block(nn.Sequential):
     """One layer of the stack: its units in order."""
 
+    source: Weights
+
     def __init__(self, spec: StackSpec, layer: int = 1) -> None:
         wirings = [spec.wiring(layer, unit) for unit in range(spec.units_per_block)]
+        for wiring in wirings:
+            check_choice("unit of a Wiring", wiring.unit, tuple(UNITS))
         named = zip(wirings, spec.kind.units, strict=True)
         super().__init__(*(UNITS[wiring.unit](spec, wiring, name) for wiring, name in named))
 
@@ -163,17 +63,67 @@ class Block(nn.Sequential):
             yield unit
 
 
+def layer_kind(spec: StackSpec, layer: int) -> Hashable:
+    """Layers of one kind differ in their drawn weights alone, so one module can play them all."""
+    if spec.scheme is None:
+        return spec
+    units = range(spec.units_per_block)
+    return (spec, *(repr(spec.wiring(layer, unit)) for unit in units))
+
+
 def build_block(spec: StackSpec, seed: int, layer: int, device: torch.device) -> Block:
     """Layer `layer` (from 1) of the stack, with the weights of this seed or of the checkpoint."""
-    block = Block(spec, layer)
-    slots = [slot for unit in block.units for slot in unit_slots(spec, unit)]
-    fill(slots, spec, device, generator(device, seed, "layer", layer))
-    _share_scales(block)
-    if spec.weights:
-        load_layer(spec.checkpoint, layer, block)
+    block = _draw_block(spec, seed, layer, device)
+    _set_found(block, spec, seed, layer, device)
     for unit in block.units:
         unit.seal()
     return block
+
+
+def redraw(block: Block, spec: StackSpec, seed: int, layer: int, device: torch.device) -> None:
+    """Give a block the weights of another layer of its kind, in place."""
+    block.source.draw(generator(device, seed, "layer", layer))
+    for unit in block.units:
+        unit.settle(seed, layer)
+    _set_found(block, spec, seed, layer, device)
+    for unit in block.units:
+        unit.forget()
+
+
+def _draw_block(spec: StackSpec, seed: int, layer: int, device: torch.device) -> Block:
+    """What does not depend on a forward pass."""
+    block = Block(spec, layer)
+    if user_code.is_user_name(spec.block):  # whose modules may have buffers
+        block.to(device, getattr(torch, spec.dtype))
+    slots = [slot for unit in block.units for slot in unit_slots(spec, unit)]
+    block.source = fill(slots, spec, device, generator(device, seed, "layer", layer))
+    _share_scales(block)
+    for unit in block.units:
+        unit.settle(seed, layer)
+    return block
+
+
+def _set_found(block: Block, spec: StackSpec, seed: int, layer: int, device: torch.device) -> None:
+    """What no draw decides: a checkpoint, or a forward pass at initialisation."""
+    if spec.weights:
+        load_layer(spec.checkpoint, layer, block)
+    if spec.scheme and spec.recipe.profiled:
+        _set_omegas(block, _profile(spec, seed, device).omegas(layer))
+
+
+# Each layer of a stack asks for the same one; it holds one stream, so few are kept.
+@lru_cache(maxsize=2)
+def _profile(spec: StackSpec, seed: int, device: torch.device) -> Profile:
+    def draw(layer: int) -> list[Unit]:
+        return list(_draw_block(spec, seed, layer, device).units)
+
+    return Profile(draw, input_batch(spec, seed, device))
+
+
+def _set_omegas(block: Block, omegas: tuple[float, ...]) -> None:
+    for unit, omega in zip(block.units, omegas, strict=True):
+        assert isinstance(unit, AdminUnit)
+        unit.set_omega(omega)
 
 
 def _share_scales(block: Block) -> None:
@@ -186,12 +136,14 @@ def _share_scales(block: Block) -> None:
 def unit_slots(spec: StackSpec, unit: Unit) -> Iterator[Slot]:
     """Every parameter of a unit, with the scale of its draw."""
     branch = unit.branch
-    roles = {part: name for name, part in branch.named_children()}
+    roles = branch.roles()
     for part in unit.modules():
         role = roles.get(part, "")
         gain = unit.wiring.gains.get(role, 1.0)
         feeds, output = role in branch.feeds_activation, role == branch.output
         yield from module_slots(spec, part, feeds=feeds, output=output, gain=gain)
+    if isinstance(branch, UserBranch):
+        yield from branch.slots(spec, unit.wiring.gains)
 
 
 def module_slots(
@@ -216,9 +168,20 @@ def module_slots(
         yield Slot(part, "weight", shape, std, matrix=True)
         if "bias" in part.shapes:
             yield Slot(part, "bias", part.shapes["bias"], bias_std(spec, fans(shape)[0]))
-    elif isinstance(part, Norm | Pointwise | Scale):
+    elif isinstance(part, ConstantStart):
         for name, size in part.shapes.items():
             yield Slot(part, name, size, None, part.starts[name])
+
+
+def rehearse(spec: StackSpec) -> None:
+    """One layer on two samples, on the CPU: shows what is wrong with a user's own block.
+
+    Raises:
+        UsageError: it breaks the interface.
+    """
+    few = replace(spec, batch_size=min(2, int(spec.batch_size or 1)))
+    device = torch.device("cpu")
+    build_block(few, 0, 1, device)(input_batch(few, 0, device))
 
 
 def build_stack(spec: StackSpec, seed: int, device: torch.device) -> list[Block]:
@@ -237,15 +200,32 @@ def stream_shape(spec: StackSpec) -> tuple[int, ...]:
 
 
 def input_batch(spec: StackSpec, seed: int, device: torch.device) -> Tensor:
-    """y_0: independent standard normal elements, times the scheme's own scale.
+    """y_0: independent standard normal elements, scaled or normalised as the scheme has it.
 
     Of a trained checkpoint: the embeddings of random tokens.
     """
     if spec.weights:
         return embedded_batch(spec, spec.checkpoint, seed, device)
     x = _normal(spec, stream_shape(spec), generator(device, seed, "input"))
-    scale = spec.recipe.input_scale(spec.depth) if spec.scheme else 1.0
-    return x if scale == 1 else x * scale
+    return scaled_input(spec, x).detach()
+
+
+def scaled_input(spec: StackSpec, x: Tensor) -> Tensor:
+    """x scaled or normalised as the scheme has it."""
+    if spec.scheme is None:
+        return x
+    scale = spec.recipe.input_scale(spec.depth)
+    return _normalised_input(spec, x if scale == 1 else x * scale)
+
+
+def _normalised_input(spec: StackSpec, x: Tensor) -> Tensor:
+    if spec.recipe.input_norm == "unit":
+        return unit_norm(x)
+    if spec.recipe.input_norm is None:
+        return x
+    norm = norm_of_kind(spec, str(spec.norm_kind), spec.width)
+    fill(list(module_slots(spec, norm)), spec, x.device, generator(x.device, 0, "input norm"))
+    return norm.requires_grad_(False)(x)
 
 
 def _normal(spec: StackSpec, shape: tuple[int, ...], source: torch.Generator) -> Tensor:
@@ -280,8 +260,9 @@ class MseLoss(nn.Module):
 class CrossEntropyLoss(nn.Module):
     """A classifier head with random labels.
 
-    Final norm where the net is pre-norm, mean over the pixels of an image, projection to
-    `--classes`; mean cross-entropy over tokens, or over samples where there are none.
+    Final norm where the net is pre-norm (with he-v2's activation), mean over the pixels of an
+    image, projection to `--classes`; mean cross-entropy over tokens, or over samples where there
+    are none.
     """
 
     def __init__(self, spec: StackSpec, seed: int, device: torch.device) -> None:
@@ -289,6 +270,8 @@ class CrossEntropyLoss(nn.Module):
         kind = str(spec.norm_kind or spec.domain.norm_kind)
         final = spec.has_final_norm
         self.norm = norm_of_kind(spec, kind, spec.width) if final else nn.Identity()
+        active = spec.scheme is not None and spec.recipe.final_activation
+        self.phi = PHI[str(spec.activation) if active else "linear"]
         self.project = Linear(spec.width, spec.classes)
         slots = [slot for part in self.modules() for slot in module_slots(spec, part)]
         fill(slots, spec, device, generator(device, seed, "head"))
@@ -300,7 +283,7 @@ class CrossEntropyLoss(nn.Module):
         )
 
     def forward(self, y: Tensor) -> Tensor:
-        y = self.norm(y)
+        y = self.phi(self.norm(y))
         features = y.mean((2, 3)) if self.pool else y.flatten(0, -2)
         return F.cross_entropy(self.project(features), self.labels)
 

@@ -10,6 +10,7 @@ a NaN or an infinity in the tensor is one in the norm.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,8 +20,26 @@ from torch import Tensor
 Sums = dict[str, Tensor | float]
 Numbers = dict[str, Tensor]
 
+# Tensors up to this size become float64 in one buffer that is used again and again: allocating each
+# anew would leave holes between the tensors that autograd keeps, and cost page faults.
+_SCRATCH = 1 << 18
+
 PART_SUMS = ("skip_sq", "branch_sq", "cross")
 GAINS = ("gain", "skip_gain", "branch_gain", "skip_branch_cos")
+
+
+_local = threading.local()
+
+
+def _wide(x: Tensor, use: str) -> Tensor:
+    """x in float64. The next call of the same use on this thread may overwrite it."""
+    if x.device.type != "cpu" or x.numel() > _SCRATCH or x.dtype == torch.float64:
+        return x.detach().double()
+    buffer: Tensor | None = getattr(_local, use, None)
+    if buffer is None:
+        buffer = torch.empty(_SCRATCH, dtype=torch.float64)
+        setattr(_local, use, buffer)
+    return buffer[: x.numel()].view(x.shape).copy_(x.detach())  # no graph enters the buffer
 
 
 # vector_norm converts and adds element by element; converting first lets BLAS add, which is
@@ -31,7 +50,7 @@ _BLAS_FROM = 1 << 15
 def norm(x: Tensor) -> Tensor:
     """Euclidean norm over all elements, accumulated in float64; 0-d."""
     if x.device.type == "cpu" and x.numel() >= _BLAS_FROM:
-        wide = x.reshape(-1).double()
+        wide = _wide(x.reshape(-1), "vector")
         return torch.dot(wide, wide).sqrt()
     return torch.linalg.vector_norm(x, dtype=torch.float64)
 
@@ -46,7 +65,7 @@ def _lengths(rows: Tensor) -> tuple[Tensor, Tensor]:
     return norms, torch.linalg.vector_norm(resultants, dim=(-2, -1))
 
 
-def mean_cosine(square: Tensor, count: Tensor) -> Tensor:
+def mean_cosine(square: Tensor, count: Tensor | int) -> Tensor:
     """Mean cosine over all pairs of `count` different unit vectors u_i with |sum u_i|^2 = square.
 
     mean over i != j of u_i . u_j = (|sum u_i|^2 - n) / (n (n - 1)), which needs no n x n matrix.
@@ -62,7 +81,7 @@ def forward_sums(y: Tensor, *, tokens: bool) -> Sums:
         y: (batch, ..., tokens, features), or (batch, ...) where the stream has no tokens.
         tokens: cosines between the tokens of a sample, else between samples.
     """
-    norms, lengths = _lengths((y if tokens else y.flatten(1)).double())
+    norms, lengths = _lengths(_wide(y if tokens else y.flatten(1), "vector"))
     low, high = torch.aminmax(y)
     size, length = torch.linalg.vector_norm(norms), torch.linalg.vector_norm(lengths)
     return {"y_norm": size, "y_length": length, "low": low, "high": high}
@@ -106,7 +125,7 @@ def forward_stats(sums: Numbers, count: Counts) -> Numbers:
 
 def gradient_sums(g: Tensor) -> Sums:
     """Sums behind `grad_norm`, `nonfinite`, `zero_fraction`, `grad_cos` of g (batch, ...)."""
-    norms, length = _lengths(g.flatten(1).double())
+    norms, length = _lengths(_wide(g.flatten(1), "vector"))
     size = torch.linalg.vector_norm(norms)
     return {
         "grad_norm": size,
@@ -145,7 +164,7 @@ def grad_norm(d: Tensor) -> tuple[Tensor, Tensor | float]:
 
 def part_sums(skip: Tensor, branch: Tensor) -> Sums:
     """Sums behind the two parts of a gain: dL/dx through the shortcut and through the branch."""
-    s, b = skip.reshape(-1).double(), branch.reshape(-1).double()
+    s, b = _wide(skip.reshape(-1), "vector"), _wide(branch.reshape(-1), "other")
     return {"skip_sq": torch.dot(s, s), "branch_sq": torch.dot(b, b), "cross": torch.dot(s, b)}
 
 

@@ -1,8 +1,9 @@
 """A run to a folder and back. A folder appears by one atomic rename, when it is complete.
 
-A run is `<out>/<UTC time>-<slug>-<key>/` with run.json, layers.csv, params.csv and times.csv. It
-is written into a hidden staging folder beside it first. Nothing is ever overwritten, and what a
-killed process left half-written is never read: the next run in the same place removes it.
+A run is `<out>/<UTC time>-<slug>-<key>/` with run.json, layers.csv, params.csv, times.csv and
+steps.csv. It is written into a hidden staging folder beside it first. Nothing is ever overwritten,
+and what a killed process left half-written is never read: the next run in the same place removes
+it.
 """
 
 from __future__ import annotations
@@ -20,27 +21,31 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from datetime import datetime
+from operator import attrgetter
 from pathlib import Path
 from types import NoneType
 from typing import IO, Any, TypeVar, get_args, get_type_hints
 
 from gradflow.errors import MeasurementError, RunFolderError, UsageError
+from gradflow.model_spec import spec_from_json
 from gradflow.records import (
     SCHEMA_VERSION,
     LayerRecord,
     ParamRecord,
     Record,
     Run,
+    StepRecord,
     Summary,
     TimeRecord,
     columns,
 )
-from gradflow.spec import RunOptions, StackSpec, run_key
+from gradflow.spec import RunOptions, run_key
+from gradflow.spool import Spool
 from gradflow.typed import expect, expect_items, typed
 
 STAGING = ".gradflow-"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-RecordT = TypeVar("RecordT", LayerRecord, ParamRecord, TimeRecord)
+RecordT = TypeVar("RecordT", LayerRecord, ParamRecord, TimeRecord, StepRecord)
 
 
 def check_writable(out: Path) -> None:
@@ -51,14 +56,18 @@ def check_writable(out: Path) -> None:
         MeasurementError: the disk is full.
     """
     try:
-        there = next(folder for folder in (out, *out.parents) if os.path.lexists(folder))
-        with tempfile.TemporaryFile(dir=there):
+        with tempfile.TemporaryFile(dir=nearest_folder(out)):
             pass
     except OSError as error:
         if error.errno in _FULL:
             raise not_stored(out, error) from None
         rule = "--out is a folder that can be written to"
         raise UsageError(rule, f"{out} ({error.strerror})", "choose another --out") from None
+
+
+def nearest_folder(out: Path) -> Path:
+    """The folder, or the nearest above it that exists."""
+    return next(folder for folder in (out, *out.parents) if os.path.lexists(folder))
 
 
 def save(run: Run, out: Path | str = "results") -> Run:
@@ -108,7 +117,7 @@ def load(path: Path | str) -> Run:
     about = read_about(path)
     try:
         run = Run(
-            spec=StackSpec.from_json(typed(StackSpec, about["spec"])),
+            spec=spec_from_json(about["spec"]),
             options=RunOptions.from_json(typed(RunOptions, about["options"])),
             summary=Summary(**typed(Summary, about["summary"])),
             environment=_environment(about["environment"]),
@@ -117,14 +126,20 @@ def load(path: Path | str) -> Run:
             layer_records=read_records(path / "layers.csv", LayerRecord),
             param_records=read_records(path / "params.csv", ParamRecord),
             time_records=read_records(path / "times.csv", TimeRecord),
+            step_records=_step_records(path, expect("rows", about["rows"], dict)),
             path=path,
         )
-        _check_complete(run, expect("rows", about["rows"], dict))
+        _check_complete(run, {"steps": 0} | about["rows"])
     except KeyError as error:
         raise RunFolderError(f"{path} is damaged: run.json lacks {error}") from None
     except (TypeError, ValueError, UsageError) as error:
         raise RunFolderError(f"{path} is damaged: run.json: {error}") from None
     return run
+
+
+def _step_records(path: Path, rows: dict[str, int]) -> Sequence[StepRecord]:
+    """The steps; runs that were stored before there was training have no such table."""
+    return read_records(path / "steps.csv", StepRecord) if "steps" in rows else []
 
 
 def _environment(values: object) -> dict[str, Any]:
@@ -153,6 +168,7 @@ def _row_counts(run: Run) -> dict[str, int]:
         "layers": len(run.layer_records),
         "params": len(run.param_records),
         "times": len(run.time_records),
+        "steps": len(run.step_records),
     }
 
 
@@ -188,7 +204,7 @@ def run_folders(out: Path) -> list[Path]:
     return sorted(path for path in found if (path / "run.json").is_file())
 
 
-def read_records(file: Path, record: type[RecordT]) -> list[RecordT]:
+def read_records(file: Path, record: type[RecordT]) -> Sequence[RecordT]:
     """The rows of a table; empty cells are None.
 
     Raises:
@@ -199,7 +215,8 @@ def read_records(file: Path, record: type[RecordT]) -> list[RecordT]:
         with file.open(newline="", encoding="utf-8") as lines:
             rows = csv.reader(lines)
             _check_header(file, next(rows, []), record)
-            return [record(*(f(c) for f, c in zip(parsers, row, strict=True))) for row in rows]
+            made = (record(*(f(c) for f, c in zip(parsers, row, strict=True))) for row in rows)
+            return Spool(record, rows=made)
     except OSError as error:
         raise RunFolderError(f"{file} cannot be read: {error.strerror}") from None
     except (ValueError, csv.Error) as error:
@@ -308,6 +325,7 @@ def _write_files(run: Run, folder: Path) -> None:
     write_records(folder / "layers.csv", LayerRecord, run.layer_records)
     write_records(folder / "params.csv", ParamRecord, run.param_records)
     write_records(folder / "times.csv", TimeRecord, run.time_records)
+    write_records(folder / "steps.csv", StepRecord, run.step_records)
 
 
 def write_records(file: Path, record: type[Record], rows: Sequence[Record]) -> None:
@@ -316,7 +334,8 @@ def write_records(file: Path, record: type[Record], rows: Sequence[Record]) -> N
     with _durable(file) as lines:
         writer = csv.writer(lines, lineterminator="\n")
         writer.writerow(names)
-        writer.writerows([getattr(row, name) for name in names] for row in rows)
+        cells = rows.cells() if isinstance(rows, Spool) else map(attrgetter(*names), rows)
+        writer.writerows(cells)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from gradflow import store
+from gradflow import store, user_code
 from gradflow.cost import with_times
 from gradflow.errors import GradflowError
 from gradflow.executors import Executor
@@ -24,6 +24,8 @@ from gradflow.grid import Cell
 from gradflow.records import Run
 from gradflow.rounds import Rounds
 from gradflow.shelf import Shelf, look_up, shelf_in
+from gradflow.spec import TRAINING
+from gradflow.stack import rehearse
 from gradflow.timing import Clock, summarise
 
 # (what is going on, layers done, layers in all)
@@ -72,9 +74,12 @@ def sweep(
         clock: in place of the device's own.
 
     Raises:
-        UsageError: a device is not there.
+        UsageError: a device is not there, or a user's own block breaks the interface.
         MeasurementError: a result could not be stored; what was stored before is kept.
     """
+    for cell in cells:
+        if user_code.is_user_name(cell.spec.block):  # a mistake in it is no failure of a cell
+            rehearse(cell.spec)
     store.remove_abandoned(out)
     here = _environments(cells, executor)
     with shelf_in(out) as shelf:
@@ -176,7 +181,7 @@ class _Work:
 
 def _same_numbers(run: Run, cell: Cell, here: Mapping[str, Any]) -> bool:
     """Whether a run has what the statistics of the cell would be, judged by the same limits."""
-    options = ("seed", "seeds", "raw_range", "vanishing", "exploding")
+    options = ("seed", "seeds", "raw_range", "vanishing", "exploding", "steps", *TRAINING)
     same_options = all(getattr(run.options, k) == getattr(cell.options, k) for k in options)
     same_place = all(run.environment.get(k) == v for k, v in here.items() if k != "threads")
     return run.spec == cell.spec and same_options and same_place

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby, islice
+from operator import attrgetter
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -12,12 +15,20 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from gradflow.comparison import mean_profile
+from gradflow.recipe import training_line
 from gradflow.records import LayerRecord, Run, Summary
+from gradflow.spec import StackSpec
+from gradflow.theory_words import theory_sentence
+from gradflow.training_tables import training_lines
 from gradflow.units import count, gib, milliseconds, number, rounded, signed
+from gradflow.user_code import shown
 
 # Rows shown at each end of a long table.
 ENDS = 8
 PROFILE_SIZE = (78, 14)
+DOT = "·"
+MOST_POINTS = 1000
 STYLES = {"healthy": "bold green", "unstable": "bold yellow"}
 
 
@@ -35,9 +46,12 @@ COLUMNS = (
     Column("gain", "gain", ".3f"),
     Column("skip", "skip_gain", ".3f"),
     Column("branch", "branch_gain", ".3f"),
+    Column("identity", "identity_share", ".3f"),
     Column("log10|dW|", "log10_param_grad_norm", "+.2f"),
+    Column("update", "update_ratio", ".1e"),
     Column("act rms", "act_rms", "#.3g"),
 )
+Curve = Sequence[tuple[float, float]]
 TIMES = (("fwd ms", "forward_s"), ("bwd ms", "backward_s"))
 
 
@@ -45,33 +59,36 @@ def run_view(run: Run) -> RenderableType:
     """Everything that `gradflow run` shows."""
     return Group(
         Text(run.spec.title, style="bold"),
+        *(Text(line) for line in departure_lines(run)),
         *(Text(line, style="dim") for line in subtitle(run)),
         layer_table(run),
-        profile(run.layer_records),
+        profile(run.first_records),
         *verdict_lines(run.summary),
+        *training_lines(run),
         *cost_lines(run),
     )
+
+
+def departure_lines(run: Run) -> Iterator[str]:
+    """Which parts of a published scheme this run has replaced by options."""
+    if run.summary.departures:
+        yield f"scheme {shown(str(run.spec.scheme))}, {run.summary.departures}"
 
 
 def subtitle(run: Run) -> Iterator[str]:
     """The rest of the specification, and where it was measured."""
     spec, where = run.spec, run.environment
-    size = {
-        "vectors": f"{spec.batch_size} vectors",
-        "tokens": f"{spec.batch_size} x {spec.seq_len} tokens",
-        "images": f"{spec.batch_size} images of {spec.image_size} x {spec.image_size}",
-    }[spec.kind.domain]
-    seeds = count(run.options.seeds, "seed")
-    init = f"init {spec.init}, " if spec.init else ""
-    yield f"width {spec.width}, {size}, {spec.activation}, {init}{seeds}"
-    if spec.origin:
-        yield spec.origin
+    yield f"{spec.details}, {count(run.options.seeds, 'seed')}"
+    if isinstance(spec, StackSpec):
+        yield from filter(None, [spec.origin])
+        if run.options.steps:
+            yield training_line(spec, run.options)
     yield f"loss {spec.loss}, {where['dtype']} on {where['device_name']}"
 
 
 def layer_table(run: Run) -> Table:
     """One row per unit, the middle of a long stack left out; means over the seeds."""
-    rows = mean_rows(run.layer_records)
+    rows, hidden = end_rows(run.first_records)
     shown = [c for c in COLUMNS if any(getattr(r, c.field) is not None for r in rows)]
     timed = [t for t in TIMES if run.time_records]
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
@@ -79,14 +96,26 @@ def layer_table(run: Run) -> Table:
     table.add_column("unit")
     for heading in [c.heading for c in shown] + [name for name, _ in timed]:
         table.add_column(heading, justify="right")
-    for row in rows if len(rows) <= 3 * ENDS else rows[:ENDS]:
+    for place, row in enumerate(rows):
+        if hidden and place == ENDS:
+            dots = ["…"] * (len(shown) + len(timed))
+            table.add_row("…", f"{hidden} more", *dots, style="dim")
         table.add_row(*_cells(row, shown, timed))
-    if len(rows) > 3 * ENDS:
-        dots = ["…"] * (len(shown) + len(timed))
-        table.add_row("…", f"{len(rows) - 2 * ENDS} more", *dots, style="dim")
-        for row in rows[-ENDS:]:
-            table.add_row(*_cells(row, shown, timed))
     return table
+
+
+def end_rows(records: Iterable[LayerRecord]) -> tuple[list[LayerRecord], int]:
+    """Means over the seeds at both ends of a long stack, and how many units lie between."""
+    kept: list[LayerRecord] = []
+    hidden = 0
+    for _, seed in groupby(records, key=attrgetter("seed")):
+        rows = enumerate(seed, 1 - ENDS)
+        first = [row for _, row in islice(rows, ENDS)]
+        last = deque(rows, 2 * ENDS)
+        rest = last[-1][0] if last else 0
+        hidden = rest - ENDS if rest > 2 * ENDS else 0
+        kept += first + [row for place, row in last if place > hidden]
+    return mean_rows(kept), hidden
 
 
 def _cells(
@@ -127,33 +156,62 @@ def _mean_of(values: Sequence[float | None]) -> float | None:
 
 
 def profile(records: Sequence[LayerRecord]) -> RenderableType:
-    """log10 of the gradient norm over the layers; one line, the mean over the seeds."""
-    rows = mean_rows(records)
-    depth = max(row.layer for row in rows)
-    units = (len(rows) - 1) / depth
-    points = [
-        (i / units, row.log10_grad_norm)
-        for i, row in enumerate(rows)
-        if row.log10_grad_norm is not None and math.isfinite(row.log10_grad_norm)
+    """log10 of the gradient norm over the layers, the mean over the seeds; theory dotted."""
+    depth = records[-1].layer
+    curves = [
+        _curve(mean_profile(records, name), depth)
+        for name in ("log10_grad_norm", "theory_log10_grad_norm")
     ]
-    if len(points) < 2:
+    return draw(curves[0], curves[1], depth)
+
+
+def _curve(logs: Sequence[float], depth: int) -> list[tuple[float, float]]:
+    units = (len(logs) - 1) / depth
+    return [(i / units, logs[i]) for i in telling(logs)]
+
+
+def draw(measured: Curve, theory: Curve, depth: int) -> RenderableType:
+    """A line of braille for the measurement, over dots for theory; either may be empty."""
+    if max(len(measured), len(theory)) < 2:
         return Text("no profile: fewer than two layers have a finite gradient", style="dim")
-    text = _plot([x for x, _ in points], [y for _, y in points], depth)
+    dots = f"; {DOT} theory" if theory else ""
+    text = _plot(measured, theory, depth, f"log10 |dL/dy| over the layers (0 is the input{dots})")
     return Padding(text, (1, 0))
 
 
-def _plot(x: Sequence[float], y: Sequence[float], depth: int) -> Text:
+def telling(values: Sequence[float]) -> list[int]:
+    """Places of finite values, no more than a drawing can tell apart.
+
+    Of each stretch of a long sequence the lowest and the highest.
+    """
+    stretch = math.ceil(len(values) / MOST_POINTS)
+    kept: list[int] = []
+    for start in range(0, len(values), stretch):
+        places = range(start, min(start + stretch, len(values)))
+        finite = [i for i in places if math.isfinite(values[i])]
+        if finite:
+            kept += sorted(
+                {min(finite, key=values.__getitem__), max(finite, key=values.__getitem__)}
+            )
+    return kept
+
+
+def _plot(measured: Curve, theory: Curve, depth: int, title: str) -> Text:
     import plotext  # 50 ms, and only `run` draws
 
     plotext.clear_figure()
     plotext.theme("clear")
     plotext.plotsize(*PROFILE_SIZE)
     plotext.xticks(sorted({round(depth * quarter / 4) for quarter in range(5)}))
-    plotext.title("log10 |dL/dy| over the layers (0 is the input)")
-    y = [round(value, 2) + 0.0 for value in y]  # no axis label reads -0.00
-    plotext.plot(x, y, marker="braille")
-    if max(y) - min(y) < 1:  # a flat profile is drawn flat, not magnified
-        middle = (max(y) + min(y)) / 2
+    plotext.title(title)
+    # No axis label reads -0.00. What is drawn last lies on top.
+    for curve, marker in ((theory, DOT), (measured, "braille")):
+        if curve:
+            x, y = zip(*((x, round(y, 2) + 0.0) for x, y in curve), strict=True)
+            plotext.plot(x, y, marker=marker)
+    heights = [y for _, y in (*measured, *theory)]
+    if max(heights) - min(heights) < 1:  # a flat profile is drawn flat, not magnified
+        middle = (max(heights) + min(heights)) / 2
         plotext.ylim(middle - 0.5, middle + 0.5)
     drawing = plotext.uncolorize(plotext.build()).rstrip()
     return Text(drawing, no_wrap=True, overflow="crop")
@@ -168,6 +226,8 @@ def verdict_lines(summary: Summary) -> Iterator[RenderableType]:
         yield Text(gain_sentence(summary))
     if summary.trend in ("exponential", "power law"):
         yield Text(trend_sentence(summary))
+    if theory := theory_sentence(summary):
+        yield Text(theory)
     if summary.skip_share:
         share = f"{summary.skip_share:.1%} through the shortcuts"
         yield Text(
@@ -219,3 +279,6 @@ def cost_lines(run: Run) -> Iterator[RenderableType]:
             ratio = run.overhead["statistics_over_bare"]
             overhead = f"; observing cost {ratio:.2f} times a bare pass"
         yield Text(f"Peak memory {gib(summary.peak_bytes)}{overhead}.")
+    policy = run.environment.get("memory_policy")
+    if policy:
+        yield Text(f"Memory policy: {policy}.")

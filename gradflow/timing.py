@@ -19,7 +19,8 @@ import torch
 
 from gradflow.records import TimeRecord, Timing
 from gradflow.spec import RunOptions
-from gradflow.walk import Network, loss_gradient, record_forward, vjp
+from gradflow.tape import Network, record_forward
+from gradflow.walk import loss_gradient, vjp
 
 # Forward and backward seconds of each unit, first to last.
 Pass = tuple[list[float], list[float]]
@@ -165,9 +166,10 @@ def collector_paused() -> Iterator[None]:
 
 def unit_names(network: Network) -> list[tuple[int, str]]:
     """Layer and name of each unit, first to last."""
+    layers = network.layers or range(1, len(network.blocks) + 1)
     return [
         (layer, unit.name)
-        for layer, block in enumerate(network.blocks, start=1)
+        for layer, block in zip(layers, network.blocks, strict=True)
         for unit in block.units
     ]
 

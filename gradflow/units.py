@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 # Characters of the widest number in a table: ten columns of them fit into 80.
 WIDEST = 7
@@ -11,6 +12,23 @@ WIDEST = 7
 def gib(count: int) -> str:
     """Bytes in GiB or MiB."""
     return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+UNITS = {"B": 0, "KiB": 10, "MiB": 20, "GiB": 30, "TiB": 40}
+
+
+def size_in_bytes(text: str) -> int:
+    """Bytes of `4GiB`, `500 MiB`, or `4`, which is in GiB.
+
+    Raises:
+        ValueError: no positive number with one of these units.
+    """
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", text)
+    unit = (match[2] or "GiB") if match else ""
+    found = int(float(match[1]) * 2 ** UNITS[unit]) if match and unit in UNITS else 0
+    if found <= 0:
+        raise ValueError(text)
+    return found
 
 
 def milliseconds(seconds: float | None) -> str:
@@ -50,5 +68,5 @@ def signed(value: float | None, digits: int = 2) -> str:
 
 
 def count(amount: int, noun: str) -> str:
-    """`1 seed`, `2 seeds`."""
-    return f"{amount} {noun}" if amount == 1 else f"{amount} {noun}s"
+    """`1 seed`, `2,000 seeds`."""
+    return f"{amount} {noun}" if amount == 1 else f"{amount:,} {noun}s"

@@ -6,17 +6,20 @@ Everything is in log10 ("decades"), so nothing under- or overflows. Torch-free.
 from __future__ import annotations
 
 import math
+from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from operator import attrgetter
 
 import numpy as np
 from scipy.special import stdtrit
 
+from gradflow.model_spec import ModelSpec, Spec
 from gradflow.records import LayerRecord, Summary
 from gradflow.spec import RunOptions, StackSpec
+from gradflow.user_code import shown
 
 # Profiles flatter than this have no trend to speak of.
 FLAT_DECADES = 0.1
@@ -62,7 +65,7 @@ class Trend:
 
 
 def summarise(
-    records: Iterable[LayerRecord], spec: StackSpec, options: RunOptions, loss: float | None = None
+    records: Iterable[LayerRecord], spec: Spec, options: RunOptions, loss: float | None = None
 ) -> Summary:
     """A run in a few numbers.
 
@@ -72,9 +75,10 @@ def summarise(
         options: the thresholds.
         loss: mean over the seeds, where the loss is one.
     """
-    seeds = [list(rows) for _, rows in groupby(records, key=attrgetter("seed"))]
-    finding = combine([classify(rows, options) for rows in seeds])
-    profiles = np.array([[_value(row.log10_grad_norm) for row in rows] for rows in seeds])
+    judged = (row for row in records if row.layer > 0 or spec.input_has_gradient)
+    seeds = [digest(rows, options, spec) for _, rows in groupby(judged, key=attrgetter("seed"))]
+    finding = combine([seed.finding for seed in seeds])
+    profiles = np.array([seed.profile for seed in seeds])
     finite = bool(np.isfinite(profiles).all())
     rate, low, high = _rate(profiles, spec) if finite else (None, None, None)
     long = spec.depth >= TREND_LAYERS
@@ -89,41 +93,97 @@ def summarise(
         efolding_layers=1 / (abs(rate) * math.log(10)) if rate else None,
         trend=trend.name if trend else None,
         healthy_depth=trend.healthy_depth(options) if trend else None,
-        param_grad_spread=_spread([row for rows in seeds for row in rows]),
-        skip_share=_skip_share([row for rows in seeds for row in rows]),
+        param_grad_spread=_spread(seeds),
+        skip_share=_skip_share(seeds),
         first_layer=finding.layer,
         first_unit=finding.unit,
         first_pass=finding.direction,
         loss=loss,
+        departures=spec.departures or None,
     )
 
 
-def classify(rows: Sequence[LayerRecord], options: RunOptions) -> Finding:
+@dataclass
+class Digest:
+    """One seed in a few numbers per unit, so that its records need not be held.
+
+    Attributes:
+        profile: log10 |g| from the input up.
+        shares: skip^2 / (skip^2 + branch^2) of the units that have both.
+        spans: smallest and largest log10 |dL/dparameters| of each kind of unit.
+        finding: the class of the seed.
+    """
+
+    profile: array[float] = field(default_factory=lambda: array("d"))
+    shares: array[float] = field(default_factory=lambda: array("d"))
+    spans: dict[str, tuple[float, float]] = field(default_factory=dict)
+    finding: Finding = Finding("healthy")
+
+
+def classify(rows: Iterable[LayerRecord], options: RunOptions) -> Finding:
     """The class of one seed; where values are lost, the first place in execution order.
 
     Args:
         rows: one seed from the input up.
         options: the thresholds in decades.
     """
-    lost = next(_losses(rows), None)
-    if lost:
-        return lost
-    total = _value(rows[0].log10_grad_norm) - _value(rows[-1].log10_grad_norm)
-    if total < -options.vanishing:
-        return Finding("vanishing")
-    return Finding("exploding" if total > options.exploding else "healthy")
+    return digest(rows, options).finding
 
 
-def _losses(rows: Sequence[LayerRecord]) -> Iterator[Finding]:
-    """Places where values are lost, in execution order."""
+def digest(rows: Iterable[LayerRecord], options: RunOptions, spec: Spec | None = None) -> Digest:
+    """What a verdict needs of one seed, in one reading from the input up."""
+    found = Digest()
+    forward = backward = None
     for step, row in enumerate(rows):
-        if not math.isfinite(_value(row.act_max_abs)):
-            yield Finding("nonfinite", row.layer, row.unit, "forward", step)
-    for step, row in enumerate(reversed(rows), len(rows)):
-        if _is_nonfinite(row):
-            yield Finding("nonfinite", row.layer, row.unit, "backward", step)
-        elif _is_dead(row):
-            yield Finding("dead", row.layer, row.unit, "backward", step)
+        _take(found, row, row.unit if spec is None else spec.kind_of(row.unit))
+        forward = forward or _lost_forward(row, step)
+        # Execution goes down here, so the last of the rows is the first place.
+        backward = _lost_backward(row, -step) or backward
+    lost = forward or (backward and replace(backward, step=2 * step + 1 + backward.step))
+    found.finding = lost or _by_total(found.profile, options)
+    return found
+
+
+def _take(found: Digest, row: LayerRecord, kind: str) -> None:
+    found.profile.append(_value(row.log10_grad_norm))
+    log = row.log10_param_grad_norm
+    if log is not None:
+        # Infinite where any is not finite: min and max would pass over a NaN.
+        log = log if math.isfinite(log) else math.inf
+        low, high = found.spans.get(kind, (log, log))
+        found.spans[kind] = (min(low, log), max(high, log))
+    if row.skip_gain is not None and row.branch_gain is not None:
+        energy = row.skip_gain**2 + row.branch_gain**2
+        if row.skip_gain + row.branch_gain > 0:
+            found.shares.append(row.skip_gain**2 / energy)
+
+
+def verdict_of(total: float, options: RunOptions) -> str:
+    """The class of a gradient that nowhere is lost: `vanishing`, `exploding` or `healthy`.
+
+    Args:
+        total: decades from output to input.
+        options: the thresholds.
+    """
+    if total < -options.vanishing:
+        return "vanishing"
+    return "exploding" if total > options.exploding else "healthy"
+
+
+def _by_total(profile: Sequence[float], options: RunOptions) -> Finding:
+    return Finding(verdict_of(profile[0] - profile[-1], options))
+
+
+def _lost_forward(row: LayerRecord, step: int) -> Finding | None:
+    if math.isfinite(_value(row.act_max_abs)):
+        return None
+    return Finding("nonfinite", row.layer, row.unit, "forward", step)
+
+
+def _lost_backward(row: LayerRecord, step: int) -> Finding | None:
+    if _is_nonfinite(row):
+        return Finding("nonfinite", row.layer, row.unit, "backward", step)
+    return Finding("dead", row.layer, row.unit, "backward", step) if _is_dead(row) else None
 
 
 def combine(findings: Sequence[Finding]) -> Finding:
@@ -137,7 +197,7 @@ def combine(findings: Sequence[Finding]) -> Finding:
     return replace(first, verdict="unstable", counts=tuple(ranked))
 
 
-def fit_trend(profile: np.ndarray, spec: StackSpec) -> Trend:
+def fit_trend(profile: np.ndarray, spec: Spec) -> Trend:
     """Exponential or power law in depth, whichever leaves the smaller squares.
 
     Args:
@@ -165,10 +225,25 @@ ADVICE = {
 }
 
 
-def advice(finding: Finding, spec: StackSpec, options: RunOptions) -> str:
+# Of a person's own model no option can be named.
+MODEL_REMEDIES = {
+    "healthy": "",
+    "vanishing": "Look where the gain is below 1: add a shortcut or a norm, or larger weights.",
+    "exploding": "Look where the gain is above 1: normalise, or scale the branches down.",
+    "dead": "Look for a detached output, a frozen layer or one that the loss does not use.",
+    "nonfinite": "Look at this layer first: what comes later follows from it.",
+    "unstable": "",
+}
+
+
+def advice(finding: Finding, spec: Spec, options: RunOptions) -> str:
     """What the verdict means, and what to do about it in this very stack."""
     text = ADVICE[finding.verdict]
-    remedy = _remedy(finding, spec, options)
+    if isinstance(spec, ModelSpec):
+        remedy = MODEL_REMEDIES[finding.verdict]
+    else:
+        assert isinstance(spec, StackSpec)
+        remedy = _remedy(finding, spec, options)
     return f"{text} {remedy}" if remedy else text
 
 
@@ -191,7 +266,7 @@ def _remedy(finding: Finding, spec: StackSpec, options: RunOptions) -> str:
 
 def _redesign(spec: StackSpec) -> str:
     if spec.scheme is not None:
-        return f"{spec.scheme} does so here; `gradflow schemes` lists the others."
+        return f"{shown(spec.scheme)} does so here; `gradflow schemes` lists the others."
     if not spec.has_shortcut:
         return "Add shortcuts: --shortcut residual."
     if spec.norm == "none":
@@ -224,10 +299,12 @@ def _value(number: float | None) -> float:
     return math.nan if number is None else number
 
 
-def _rate(profiles: np.ndarray, spec: StackSpec) -> tuple[float, float | None, float | None]:
+def _rate(profiles: np.ndarray, spec: Spec) -> tuple[float | None, float | None, float | None]:
     """Mean log10 gain of a layer with its 95 % interval (Student's t) over seeds and layers."""
     borders = profiles[:, :: spec.units_per_block]
     gains = (borders[:, :-1] - borders[:, 1:]).ravel()
+    if not gains.size:
+        return None, None, None
     mean = float(gains.mean())
     if gains.size < 2:
         return mean, None, None
@@ -235,23 +312,16 @@ def _rate(profiles: np.ndarray, spec: StackSpec) -> tuple[float, float | None, f
     return mean, mean - half, mean + half
 
 
-def _spread(rows: Sequence[LayerRecord]) -> float | None:
+def _spread(seeds: Sequence[Digest]) -> float | None:
     """Decades between the largest and the smallest parameter gradient of one kind of unit."""
-    by_unit: dict[tuple[int, str], list[float]] = {}
-    for row in rows:
-        if row.log10_param_grad_norm is not None:
-            by_unit.setdefault((row.seed, row.unit), []).append(row.log10_param_grad_norm)
-    spreads = [max(logs) - min(logs) for logs in by_unit.values()]
-    return max(spreads) if spreads and all(map(math.isfinite, spreads)) else None
+    spans = [span for seed in seeds for span in seed.spans.values()]
+    if not spans or not all(math.isfinite(high) for _, high in spans):
+        return None
+    return max(high - low for low, high in spans)
 
 
-def _skip_share(rows: Sequence[LayerRecord]) -> float | None:
+def _skip_share(seeds: Sequence[Digest]) -> float | None:
     """Mean of skip^2 / (skip^2 + branch^2): how much of the gradient comes by the shortcut."""
-    shares = [
-        row.skip_gain**2 / (row.skip_gain**2 + row.branch_gain**2)
-        for row in rows
-        if row.skip_gain is not None and row.branch_gain is not None
-        if row.skip_gain + row.branch_gain > 0
-    ]
-    mean = float(np.mean(shares)) if shares else math.nan
+    shares = np.concatenate([seed.shares for seed in seeds])
+    mean = float(shares.mean()) if shares.size else math.nan
     return mean if math.isfinite(mean) else None

@@ -4,68 +4,50 @@ A vector-Jacobian product is linear in the cotangent. So between units the cotan
 by a power of two that brings its norm to [0.5, 1), and the exponent is carried beside it: nothing
 is rounded, and a gradient of 10^-3000 is measured as such in float32. Shortcut and branch get
 two leaves for the same x, so one VJP gives both parts of dL/dx. Parameter gradients are reduced
-to norms and freed at once.
+to norms and freed at once, and rows leave for their tables as the walk goes back: what is in memory
+does not grow with the depth, but for a few numbers per unit.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from gradflow.collect import Activations, Collector, Tables
 from gradflow.records import LayerRecord, ParamRecord
-from gradflow.rows import Row, to_records
+from gradflow.rows import Row
 from gradflow.saved import SavedBytes
 from gradflow.spec import StackSpec
-from gradflow.stack import Block, Unit
-from gradflow.stats import Sums, forward_sums, grad_norm, gradient_sums, part_sums
-
-Tick = Callable[[], None]
+from gradflow.stats import Sums, grad_norm, gradient_sums, part_sums
+from gradflow.tape import Network as Network
+from gradflow.tape import Tape as Tape
+from gradflow.tape import Tick, record_backward
+from gradflow.tape import record_forward as record_forward
 
 # 2^126 and 2^-126 are normal numbers in float32, in which torch multiplies narrower formats too.
 LARGEST_SHIFT = 126
 
 
 @dataclass(frozen=True)
-class Network:
-    """One seed of a stack, ready to run: layers 1 to D, y_0, and the map from y_D to the loss."""
-
-    blocks: Sequence[Block]
-    x: Tensor
-    loss: nn.Module
-
-
-@dataclass(frozen=True)
-class Tape:
-    """One unit after its forward pass: its leaves and its output, joined by a graph."""
-
-    layer: int
-    unit: Unit
-    x_skip: Tensor | None
-    x_branch: Tensor
-    y: Tensor
-
-    @property
-    def leaves(self) -> list[Tensor]:
-        """The uses of x: shortcut and branch, or the branch alone if plain."""
-        return [self.x_branch] if self.x_skip is None else [self.x_skip, self.x_branch]
-
-
-@dataclass(frozen=True)
 class Walk:
-    """What one pass over one seed found, still on the device; rows from the input up."""
+    """What one pass over one seed found; its last rows may still be on the device."""
 
-    seed: int
-    tokens: bool
-    rows: list[Row]
     loss: Tensor
+    tables: Tables
+    collector: Collector
+
+    def finish(self) -> None:
+        """Put what is left into the tables; waits for the device."""
+        self.collector.finish()
 
     def records(self) -> tuple[list[LayerRecord], list[ParamRecord]]:
-        """The rows of `layers.csv` and `params.csv`; waits for the device."""
-        return to_records(self.seed, self.rows, tokens=self.tokens)
+        """All rows of `layers.csv` and `params.csv`; waits for the device."""
+        self.finish()
+        return list(self.tables.layers), list(self.tables.params)
 
 
 def walk(
@@ -73,7 +55,9 @@ def walk(
     seed: int,
     network: Network,
     *,
+    spans: Sequence[int] = (),
     raw_range: bool = False,
+    tables: Tables | None = None,
     tick: Tick = lambda: None,
 ) -> Walk:
     """Measure one seed of a stack.
@@ -82,34 +66,36 @@ def walk(
         spec: what `network` was built from.
         seed: written into the records.
         network: its gradients are not stored anywhere.
+        spans: which streams are kept, see `tape.record_backward`; the numbers do not depend on it.
         raw_range: leave the cotangent as the number format has it.
-        tick: called once per layer and pass, for progress.
+        tables: where the rows go; new ones if None.
+        tick: called once per layer that is computed, forward or back, for progress.
     """
+    tables = tables or Tables()
     tokens = spec.kind.domain == "tokens"
+    collector = Collector(seed, tables, tokens=tokens)
+    activations = Activations(tokens=tokens)
     saved = SavedBytes()
-    tapes: list[Tape] = []
-    kept: list[int | None] = [None]
-    sums = [forward_sums(network.x, tokens=tokens)]
-    for tape in record_forward(network, tick):
-        tapes.append(tape)
-        sums.append(forward_sums(tape.y.detach(), tokens=tokens))
-        kept.append(saved.of(tape.unit, tape.x_branch))
-    loss, g = loss_gradient(network.loss, tapes[-1].y)
-    rows = list(_backward(tapes, sums, g, kept, raw_range=raw_range, tick=tick))
-    return Walk(seed, tokens, rows[::-1], loss)
+    activations.see(network.x)
+
+    def see(tape: Tape) -> None:
+        activations.see(tape.y.detach())
+        saved.of(tape.unit, tape.x_branch)
+
+    tapes = record_backward(network, spans, see, tick)
+    top = [next(tapes)]
+    loss, g = loss_gradient(network.loss, top[0].y)
+    way = _Way(activations, saved, raw_range=raw_range, tick=tick)
+    for row in way.back(_chained(top, tapes), g):
+        collector.add(row)
+    return Walk(loss, tables, collector)
 
 
-def record_forward(network: Network, tick: Tick = lambda: None) -> Iterator[Tape]:
-    """Forward unit by unit, each from fresh leaves."""
-    x = network.x
-    for layer, block in enumerate(network.blocks, start=1):
-        for unit in block.units:
-            x_branch = x.detach().requires_grad_()
-            x_skip = x.detach().requires_grad_() if unit.shortcut else None
-            tape = Tape(layer, unit, x_skip, x_branch, unit.join(x_skip, x_branch))
-            yield tape
-            x = tape.y
-        tick()
+def _chained(first: list[Tape], rest: Iterator[Tape]) -> Iterator[Tape]:
+    """All tapes, none of them held here once it is used."""
+    while first:
+        yield first.pop()
+    yield from rest
 
 
 def loss_gradient(loss: nn.Module, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,7 +110,9 @@ def vjp(tape: Tape, g: Tensor) -> tuple[list[Tensor], list[Tensor | None]]:
     """dL/dx by its parts, in the order of `tape.leaves`, and dL/dparameters; frees the graph."""
     leaves = tape.leaves
     inputs = [*leaves, *tape.unit.weights]
-    grads = torch.autograd.grad(tape.y, inputs, g, allow_unused=True)
+    # d(y . g)/dx is the VJP. Given as a `grad_outputs`, g would cost an import of sympy: 0.4 s.
+    product = torch.dot(tape.y.reshape(-1), g.reshape(-1))
+    grads = torch.autograd.grad(product, inputs, allow_unused=True)
     parts = [torch.zeros_like(x) if d is None else d for x, d in zip(leaves, grads, strict=False)]
     return parts, list(grads[len(leaves) :])
 
@@ -149,35 +137,46 @@ def rescale(g: Tensor, size: Tensor) -> tuple[Tensor, Tensor | int]:
     return g.mul_(torch.nan_to_num(scale, nan=1.0)), exponent.clamp(-LARGEST_SHIFT, LARGEST_SHIFT)
 
 
-def _backward(
-    tapes: list[Tape],
-    forward: list[Sums],
-    g: Tensor,
-    kept: list[int | None],
-    *,
-    raw_range: bool,
-    tick: Tick,
-) -> Iterator[Row]:
-    """Rows from the last unit down to the input; each graph is freed once it has been used."""
-    exponent = torch.zeros((), dtype=torch.int32, device=g.device)
-    while tapes:
-        tape = tapes.pop()
-        sums = forward.pop() | gradient_sums(g) | {"exponent": exponent}
-        if not raw_range:
-            g, shift = rescale(g, torch.as_tensor(sums["grad_norm"]))
-            exponent = exponent + shift
+@dataclass(frozen=True)
+class _Way:
+    """What the way back needs beside the tapes."""
+
+    activations: Activations
+    saved: SavedBytes
+    raw_range: bool
+    tick: Tick
+
+    def back(self, tapes: Iterable[Tape], g: Tensor) -> Iterator[Row]:
+        """Rows from the last unit down to the input; each graph is freed once it has been used."""
+        # What is not a tensor on CUDA would have to be sent there.
+        on_cpu = g.device.type == "cpu"
+        exponent = 0 if on_cpu else torch.zeros((), dtype=torch.int32, device=g.device)
+        layer = None
+        for tape in tapes:
+            if layer not in (None, tape.layer):
+                self.tick()
+            layer = tape.layer
+            sums = self.activations.pop() | gradient_sums(g) | {"exponent": exponent}
+            if not self.raw_range:
+                g, shift = rescale(g, torch.as_tensor(sums["grad_norm"]))
+                exponent = exponent + shift
+            row, g = self._through(tape, sums, g)
+            yield row
+        self.tick()
+        sums = self.activations.pop() | gradient_sums(g) | {"exponent": exponent}
+        yield Row(0, "input", g.shape, sums, {})
+
+    def _through(self, tape: Tape, sums: Sums, g: Tensor) -> tuple[Row, Tensor]:
+        """The row of a unit, and the gradient below it."""
         parts, grads = vjp(tape, g)
-        g = parts[0] if len(parts) == 1 else parts[0] + parts[1]
-        yield Row(
+        row = Row(
             tape.layer,
             tape.unit.name,
             tape.y.shape,
             sums,
             part_sums(*parts) if len(parts) == 2 else {},
-            kept.pop(),
+            self.saved.of(tape.unit, tape.x_branch),
             tape.unit.infos,
             [None if d is None else grad_norm(d) for d in grads],
         )
-        if not tapes or tapes[-1].layer != tape.layer:
-            tick()
-    yield Row(0, "input", g.shape, forward.pop() | gradient_sums(g) | {"exponent": exponent}, {})
+        return row, parts[0] if len(parts) == 1 else parts[0] + parts[1]

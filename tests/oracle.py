@@ -48,7 +48,7 @@ def conv3x3(p: Params, at: str, x: Tensor) -> Tensor:
     return torch.nn.functional.conv2d(x, p[f"{at}.weight"], p.get(f"{at}.bias"), padding=1)
 
 
-def standardise(x: Tensor, over: tuple[int, ...], eps: float) -> Tensor:
+def standardise(x: Tensor, over: tuple[int, ...], eps: float = 1e-5) -> Tensor:
     """(x - mean) / sqrt(variance + eps) over some axes."""
     centred = x - x.mean(over, keepdim=True)
     return centred / torch.sqrt((centred**2).mean(over, keepdim=True) + eps)

@@ -8,7 +8,7 @@ from typing import Any, get_args, get_type_hints
 
 from hypothesis import strategies as st
 
-from gradflow.records import LayerRecord, ParamRecord, Record, Run, TimeRecord
+from gradflow.records import LayerRecord, ParamRecord, Record, Run, StepRecord, TimeRecord
 from gradflow.spec import RunOptions, StackSpec
 from gradflow.verdict import summarise
 
@@ -67,6 +67,7 @@ def run_of(
     *,
     params: Sequence[ParamRecord] = (),
     times: Sequence[TimeRecord] = (),
+    steps: Sequence[StepRecord] = (),
     options: RunOptions | None = None,
     **fields: Any,
 ) -> Run:
@@ -83,6 +84,7 @@ def run_of(
         layer_records=layers,
         param_records=params,
         time_records=times,
+        step_records=steps,
         **made,
     )
 
@@ -112,5 +114,6 @@ RUNS = st.builds(
     layers=st.lists(records_of(LayerRecord), max_size=4),
     params=st.lists(records_of(ParamRecord), max_size=4),
     times=st.lists(records_of(TimeRecord), max_size=4),
+    steps=st.lists(records_of(StepRecord), max_size=4),
     summary=st.just(run_of().summary),
 )

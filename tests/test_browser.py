@@ -38,7 +38,8 @@ def save(out: Path, slope: float, warning: str = "", **options: Any) -> None:
         logs = [slope * (units - i) + 0.1 * seed for i in range(units + 1)]
         places = range(1, units + 1)
         times = {name: dict.fromkeys(places, value) for name, value in TIMES.items()}
-        made = {"act_cos": 0.5, "grad_cos": 0.1, "theory_log10_grad_norm": slope, **times}
+        theory = {f"theory_log10_grad_norm{end}": slope for end in ("", "_low", "_high")}
+        made = {"act_cos": 0.5, "grad_cos": 0.1, **theory, **times}
         rows += list(layer_rows(spec, logs, seed, **made))
     run = run_of(spec, rows, options=RunOptions(seeds=2), warnings=(warning,) if warning else ())
     environment = ENVIRONMENT | {"device_name": NASTY}
@@ -164,7 +165,7 @@ def test_no_picture_is_blank(tab: Page, file: Path, scheme: str, palette: tuple[
 def test_one_line_per_run_and_kind_of_unit(page: Page) -> None:
     assert marks(page, "depth") == 5  # designs
     bands, lines = marks(page, "gradient", "mark-area"), marks(page, "gradient")
-    assert (bands, lines) == (8, 16)  # runs; with as many lines of theory
+    assert (bands, lines) == (16, 16)  # runs; with as many lines and bands of theory
     assert marks(page, "skip-gain") >= 8
 
 
@@ -221,9 +222,10 @@ def test_far_out_runs_are_named(page: Page) -> None:
 
 
 def test_unticked_runs_are_not_drawn(page: Page) -> None:
-    lines = marks(page, "gradient", "mark-area")
+    bands = marks(page, "gradient", "mark-area")
     page.js("document.querySelector('#table tbody input').click()")
-    page.wait(f"document.querySelectorAll('#gradient .mark-area path').length === {lines - 1}")
+    left = bands - 2  # that of its seeds, and that of theory
+    page.wait(f"document.querySelectorAll('#gradient .mark-area path').length === {left}")
     assert page.complaints() == []
 
 
@@ -270,7 +272,7 @@ def test_the_verdict_filter_filters(page: Page) -> None:
     )
     assert set(listed(page)) == {"residual mlp, no norm", "residual transformer, no norm"}
     page.click(*centre(page, "document.getElementById('draw')"))
-    page.wait("document.querySelectorAll('#gradient .mark-area path').length === 3")
+    page.wait("document.querySelectorAll('#gradient .mark-area path').length === 6")
 
 
 def test_headings_sort_by_keyboard(page: Page) -> None:

@@ -103,8 +103,11 @@ def test_a_chart_without_values_is_valid(name: str, tmp_path: Path) -> None:
 
 def test_the_band_spans_the_seeds_and_theory_is_dashed(drawn: dict[str, pl.DataFrame]) -> None:
     layers = picture("gradient", drawn["units"]).to_dict()["layer"]
-    band, theory, line, _ = layers
+    expected, band, theory, line, _ = layers
     assert (band["encoding"]["y"]["field"], band["encoding"]["y2"]["field"]) == ("low", "high")
+    ends = [expected["encoding"][axis]["field"] for axis in ("y", "y2")]
+    assert ends == ["theory_log10_grad_norm_low", "theory_log10_grad_norm_high"]
+    assert expected["mark"]["fillOpacity"] < band["mark"]["fillOpacity"]
     assert theory["mark"]["strokeDash"]
     assert "strokeDash" not in line["mark"]
 

@@ -70,6 +70,25 @@ def test_the_name_of_a_design_is_folded_beside_its_rows() -> None:
     assert lines[first + 2].split()[0] == "200"
 
 
+def test_theory_has_a_column_where_any_run_has_one() -> None:
+    """`!` marks a deviation beyond the band."""
+    runs = [timed_run(spec_of(depth=depth), 0.0) for depth in (2, 3, 4)]
+    told = [{"theory_deviation": 0.05}, {"theory_deviation": -0.5}, {}]
+    runs = [
+        replace(run, summary=replace(run.summary, theory_band=0.1, **known))
+        for run, known in zip(runs, told, strict=True)
+    ]
+    result = compare(runs, runs[0])
+    rows = [line for line in lines_of(shown(result)) if "healthy" in line]
+    assert "+0.05 " in rows[0]
+    assert "-0.50! " in rows[1]
+    assert "theory: decades above what theory predicts" in " ".join(shown(result).split())
+    assert "| theory |" in tables.as_markdown(result)
+    assert [row["theory_deviation"] for row in tables.rows_as_data(result)] == [0.05, -0.5, None]
+    bare = compare(runs[2:], runs[2])
+    assert "theory" not in shown(bare)
+
+
 def test_the_answer_comes_last() -> None:
     last = " ".join(lines_of(shown(seed_grid()))[-4:])
     assert "In 14 of 18 runs the gradient reaches the first layer; in 4 it vanishes." in last
@@ -121,6 +140,8 @@ def comparisons(draw: st.DrawFn) -> Comparison:
                 "param_grad_spread",
                 "forward_s_per_layer",
                 "backward_s_per_layer",
+                "theory_deviation",
+                "theory_band",
             )
         }
         numbers["peak_bytes"] = draw(st.integers(0, 2**60) | st.none())
@@ -133,7 +154,7 @@ def comparisons(draw: st.DrawFn) -> Comparison:
 
 @given(result=comparisons())
 def test_80_columns_whatever_the_numbers_are(result: Comparison) -> None:
-    for columns in (tables.GRADIENT, tables.cost_columns(0.01)):
+    for columns in (tables.gradient_columns(result)[0], tables.cost_columns(0.01)):
         lines = tables.table(result, columns).plain.split("\n")
         assert max(map(len, lines)) <= 80
     shown(result)

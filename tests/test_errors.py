@@ -123,7 +123,7 @@ def test_a_file_in_the_place_of_out(cli: CommandLine) -> None:
 
 def test_out_of_memory(cli: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "available_bytes", lambda _: 5 << 20)
-    done = cli.run("--depth", "1000", "--width", "64")
+    done = cli.run("--depth", "1000", "--width", "512")  # one layer has 12 MiB of parameters
     assert (done.code, done.out) == (FAILED, "")
     assert "out of memory: this stack needs at least" in done.complaint
     assert "5 MiB are free; lower --depth, --batch-size" in done.complaint

@@ -235,3 +235,16 @@ def test_limits_and_measuring_options_are_no_other_network() -> None:
 def test_two_judgements_say_together_what_both_say_once() -> None:
     both = judge(HEALTHY, ANYTHING) + against_baseline(HEALTHY, HEALTHY, 0.1)
     assert len(both.compared) == 2
+
+
+def test_every_measured_step_of_a_training_is_judged() -> None:
+    spec, options = spec_of(), RunOptions(steps=1)
+    first = list(layer_rows(spec, [0.0] * 4))
+    later = [replace(row, step=1) for row in layer_rows(spec, [-9.0, -6.0, -3.0, 0.0])]
+    assert judge(run_of(spec, first), Bounds(max_decades=1.0)).passed
+    judgement = judge(run_of(spec, [*first, *later], options=options), Bounds(max_decades=1.0))
+    assert not judgement.passed
+    assert "step 1" in judgement.reasons[0]
+    broken = [replace(row, nonfinite=3) for row in later]
+    lost = run_of(spec, [*first, *broken], options=options)
+    assert not judge(lost, Bounds(no_nonfinite=True)).passed

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from gradflow.errors import UsageError
 from gradflow.grid import DEFAULT_GRID, Cell, expand
-from gradflow.spec import BLOCK_OPTIONS, BLOCKS, RunOptions, StackSpec
+from gradflow.spec import BLOCK_OPTIONS, BLOCKS, TRAINING, RunOptions, StackSpec
 
 Lists = Mapping[str, Sequence[Any]]
 
@@ -65,8 +65,16 @@ TWO_VALUES: dict[str, list[Any]] = {
     "repeats": [3, 5],
     "time_budget": [0.5, 1.0],
     "raw_range": [True, False],
+    "keep": ["graph", "sqrt"],
+    "rebuild": [True, False],
+    "memory_limit": ["1GiB", "2GiB"],
     "vanishing": [2.0, 3.0],
     "exploding": [2.0, 3.0],
+    "steps": [0, 5],
+    "lr": [0.1, 0.2],
+    "optimizer": ["adamw", "sgd"],
+    "warmup": [0, 5],
+    "every": [1, 5],
 }
 BLOCK_OF = {"image_size": "conv"}
 
@@ -80,7 +88,8 @@ def test_every_option_of_run_is_tried_here() -> None:
 @pytest.mark.parametrize("name", TWO_VALUES)
 def test_every_option_takes_a_list(name: str) -> None:
     block = {"block": [BLOCK_OF.get(name, "transformer")]} if name != "block" else {}
-    cells = expand({**block, name: TWO_VALUES[name]}).cells
+    steps = {"steps": [5]} if name in TRAINING else {}
+    cells = expand({**block, **steps, name: TWO_VALUES[name]}).cells
     values = [getattr(c.spec, name, getattr(c.options, name, None)) for c in cells]
     assert values == TWO_VALUES[name]
 

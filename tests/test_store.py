@@ -27,18 +27,19 @@ from records import ENVIRONMENT, RUNS, layer_rows, records_of, run_of, spec_of
 from gradflow import store
 from gradflow.environment import without_path
 from gradflow.errors import MeasurementError, RunFolderError, UsageError
-from gradflow.records import TABLES, LayerRecord, ParamRecord, Run, TimeRecord, columns
+from gradflow.records import TABLES, LayerRecord, ParamRecord, Run, StepRecord, TimeRecord, columns
 from gradflow.spec import RunOptions
 
 PARAM = ParamRecord(0, 0, 1, "mlp", "branch.linear.weight", "8x8", 64, 1.0, 0.5, -0.3, 0)
 TIME = TimeRecord(0, 1, "mlp", 1e-5, 2e-5)
+STEP = StepRecord(0, 0, 2.0, 0.5, 2.5, 1.0, 0.1, 0.01)
 # A folder of its own for each example would cost more than the example.
 in_one_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def full_run() -> Run:
     """A run with rows in every table."""
-    return run_of(params=[PARAM, replace(PARAM, layer=2)], times=[TIME])
+    return run_of(params=[PARAM, replace(PARAM, layer=2)], times=[TIME], steps=[STEP])
 
 
 @pytest.fixture
@@ -50,7 +51,7 @@ def stored(tmp_path: Path) -> Path:
 
 def content(run: Run) -> tuple[Any, ...]:
     """All of a run but its place; NaN equals NaN here."""
-    tables = (run.layer_records, run.param_records, run.time_records)
+    tables = (run.layer_records, run.param_records, run.time_records, run.step_records)
     head = (run.spec, run.options, run.summary, run.environment, run.overhead, run.warnings)
     return *head, repr([list(table) for table in tables])
 

@@ -541,7 +541,7 @@ def test_rounds_end_where_no_cell_can_be_timed(monkeypatch: pytest.MonkeyPatch) 
     def fail(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(rounds, "build_network", fail)
+    monkeypatch.setattr(rounds, "build_timed", fail)
     taken = rounds.Rounds(cells(time_budget=[50.0]), FakeClock([1.0]))
     taken.run()
     assert set(taken.failed.values()) == {"not timed: no reason given"}

@@ -22,6 +22,8 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no table and no prog
 Residual = Annotated[bool, typer.Option("--residual", help="short for --shortcut residual")]
 Plain = Annotated[bool, typer.Option("--plain", help="short for --shortcut plain")]
 
+# A file, or - for stdout, by the name of its format.
+Targets = dict[str, str | None]
 Progress = Callable[[str, int, int], None]
 
 

@@ -17,11 +17,13 @@ from gradflow.commands.common import (
     Plain,
     Quiet,
     Residual,
+    Targets,
     check_target,
     progress_bar,
     say,
     write_text,
 )
+from gradflow.commands.theory import TheoryOnly, predict_grid
 from gradflow.errors import MeasurementError, RunFolderError, UsageError
 from gradflow.grid import DEFAULT_GRID, EXECUTORS, STACK_FIELDS, Cell, Grid, expand
 from gradflow.options import with_fields
@@ -68,6 +70,7 @@ def compare(
     runs: Runs = None,
     residual: Residual = False,
     plain: Plain = False,
+    theory_only: TheoryOnly = False,
     reference: Reference = None,
     fresh: Fresh = False,
     executor: ExecutorName = "auto",
@@ -84,7 +87,10 @@ def compare(
     if residual or plain:
         given["shortcut"] = ["residual"] * residual + ["plain"] * plain
     targets = {"csv": csv, "markdown": markdown, "json": json}
-    check_request(runs, given, targets, noise)
+    check_request(runs, bool(given) or theory_only, targets, noise)
+    if theory_only:
+        predict_grid(make_grid(given), targets, quiet=quiet)
+        return
     if runs:
         found: Sequence[Run | None] = load_runs(runs)
         chosen, failures = choose_reference(found, reference), []
@@ -104,16 +110,13 @@ def compare(
         raise MeasurementError(f"{count(len(failures), 'cell')} could not be measured; see above")
 
 
-def check_request(
-    runs: list[str] | None, given: dict[str, Any], targets: dict[str, str | None], noise: float
-) -> None:
+def check_request(runs: list[str] | None, made: bool, targets: Targets, noise: float) -> None:
     """Refuse what cannot work before anything is measured.
 
     Raises:
-        UsageError: runs and options together, two formats for stdout, a file that cannot be
-            written, or no such noise.
+        UsageError: runs and options, two formats for stdout, an unwritable file, no such noise.
     """
-    if runs and given:
+    if runs and made:
         rule = "runs are either given as folders or made from options"
         raise UsageError(rule, "both", "leave out the folders or the options")
     if not (math.isfinite(noise) and noise >= 0):
@@ -275,7 +278,7 @@ def _no_reference(wanted: str, cells: int) -> UsageError:
     return UsageError(rule, wanted, "use --reference 1")
 
 
-def write_files(result: Comparison, targets: dict[str, str | None]) -> None:
+def write_files(result: Comparison, targets: Targets) -> None:
     """The comparison in each format that was asked for.
 
     Raises:

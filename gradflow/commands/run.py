@@ -18,6 +18,7 @@ from gradflow.commands.common import (
     shortcut,
     write_text,
 )
+from gradflow.commands.theory import TheoryOnly, predict_run
 from gradflow.options import split, with_fields
 
 if TYPE_CHECKING:
@@ -30,13 +31,18 @@ def run(
     *,
     residual: Residual = False,
     plain: Plain = False,
+    theory_only: TheoryOnly = False,
     out: Out = Path("results"),
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
     """Measure one stack: gradient norms, gains and times per layer, and a verdict."""
     check_target(json)
-    found = measure_and_store(given | shortcut(residual, plain), out, quiet)
+    given |= shortcut(residual, plain)
+    if theory_only:
+        predict_run(given, json, quiet=quiet)
+        return
+    found = measure_and_store(given, out, quiet)
     if json is not None:
         write_text(json, as_json(found))
     if json != "-" and not quiet:
@@ -54,7 +60,8 @@ def measure_and_store(given: dict[str, Any], out: Path, quiet: bool) -> Run:
     with progress_bar(quiet) as progress:
         from gradflow.measurement import measure
 
-        return store.save(measure(spec, options, progress=progress), out)
+        scratch = store.nearest_folder(out)
+        return store.save(measure(spec, options, progress=progress, scratch=scratch), out)
 
 
 def show(found: Run) -> None:

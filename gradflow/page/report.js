@@ -89,7 +89,7 @@
     place.replaceChildren();
     if (!details.open) return;
     const shown = rowsToDraw(chart).filter((row) => row[chart.value] !== null);
-    const where = { units: { layer: "layer", unit: "unit" }, depths: { verdict: "verdict" }, times: { unit: "unit", pass: "pass" } };
+    const where = { units: { layer: "layer", unit: "unit" }, depths: { verdict: "verdict" }, times: { unit: "unit", pass: "pass" }, losses: { step: "step" }, heats: { layer: "layer", step: "step" } };
     const columns = { run: "run", ...where[chart.table], ...chart.columns };
     const used = Object.keys(columns).filter((name) => shown.some((row) => row[name] !== null));
     const table = document.createElement("table");
@@ -118,7 +118,7 @@
     const spec = { ...chart.spec, ...(params && { params }), datasets: { [chart.table]: shown } };
     const place = chart.figure.querySelector(".plot"); // its label is Vega's, that around it ours
     chart.view = (await vegaEmbed(place, spec, { actions: false, renderer: "svg" })).view;
-    if (chart.name !== "time") follow(chart);
+    if (!chart.bars) follow(chart);
   }
 
   async function draw(chart) {
@@ -132,7 +132,7 @@
     const listed = [...new Set(page.runs.map((run) => run.design))].filter((design) => designs.has(design));
     if (!chart.view) await embed(chart, shown, { bottom, top, listed });
     chart.view.data(chart.table, shown);
-    if (chart.name === "time") chart.view.height(page.bar * new Set(shown.map((row) => row.bar)).size);
+    if (chart.bars) chart.view.height(page.bar * new Set(shown.map((row) => row.bar)).size);
     else chart.view.signal("bottom", bottom).signal("top", top).signal("listed", listed);
     await chart.view.resize().runAsync();
     await chart.view.resize().runAsync(); // now that the legend has its new size
@@ -144,7 +144,7 @@
     chart.view.addDataListener("chosen_store", async (_, chosen) => {
       if (following) return;
       following = true;
-      const others = charts.filter((other) => other !== chart && other.view && other.name !== "time");
+      const others = charts.filter((other) => other !== chart && other.view && !other.bars);
       await Promise.all(others.map((other) => other.view.data("chosen_store", chosen).runAsync()));
       following = false;
     });

@@ -7,11 +7,12 @@ moments, kernels (activations), norms, attention, passes (the recursion), correc
 """
 
 from gradflow.theory.describe import describe
-from gradflow.theory.predict import Prediction, predict, predict_stack
-from gradflow.theory.units import Head, Shape, Stack, Unit, Weights
+from gradflow.theory.predict import Prediction, predict, predict_stack, total_decades
+from gradflow.theory.units import Head, NoTheoryError, Shape, Stack, Unit, Weights
 
 __all__ = [
     "Head",
+    "NoTheoryError",
     "Prediction",
     "Shape",
     "Stack",
@@ -20,4 +21,5 @@ __all__ = [
     "describe",
     "predict",
     "predict_stack",
+    "total_decades",
 ]

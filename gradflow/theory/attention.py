@@ -23,6 +23,7 @@ LOGIT_LIMIT = 2.0
 
 _TABLE_END = 4.0
 _TABLE_STEPS = 128
+_SCATTER_NUMBERS = 1 << 17
 
 
 @cache
@@ -32,13 +33,15 @@ def _excess_table(first: int, last: int) -> Array:
     1/S^2 = int_0^inf u e^{-uS} du for S = sum e^l makes the mean over t independent logits
     E sum A^2 = t int u E[e^{2l - u e^l}] (E e^{-u e^l})^{t-1} du, exact for any t.
     """
-    g = np.linspace(0.0, _TABLE_END, _TABLE_STEPS + 1)[:, None, None]
     z = np.linspace(-7.0, 7.0, 71)
     weight = np.exp(-0.5 * z * z) / np.exp(-0.5 * z * z).sum()
     log_u = np.linspace(-np.log(last) - 14.0, 10.0, 241)
-    exponent = log_u[:, None] + np.sqrt(g) * z
-    decay = np.exp(-np.exp(exponent)) * weight
-    one, two = decay.sum(-1), (decay * np.exp(2 * exponent)).sum(-1)
+    parts = []
+    for g in np.linspace(0.0, _TABLE_END, _TABLE_STEPS + 1):  # all at once take 70 MB
+        exponent = log_u[:, None] + np.sqrt(g) * z
+        decay = np.exp(-np.exp(exponent)) * weight
+        parts.append((decay.sum(-1), (decay * np.exp(2 * exponent)).sum(-1)))
+    one, two = (np.array(part) for part in zip(*parts, strict=True))
     two *= one ** (first - 1) * (log_u[1] - log_u[0])
     rows = []
     for t in range(first, last + 1):
@@ -72,6 +75,16 @@ def excess_array(g: Array, tokens: npt.NDArray[np.int64]) -> Array:
     below, above = table[tokens - 1, low], table[tokens - 1, low + 1]
     h = below + (place - low) * (above - below)
     return np.where(g < 0, -h * np.exp(np.minimum(g, 0.0)), h)
+
+
+@cache
+def scatter(g: float, tokens: int) -> float:
+    """Relative variance of sum_s (A_s - 1/T)^2 for T logits of variance g, by a fixed sample."""
+    draws = max(_SCATTER_NUMBERS // tokens, 256)
+    logits = np.sqrt(g) * np.random.default_rng(0).standard_normal((draws, tokens))
+    weights = np.exp(logits - logits.max(1, keepdims=True))
+    off = ((weights / weights.sum(1, keepdims=True) - 1 / tokens) ** 2).sum(1)
+    return float(off.var() / off.mean() ** 2) if g > 0 else 2 / (tokens - 1)
 
 
 @dataclass(frozen=True)

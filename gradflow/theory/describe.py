@@ -9,8 +9,8 @@ from dataclasses import replace
 from typing import Any
 
 from gradflow.spec import StackSpec
-from gradflow.theory.norms import EPS
-from gradflow.theory.units import Head, NoTheoryError, Shape, Stack, Unit, Weights
+from gradflow.theory.units import EPS, Head, NoTheoryError, Shape, Stack, Unit, Weights
+from gradflow.user_code import is_user_name
 from gradflow.wiring import Wiring
 
 RECTIFIERS = ("relu", "gelu", "gelu-tanh", "silu")
@@ -143,8 +143,23 @@ def _unit(spec: StackSpec, wiring: Wiring, kind: str) -> Unit:
 NORMS = {"in": "norm_in", "branch": "norm_branch", "out": "norm_out", "mid": "norm_mid"}
 
 
+# Classes of unit that are the template at initialisation, and those without a formula.
+AS_TEMPLATE = ("template", "normformer", "fixup")
+REASONS = {
+    "highway": "no formula for a gate that multiplies the branch",
+    "stochastic": "which branches are dropped is drawn from the seed",
+    "pb-relax": "no formula for norms of 8 x / max|x|, whose eps counts for less",
+    "admin": "the shortcuts' weights come from a forward pass",
+    "ngpt": "no formula for vectors normalised to length 1",
+}
+
+
 def _check_wiring(spec: StackSpec, wiring: Wiring) -> None:
-    if wiring.unit != "template":
+    if is_user_name(spec.block):
+        raise NoTheoryError("no formula for a branch of your own")
+    if wiring.unit in REASONS:
+        raise NoTheoryError(REASONS[wiring.unit])
+    if wiring.unit not in AS_TEMPLATE:
         raise NoTheoryError(f"{spec.scheme} wires its units beyond the template")
     beyond = set(wiring.norms) - {*NORMS, "query-key"}
     if beyond:
@@ -156,7 +171,9 @@ def _matrices(spec: StackSpec, wiring: Wiring, kind: str) -> dict[str, Any]:
 
     def scaled(role: str, fan_in: int, fan_out: int, **what: bool) -> Weights:
         made = weights(spec, fan_in, fan_out, **what)
-        bias = made.bias if kind in ("mlp", "conv") or spec.has_bias(role) else 0.0
+        bare = wiring.unit == "fixup"  # has scalar ones: 0
+        biased = not bare and (kind in ("mlp", "conv") or spec.has_bias(role))
+        bias = made.bias if biased else 0.0
         return replace(made, scale=made.scale * wiring.gains.get(role, 1.0) ** 2, bias=bias)
 
     if kind == "ffn":

@@ -9,16 +9,17 @@ from gradflow.theory.layouts import Layout
 from gradflow.theory.maths import Array
 from gradflow.theory.moments import ACTIVATIONS
 from gradflow.theory.norms import KNOWN
-from gradflow.theory.passes import Passes
+from gradflow.theory.passes import BRANCHES, Passes
 from gradflow.theory.spread import Noise
 from gradflow.theory.units import NoTheoryError, Stack, Unit
 
 LEAST_WIDTH = 32
 LEAST_ELEMENTS = 64  # that a norm averages
 LEAST_ROWS = 16  # of a batchnorm
-MOST_NOISE = 1.0  # nats^2 of |g|^2
+MOST_NOISE = 4.0  # nats^2 of |g|^2
 MOST_DRIFT = 0.02  # likewise
 MOST_TOLERANCE = 0.15  # decades of |g|
+MOST_ENTRIES = 1 << 23  # of the T x T kernels of all causal units: they take 50 bytes each
 
 CLOSE, WIDE = 0.025, 0.1  # decades of |g|; the latter for post-norm and causal
 
@@ -43,26 +44,45 @@ def check_stack(stack: Stack) -> None:
     Raises:
         NoTheoryError: says which.
     """
-    shape = stack.shape
-    if shape.width < LEAST_WIDTH:
-        raise NoTheoryError(f"width {shape.width} is too small for a theory of infinite width")
+    if stack.shape.width < LEAST_WIDTH:
+        raise NoTheoryError(f"width {stack.shape.width} is too small: theory is of infinite width")
     units = tuple(dict.fromkeys(stack.units))
-    kinds = {unit.kind for unit in units}
     for unit in units:
         _check_unit(unit)
         for norm in unit.norms:
             _check_norm(norm)
-    if any(unit.kind == "ffn" and not unit.a and "batchnorm" in unit.norms for unit in units):
-        raise NoTheoryError("batchnorm in a plain ffn: the rows' own sizes drift apart")
-    if stack.head is not None and not any(unit.a or unit.norms for unit in units):
+    if stack.head is not None:
+        _check_head(stack, units)
+    if any(unit.kind == "attention" for unit in units):
+        _check_tokens(stack, units)
+
+
+def _check_head(stack: Stack, units: tuple[Unit, ...]) -> None:
+    if not any(unit.a or unit.norms for unit in units):
         raise NoTheoryError("cross-entropy leans on the output, which a plain net amplifies")
-    if "attention" in kinds and any("batchnorm" in unit.norms for unit in units):
+    for norm in ("batchnorm", "groupnorm") if stack.shape.domain == "images" else ():
+        # They average over few samples or pixels, whose gradients are alike here.
+        if any(norm in unit.norms for unit in units):
+            raise NoTheoryError(f"{norm} under cross-entropy: an image's pixels share one gradient")
+
+
+def _check_tokens(stack: Stack, units: tuple[Unit, ...]) -> None:
+    if any("batchnorm" in unit.norms for unit in units):
         raise NoTheoryError("batchnorm beside attention: tokens of one sample and of others differ")
+    if stack.shape.causal and len(stack.units) * stack.shape.tokens**2 > MOST_ENTRIES:
+        raise NoTheoryError(
+            f"a causal mask over {stack.shape.tokens} tokens in {len(stack.units):,} units: "
+            "theory would hold too many T x T kernels"
+        )
 
 
 def _check_unit(unit: Unit) -> None:
+    if unit.kind not in BRANCHES:
+        raise NoTheoryError(f"the branch {unit.kind} has no formula")
     if unit.kind == "attention" and not unit.a:
         raise NoTheoryError("attention without a shortcut collapses the tokens at once")
+    if unit.kind == "ffn" and not unit.a and "batchnorm" in unit.norms:
+        raise NoTheoryError("batchnorm in a plain ffn: the rows' own sizes drift apart")
     odd = unit.activation in ACTIVATIONS and ACTIVATIONS[unit.activation].odd
     if unit.activation not in ACTIVATIONS:
         raise NoTheoryError(f"the activation {unit.activation} has no moments")
@@ -84,12 +104,9 @@ def check_passes(stack: Stack, passes: Passes, layout: Layout, noise: Noise) -> 
     Raises:
         NoTheoryError: says why.
     """
-    count, kind = min(
-        ((norm.count, norm.kind) for tape in passes.tapes for norm in tape.norms),
-        default=(np.inf, ""),
-    )
-    if count < (LEAST_ROWS if kind == "batchnorm" else LEAST_ELEMENTS):
-        raise NoTheoryError(f"{kind} over {count:.0f} independent elements is too noisy")
+    for kind, count in {(norm.kind, norm.count) for tape in passes.tapes for norm in tape.norms}:
+        if count < (LEAST_ROWS if kind == "batchnorm" else LEAST_ELEMENTS):
+            raise NoTheoryError(f"{kind} over {count:.0f} independent elements is too noisy")
     if not noise.variance[0] <= MOST_NOISE:
         raise NoTheoryError(
             f"width {stack.shape.width} is too small for this depth: seeds would differ by "
@@ -101,7 +118,13 @@ def check_passes(stack: Stack, passes: Passes, layout: Layout, noise: Noise) -> 
             f"further apart, and width {stack.shape.width} makes them unlike"
         )
     if not tolerance(stack, passes, layout)[0] <= MOST_TOLERANCE:
-        raise NoTheoryError("batchnorm: rows grow correlated at this width and depth")
+        raise NoTheoryError(_imprecise(stack))
+
+
+def _imprecise(stack: Stack) -> str:
+    if any("batchnorm" in unit.norms for unit in stack.units):
+        return "batchnorm: rows grow correlated at this width and depth"
+    return f"width {stack.shape.width} is too small for a plain net of {len(stack.units):,} units"
 
 
 def tolerance(stack: Stack, passes: Passes, layout: Layout) -> Array:
@@ -109,14 +132,15 @@ def tolerance(stack: Stack, passes: Passes, layout: Layout) -> Array:
 
     0.05 decades of |g|^2, or 0.2 where a norm follows the shortcut or a mask is causal. Besides,
     0.5/n nats of |g|^2 per plain unit of width n, an order that `corrections` has in part; and for
-    batchnorm 0.5 nats per unit for each mean square correlation between rows that finite width
-    brings (`_correlations`): fitted.
+    batchnorm 0.5 nats per unit (1 beside a shortcut) for each mean square correlation between rows
+    that finite width brings (`_correlations`): fitted.
     """
     post = any(unit.norm_out and unit.a for unit in stack.units)
     base = WIDE if post or stack.shape.causal else CLOSE
     rows = np.full(len(stack.units) + 1, base)
     if any("batchnorm" in unit.norms for unit in stack.units):
-        drift = 0.5 * np.array(passes.shares) * _correlations(stack, passes, layout)
+        each = np.array([1.0 if unit.a else 0.5 for unit in stack.units])
+        drift = each * np.array(passes.shares) * _correlations(stack, passes, layout)
         rows[:-1] += 0.5 / np.log(10) * drift[::-1].cumsum()[::-1]
     plain = np.array([0.0 if unit.a else 0.5 / stack.shape.width for unit in stack.units])
     rows[:-1] += 0.5 / np.log(10) * plain[::-1].cumsum()[::-1]

@@ -31,7 +31,7 @@ def gaussian_mean(f: Function, q: Number) -> Number:
 
     The grid is even near 0 on the scale of f (poles of tanh and sigmoid are O(1) away) and
     logarithmic beyond, so it resolves f where the Gaussian is wide (q >> 1; Gauss-Hermite
-    fails there: THEORY.md, c') and the Gaussian where it is narrow (q << 1). For f analytic in
+    fails there) and the Gaussian where it is narrow (q << 1). For f analytic in
     a strip the error falls exponentially with the nodes: below 1e-11 of the result for q up to
     1e4, 1e-6 at 1e8.
 

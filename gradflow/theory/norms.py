@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from gradflow.theory.corrections import Source, elements, norm_gain
 from gradflow.theory.layouts import Layout, Moments
 from gradflow.theory.maths import Number, sqrt
-
-EPS = 1e-5  # as `gradflow.norms` has it
+from gradflow.theory.units import EPS
 
 ROW_NORMS = ("layernorm", "groupnorm", "rmsnorm")
 CENTRED = ("layernorm", "groupnorm")
@@ -112,7 +111,7 @@ def _pointwise(kind: str, x: Stream, layout: Layout, alpha: float) -> tuple[Stre
     """f(alpha x) for x normal: DyT (Zhu et al. 2025, arXiv:2503.10622), Derf.
 
     Its Jacobian's square alpha^2 E f'^2 falls as q^-1/2, not q^-1 as a norm's: the gradient grows
-    as a stretched exponential (THEORY.md, c'). Only for streams without a mean.
+    as a stretched exponential. Only for streams without a mean.
     """
     hidden = tuple([alpha**2 * entry for entry in x.s])
     scale = tuple([alpha**2 * entry for entry in layout.slopes(POINTWISE[kind], hidden)])

@@ -74,7 +74,7 @@ def forward(unit: Unit, x: Stream, layout: Layout) -> tuple[Stream, Tape]:
     """The stream after the unit."""
     u, before = normalise(unit.norm_in, x, layout, alpha=unit.alpha)
     u = u if unit.c == 1.0 else Stream(_scaled(unit.c**2, u.s), u.mean * unit.c)
-    f, inside = _BRANCHES[unit.kind](unit, u, layout)
+    f, inside = BRANCHES[unit.kind](unit, u, layout)
     f, branch = normalise(unit.norm_branch, f, layout)
     y = _joined(unit, x, f)
     fixed = _kept(unit, x, y, layout) if unit.norm_out == x.normed else 0.0
@@ -142,7 +142,7 @@ def _attention(unit: Unit, u: Stream, layout: Layout) -> tuple[Stream, BranchTap
     return Stream(through(unit.w_out, inner.s)), BranchTape(mixed, mixing=mixing, mid=mid)
 
 
-_BRANCHES = {"mlp": _single, "conv": _single, "ffn": _ffn, "attention": _attention}
+BRANCHES = {"mlp": _single, "conv": _single, "ffn": _ffn, "attention": _attention}
 
 
 def _pull_branch(unit: Unit, tape: BranchTape, g: Moments, layout: Layout) -> Moments:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gradflow.spec import StackSpec
-from gradflow.theory.attention import excess, excess_array
+from gradflow.theory.attention import excess, excess_array, scatter
 from gradflow.theory.describe import describe
 from gradflow.theory.layouts import CausalTokens, Exchangeable, Layout, Moments
 from gradflow.theory.limits import check_passes, check_spec, check_stack, tolerance
@@ -84,15 +84,37 @@ def predict_stack(stack: Stack) -> Prediction:
         stack: shape, units, and the head if the loss is cross-entropy.
     """
     try:
-        check_stack(stack)
-        layout = layout_of(stack)
-        start = Stream(layout.start(stack.input_square))
-        passes = run(stack.units, start, lambda y: _start(stack, y, layout), layout)
+        layout, passes = _both_passes(stack)
         noise = finite_width(stack.units, passes, layout, _fewer_probes(stack))
+        noise = noise.plus(_start_noise(stack, passes, layout))
         check_passes(stack, passes, layout, noise)
     except NoTheoryError as limit:
         return Prediction(None, reason=str(limit))
     return _to_prediction(stack, passes, layout, noise)
+
+
+def total_decades(spec: StackSpec) -> float:
+    """log10 of the gradient norm at the input over that at the output, at infinite width.
+
+    Raises:
+        NoTheoryError: there is no prediction; finite width is no obstacle here.
+    """
+    check_spec(spec)
+    layout, passes = _both_passes(describe(spec))
+    return float(_NATS_OF_SQUARE * _levels(passes, layout)[0])
+
+
+def _both_passes(stack: Stack) -> tuple[Layout, Passes]:
+    check_stack(stack)
+    layout = layout_of(stack)
+    start = Stream(layout.start(stack.input_square))
+    return layout, run(stack.units, start, lambda y: _start(stack, y, layout), layout)
+
+
+def _levels(passes: Passes, layout: Layout) -> Array:
+    """ln of the mean square of the gradient over that at the output."""
+    square = np.array([layout.mean(layout.diagonal(g)) for g in passes.gradients])
+    return np.log(square / square[-1]) + np.array(passes.log_scales)
 
 
 def layout_of(stack: Stack) -> Layout:
@@ -104,8 +126,7 @@ def layout_of(stack: Stack) -> Layout:
 
 
 def _to_prediction(stack: Stack, passes: Passes, layout: Layout, noise: Noise) -> Prediction:
-    square = np.array([layout.mean(layout.diagonal(g)) for g in passes.gradients])
-    level = np.log(square / square[-1]) + np.array(passes.log_scales) + noise.bias
+    level = _levels(passes, layout) + noise.bias
     return Prediction(
         tuple((_NATS_OF_SQUARE * level).tolist()),
         tuple((_NATS_OF_SQUARE * np.sqrt(noise.variance)).tolist()),
@@ -121,6 +142,25 @@ def _fewer_probes(stack: Stack) -> float:
         return 0.0
     pooled = 1 / stack.shape.batch if stack.shape.domain == "images" else 0.0
     return 1 / (stack.head.classes - 1) + pooled
+
+
+def _start_noise(stack: Stack, passes: Passes, layout: Layout) -> Array:
+    """Variance of ln |g|^2 that cross-entropy brings by what the tokens of a sample share.
+
+    (R_u - R_D)^2 (a^2 k + (1 - a)^2 2/(C - 1))/B: R the share of the token mean in |g|^2, a that of
+    the softmax's common part in the mean, k the relative variance of `scatter`; the rest are the
+    labels. Derived here; samples are taken for independent.
+    """
+    if stack.head is None or stack.shape.domain != "tokens":
+        return np.zeros(len(passes.gradients))
+    tokens, classes = stack.shape.tokens, stack.head.classes
+    means = np.array([(1 + (tokens - 1) * layout.cosine(g)) / tokens for g in passes.gradients])
+    softmax = max(1 - 1 / (tokens * means[-1]), 0.0)
+    logits, _ = normalise(stack.head.norm, passes.streams[-1], layout)
+    common = stack.head.weights.scale * layout.mean(layout.diagonal(logits.s))
+    common *= max(layout.cosine(logits.s), 0.0)
+    each = softmax**2 * scatter(common, classes) + (1 - softmax) ** 2 * 2 / (classes - 1)
+    return np.asarray((means - means[-1]) ** 2 * each / stack.shape.batch)
 
 
 def _start(stack: Stack, y: Stream, layout: Layout) -> Moments:

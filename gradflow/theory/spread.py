@@ -70,6 +70,10 @@ class Noise:
     bias: Array
     drift: float
 
+    def plus(self, variance: Array) -> Noise:
+        """With an independent part of this variance."""
+        return Noise(self.variance + variance, self.bias - 0.5 * variance, self.drift)
+
 
 def finite_width(units: Sequence[Unit], passes: Passes, layout: Layout, few: float = 0.0) -> Noise:
     """Variance and bias of ln |g|^2.

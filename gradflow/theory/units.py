@@ -3,13 +3,15 @@
     x' = Np(a x + b No(f(c Ni(x))))
 
 f is a branch with independent weights of zero mean; the norms N have gains 1 and shifts 0. A
-published scheme is a choice of these numbers (SCHEMES.md). Nothing here computes.
+published scheme is a choice of these numbers. Nothing here computes.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+
+EPS = 1e-5  # that of the norms, as `StackSpec` has it by default
 
 
 class NoTheoryError(Exception):

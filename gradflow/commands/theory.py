@@ -1,0 +1,48 @@
+"""`--theory-only` of `run` and `compare`: predict, show, store nothing; torch stays unloaded."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from gradflow.commands.common import Targets, write_text
+from gradflow.grid import Grid
+from gradflow.options import split
+
+TheoryOnly = Annotated[
+    bool, typer.Option("--theory-only", help="predict without measuring; store nothing")
+]
+
+
+def predict_run(given: dict[str, Any], target: str | None, *, quiet: bool) -> None:
+    """What `run --theory-only` does."""
+    from gradflow import outlook_tables
+    from gradflow.outlook import outlook
+
+    found = outlook(*split(given))
+    if target is not None:
+        text = json.dumps(outlook_tables.about(found), indent=2, allow_nan=False)
+        write_text(target, text + "\n")
+    if target != "-" and not quiet:
+        _show(outlook_tables.outlook_view(found))
+
+
+def predict_grid(grid: Grid, targets: Targets, *, quiet: bool) -> None:
+    """What `compare --theory-only` does."""
+    from gradflow import outlook_tables
+    from gradflow.outlook import outlook
+
+    found = [outlook(cell.spec, cell.options) for cell in grid.cells]
+    for name, target in targets.items():
+        if target is not None:
+            write_text(target, getattr(outlook_tables, f"as_{name}")(found))
+    if not quiet and "-" not in targets.values():
+        _show(outlook_tables.outlooks_view(found))
+
+
+def _show(view: Any) -> None:
+    from rich.console import Console
+
+    Console(highlight=False).print(view)

@@ -1,0 +1,174 @@
+"""Which modules of a model are its layers: those that a pattern names, or the repeated blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from itertools import groupby
+
+from torch import nn
+
+from gradflow.errors import UsageError
+
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+SHOWN = 12
+
+
+@dataclass(frozen=True)
+class Place:
+    """One watched module.
+
+    Attributes:
+        name: dotted, as in `named_modules`; of several names of a shared module the first.
+        previous: place in the list of the sibling that runs before it, if it is one of a run.
+    """
+
+    name: str
+    module: nn.Module
+    previous: int | None = None
+
+    @property
+    def kind(self) -> str:
+        """The class of the module."""
+        return type(self.module).__name__
+
+
+def find_layers(model: nn.Module, patterns: Sequence[str] | None = None) -> list[Place]:
+    """The modules to watch.
+
+    With patterns: all whose dotted name fits one; `*` stands for one part of a name, or a piece of
+    it, `**` for any number of parts.
+
+    Without: the repeated blocks. A run of sibling modules of one type is repetition, and so is a
+    list of modules in which a type occurs twice, as in hybrid models. Siblings that
+    differ in the shapes of their parameters, or are plain containers, are stages if they hold
+    runs themselves; then those count. Modules without children make a run only where no others
+    do. A model without repetition is watched at its top-level children.
+
+    Raises:
+        UsageError: a pattern fits no module.
+    """
+    if patterns is not None:
+        return _places(_matching(model, patterns))
+    found = _blocks(model, "", leaves=False) or _blocks(model, "", leaves=True)
+    return _places(found or _top(model))
+
+
+Named = list[tuple[str, nn.Module]]
+
+
+def _places(named: Named) -> list[Place]:
+    """Each module once; neighbours in a run know each other."""
+    seen: dict[int, int] = {}
+    places: list[Place] = []
+    for name, module in named:
+        if id(module) in seen:
+            continue
+        seen[id(module)] = len(places)
+        places.append(Place(name, module, _follows(places, name)))
+    return places
+
+
+def _follows(places: Sequence[Place], name: str) -> int | None:
+    """The place before, if its name differs in one number by one."""
+    if not places:
+        return None
+    before, here = places[-1].name.split("."), name.split(".")
+    pairs = [(a, b) for a, b in zip(before, here, strict=False) if a != b]
+    if len(before) != len(here) or len(pairs) != 1:
+        return None
+    ((a, b),) = pairs
+    together = a.isdigit() and b.isdigit() and int(b) == int(a) + 1
+    return len(places) - 1 if together else None
+
+
+def _matching(model: nn.Module, patterns: Sequence[str]) -> Named:
+    named = [(n, m) for n, m in model.named_modules() if n and not isinstance(m, nn.ModuleList)]
+    for pattern in patterns:
+        if not any(fits(name, pattern) for name, _ in named):
+            known = ", ".join(name for name, _ in named[:SHOWN]) or "none: watch it as a whole"
+            raise UsageError("layers= names modules of the model", pattern, f"known: {known}")
+    return [(n, m) for n, m in named if any(fits(n, pattern) for pattern in patterns)]
+
+
+def fits(name: str, pattern: str) -> bool:
+    """Whether a dotted name fits a pattern, part by part."""
+    return _fits(name.split("."), pattern.split("."))
+
+
+def _fits(parts: list[str], patterns: list[str]) -> bool:
+    if not patterns:
+        return not parts
+    if patterns[0] == "**":
+        return any(_fits(parts[i:], patterns[1:]) for i in range(len(parts) + 1))
+    return bool(parts) and fnmatchcase(parts[0], patterns[0]) and _fits(parts[1:], patterns[1:])
+
+
+def _children(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+    """All children under all their names: a module that is listed three times runs three times."""
+    for name, child in module._modules.items():  # `named_children` leaves repetitions out
+        if child is not None:
+            yield f"{prefix}.{name}" if prefix else name, child
+
+
+def _blocks(module: nn.Module, prefix: str, *, leaves: bool) -> Named:
+    """The repeated blocks below a module, in the order of registration."""
+    found: Named = []
+    for run in _runs(module, prefix):
+        if len(run) > 1 and _can_repeat(run[0][1], module, leaves=leaves):
+            found += _run(run, leaves=leaves)
+        else:
+            for name, child in run:
+                found += _blocks(child, name, leaves=leaves)
+    return found
+
+
+def _runs(module: nn.Module, prefix: str) -> list[Named]:
+    """Neighbours of one type; a list in which a type repeats is one run whatever is between."""
+    children = list(_children(module, prefix))
+    if isinstance(module, nn.ModuleList) and len({type(m) for _, m in children}) < len(children):
+        return [children]
+    return [list(group) for _, group in groupby(children, key=lambda item: type(item[1]))]
+
+
+def _can_repeat(child: nn.Module, parent: nn.Module, *, leaves: bool) -> bool:
+    if not leaves:
+        return bool(child._modules)
+    has_parameters = next(child.parameters(), None) is not None
+    return has_parameters and isinstance(parent, CONTAINERS)
+
+
+def _run(run: Named, *, leaves: bool) -> Named:
+    """The members of a run, or, where they are stages, what is repeated in them."""
+    alike = len({_shapes(module) for _, module in run}) == 1
+    if alike and type(run[0][1]) not in CONTAINERS:
+        return run
+    inner = [_blocks(module, name, leaves=leaves) for name, module in run]
+    if not any(inner):
+        return run
+    return [item for own, member in zip(inner, run, strict=True) for item in own or [member]]
+
+
+def _shapes(module: nn.Module) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    return tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
+
+
+def _top(model: nn.Module) -> Named:
+    """The top-level children; a wrapper with one child counts as that child."""
+    prefix = ""
+    while len(model._modules) == 1:
+        ((prefix, child),) = _children(model, prefix)
+        if not child._modules:
+            break
+        model = child
+    return list(_callable(model, prefix)) or [(type(model).__name__, model)]
+
+
+def _callable(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+    """The children, and those of lists and dictionaries in place of these."""
+    for name, child in _children(module, prefix):
+        if isinstance(child, nn.ModuleList | nn.ModuleDict):
+            yield from _callable(child, name)
+        else:
+            yield name, child

@@ -1,0 +1,204 @@
+"""`watch`: gradient flow of any model while it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console, Group
+from rich.text import Text
+from torch import nn
+
+from gradflow import store
+from gradflow.errors import UsageError
+from gradflow.records import Run
+from gradflow.spec import RunOptions
+from gradflow.tables import run_view
+from gradflow.watching.discovery import find_layers
+from gradflow.watching.parameters import ParameterWatch, owned_parameters
+from gradflow.watching.passes import Pass
+from gradflow.watching.recorder import Recorder
+from gradflow.watching.results import Watched, of_step, to_run, verdict_step
+from gradflow.watching.steps import Steps, followed_scaler, scale_of
+from gradflow.watching.tally import Tally, put_together, tap_columns, to_host, unscaled
+from gradflow.watching.taps import installed
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class Flow:
+    """What `watch` has seen so far.
+
+    A step ends when an optimizer steps, when `end_step` is called, or with the `with` block; the
+    backward passes before that count as one batch. Steps are numbered by how many came before.
+    """
+
+    def __init__(self, watched: Watched, every: int, options: RunOptions, scaler: Any) -> None:
+        self._watched, self._every, self._options = watched, every, options
+        self._scaler = scaler
+        self._recorder = Recorder(watched.places)
+        self._parameters = ParameterWatch(watched.owned)
+        self._tallies: list[Tally] = []
+        self._run: Run | None = None
+        self._step = 0
+        self._started, self._begin = datetime.now(UTC), perf_counter()
+
+    @property
+    def run(self) -> Run:
+        """All measured steps; its verdict is that of the first, or of the first that loses values.
+
+        Raises:
+            MeasurementError: no layer has run.
+        """
+        if self._run is None:
+            found: dict[str, Any] = {
+                "start_utc": self._started.isoformat(timespec="seconds"),
+                "duration_s": perf_counter() - self._begin,
+            }
+            self._run = to_run(self._watched, self._tallies, self._options, found)
+        return self._run
+
+    @property
+    def layers(self) -> pd.DataFrame:
+        """`layers.csv`: one row per step and layer."""
+        return self.run.layers
+
+    @property
+    def params(self) -> pd.DataFrame:
+        """`params.csv`: one row per step and parameter tensor."""
+        return self.run.params
+
+    def table(self, console: Console | None = None) -> None:
+        """Print the table, the profile and the verdict of one step, as `gradflow run` does."""
+        run = self.run
+        step, _ = verdict_step(run.spec, run.layer_records, run.options)
+        heading = Text(f"step {step} of {len(self._tallies)} watched", style="dim")
+        notes = (Text(line, style="yellow") for line in run.warnings)
+        (console or Console()).print(Group(heading, run_view(of_step(run, step)), *notes))
+
+    def save(self, out: Path | str = "results") -> Path:
+        """Store the run in a new folder in `out`; returns the folder.
+
+        Raises:
+            UsageError: `out` cannot be written to.
+            MeasurementError: the disk is full, or failed; nothing half-written remains.
+        """
+        path = store.save(self.run, out).path
+        assert path is not None
+        return path
+
+    def end_step(self) -> None:
+        """Say that a training step is over, where no torch optimizer says it."""
+        if not self._recorder.ran:
+            return
+        passes = self._recorder.close()
+        if self._recorder.active and passes:
+            self._tallies.append(self._tally(passes))
+            self._run = None
+        self._recorder.release()
+        self._parameters.reset()
+        self._step += 1
+        self._recorder.active = self._parameters.active = self._step % self._every == 0
+
+    def _tally(self, passes: Sequence[Pass]) -> Tally:
+        """The only place that waits for the device."""
+        pools = list(self._recorder.pools.values())
+        own = self._parameters.read()
+        tables, others = to_host(pools, [*own, *scale_of(self._scaler)])
+        scale = float(others[-1][0]) if len(others) > len(own) else 1.0
+        params = self._parameters.in_order(others[: len(own)])
+        inputs = [one.calls[0].x for one in passes]
+        stream = passes[0].calls[0].stream
+        return Tally(
+            step=self._step,
+            input=tap_columns([x for x in inputs if x is not None], tables, scale),
+            layers=put_together(passes, tables, scale),
+            params=unscaled(params, scale),
+            shape=tuple(stream.shape),
+            dtype=str(stream.dtype).removeprefix("torch."),
+            device=stream.device,
+        )
+
+    @contextmanager
+    def _attached(self, optimizer: torch.optim.Optimizer | None) -> Iterator[None]:
+        """All hooks, and none of them at the end."""
+        model = self._watched.model
+        parameters, scaler = self._parameters, self._scaler
+        steps = Steps(model.parameters(), optimizer, parameters.before_step, self._stepped)
+        with ExitStack() as stack:
+            traced = stack.enter_context(installed(model, self._recorder))
+            stack.callback(traced.forget_graphs)
+            for handle in parameters.hooks():
+                stack.callback(handle.remove)
+            stack.enter_context(steps.followed())
+            stack.enter_context(followed_scaler(scaler, self.end_step))
+            stack.callback(self._let_go)
+            yield
+
+    def _stepped(self) -> None:
+        self._parameters.after_step()
+        self.end_step()
+
+    def _let_go(self) -> None:
+        self._recorder.active = self._parameters.active = False
+        self._recorder.close()
+
+
+@contextmanager
+def watch(
+    model: nn.Module,
+    layers: str | Sequence[str] | None = None,
+    *,
+    every: int = 1,
+    optimizer: torch.optim.Optimizer | None = None,
+    scaler: Any = None,
+    options: RunOptions | None = None,
+) -> Iterator[Flow]:
+    """Watch the gradient flow of a model while it runs; the model is left as it was.
+
+    For each call of a layer the output y and its gradient g = dL/dy are measured, and the input x
+    where it is not the output of another layer. `gain` is |dL/dx| / |dL/dy|, and
+    `identity_share` the squared cosine of the two: with y = x + f(x) it is the part of the
+    gradient's energy that the shortcut hands on, as far as f's own part is orthogonal to it.
+    Both take all uses of x together, and are empty where x and y differ in shape.
+
+    Args:
+        model: any module; a compiled one is compiled again, on entry and on exit.
+        layers: patterns of module names, `blocks.*` for example; None finds the repeated blocks.
+        every: measure the first of so many steps.
+        optimizer: whose steps count; None is any that holds a parameter of the model.
+        scaler: the `GradScaler` in use; gradients are divided by its scale.
+        options: thresholds of the verdict.
+
+    Yields:
+        The flow, which has the results.
+
+    Raises:
+        UsageError: a pattern fits no module, or `every` is no whole number from 1 up.
+    """
+    if not isinstance(every, int) or every < 1:
+        raise UsageError("every= is a whole number of at least 1", every, "use every=1")
+    inner = getattr(model, "_orig_mod", model)
+    if inner is not model or _is_compiled(model):
+        torch.compiler.reset()  # graphs that exist do not see hooks that come later
+    model = inner
+    patterns = [layers] if isinstance(layers, str) else layers
+    places = find_layers(model, patterns)
+    watched = Watched(model, places, owned_parameters(places))
+    # One state of one model, measured as its number format delivers it.
+    options = replace(options or RunOptions(), seeds=1, timing=False, raw_range=True)
+    flow = Flow(watched, every, options, scaler)
+    with flow._attached(optimizer):
+        yield flow
+        flow.end_step()
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    return any(module._compiled_call_impl is not None for module in model.modules())

@@ -1,0 +1,191 @@
+"""Parameters of the watched layers through a step: gradients as they come, clipped, and the update.
+
+A gradient is measured when backward has written it (after every micro-batch, so the last one
+counts), and again when the optimizer is about to use it if it has been changed since, as clipping
+and unscaling do. Changes through `.data` or a view of another tensor are not seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils.hooks import RemovableHandle
+
+from gradflow.stats import count_nonfinite, norm
+from gradflow.watching.discovery import Place
+
+COLUMNS = ("norm", "grad", "nonfinite", "used", "update")
+MISSING = -1.0
+# Below so many elements a call costs more than what it computes.
+SMALL = 1 << 13
+
+
+@dataclass(frozen=True)
+class Owned:
+    """A parameter, and the innermost watched layer that it belongs to."""
+
+    place: int
+    name: str
+    parameter: nn.Parameter
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A gradient as it came: its norm and non-finite count, and which tensor in which version."""
+
+    size: Tensor
+    nonfinite: Tensor | float
+    identity: int
+    version: int
+
+    def still(self, grad: Tensor) -> bool:
+        """Whether the gradient has been neither replaced nor written to."""
+        return (self.identity, self.version) == (id(grad), grad._version)
+
+
+def owned_parameters(places: Sequence[Place]) -> list[Owned]:
+    """Every parameter of the layers once: tied ones belong to the first that has them."""
+    depth = {id(p.module): i for i, p in enumerate(places)}
+    found: dict[int, Owned] = {}
+    for place, layer in enumerate(places):
+        for name, parameter in layer.module.named_parameters():
+            if is_lazy(parameter) or id(parameter) in found:
+                continue
+            if _innermost(layer.module, name, depth) == place:
+                found[id(parameter)] = Owned(place, name, parameter)
+    return sorted(found.values(), key=lambda owned: owned.place)
+
+
+def _innermost(module: nn.Module, name: str, places: dict[int, int]) -> int:
+    inner = places[id(module)]
+    for part in name.split(".")[:-1]:
+        module = module._modules[part]  # type: ignore[assignment]
+        inner = places.get(id(module), inner)
+    return inner
+
+
+class ParameterWatch:
+    """Norms of parameters, gradients and updates in one step, float64 on their devices.
+
+    Attributes:
+        owned: the parameters.
+        active: whether this step is measured.
+    """
+
+    def __init__(self, owned: Sequence[Owned]) -> None:
+        self.owned = owned
+        self.active = True
+        self._parameters: list[Tensor] = [one.parameter for one in owned]
+        self._copies: list[Tensor] = []
+        self.reset()
+
+    def reset(self) -> None:
+        """A new step begins."""
+        self._grads: dict[int, Seen] = {}
+        self._used: dict[int, Tensor] = {}
+        self._weights: list[Tensor] = []
+        self._updates: list[Tensor] = []
+
+    def hooks(self) -> Iterator[RemovableHandle]:
+        """Hooks that see each gradient once it has been written."""
+        for i, parameter in enumerate(self._parameters):
+            if parameter.requires_grad:
+                hook = partial(self._accumulated, i)
+                yield parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+
+    def _accumulated(self, i: int, parameter: Tensor) -> None:
+        if self.active and parameter.grad is not None:
+            with torch.no_grad():
+                self._see(i, parameter.grad)
+
+    def _see(self, i: int, grad: Tensor) -> None:
+        values = _values(grad)
+        size = norm(values)
+        self._grads[i] = Seen(size, count_nonfinite(values, size), id(grad), grad._version)
+
+    @torch.no_grad()
+    def before_step(self) -> None:
+        """The optimizer is about to step: gradients as it uses them, and the weights."""
+        if not self.active:
+            return
+        self._copies = self._copies or [torch.empty_like(p) for p in self._parameters]
+        torch._foreach_copy_(self._copies, self._parameters)
+        self._weights = norms(self._copies)
+        for i, parameter in enumerate(self._parameters):
+            grad, seen = parameter.grad, self._grads.get(i)
+            if grad is not None and seen is None:
+                self._see(i, grad)
+            elif grad is not None and seen is not None and not seen.still(grad):
+                self._used[i] = norm(_values(grad))
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """The optimizer has stepped."""
+        if self.active and self._weights:
+            torch._foreach_sub_(self._copies, self._parameters)
+            self._updates = norms(self._copies)
+
+    @torch.no_grad()
+    def read(self) -> list[Tensor]:
+        """For each device a tensor (parameters there, `COLUMNS`); not seen is `MISSING`."""
+        self._weights = self._weights or norms(self._parameters)
+        return [self._table(device, places) for device, places in self._by_device().items()]
+
+    def _table(self, device: torch.device, places: Sequence[int]) -> Tensor:
+        missing, none = (
+            torch.full((), v, dtype=torch.float64, device=device) for v in (MISSING, 0)
+        )
+        rows: list[Tensor] = []
+        for i in places:
+            seen = self._grads.get(i)
+            count = seen.nonfinite if seen else missing
+            rows += [
+                self._weights[i],
+                seen.size if seen else missing,
+                count.double() if isinstance(count, Tensor) else none,
+                self._used.get(i, seen.size if seen else missing),
+                self._updates[i] if self._updates else missing,
+            ]
+        return torch.stack(rows).view(-1, len(COLUMNS))
+
+    def in_order(self, tables: Sequence[np.ndarray]) -> np.ndarray:
+        """The tables of `read` on the host, as one with a row for each of `owned`."""
+        found = np.full((len(self.owned), len(COLUMNS)), MISSING)
+        for places, table in zip(self._by_device().values(), tables, strict=True):
+            found[places] = table
+        return found
+
+    def _by_device(self) -> dict[torch.device, list[int]]:
+        places: dict[torch.device, list[int]] = {}
+        for i, parameter in enumerate(self._parameters):
+            places.setdefault(parameter.device, []).append(i)
+        return places
+
+
+def norms(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """`stats.norm` of each; small ones, and those on a GPU, in few calls."""
+    found: dict[int, Tensor] = {}
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, x in enumerate(tensors):
+        if x.is_complex() or (x.device.type == "cpu" and x.numel() > SMALL):
+            found[i] = norm(_values(x))
+        else:
+            groups.setdefault((x.device, x.dtype), []).append(i)
+    for places in groups.values():
+        sizes = torch._foreach_norm([tensors[i] for i in places], 2, torch.float64)
+        found |= dict(zip(places, sizes, strict=True))
+    return [found[i] for i in range(len(tensors))]
+
+
+def _values(x: Tensor) -> Tensor:
+    """All numbers of a parameter or gradient as real ones; of a sparse one those it stores."""
+    x = x.detach()
+    if x.is_sparse:
+        x = x.coalesce().values()
+    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x

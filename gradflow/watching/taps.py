@@ -1,0 +1,173 @@
+"""Hooks on the layers, and the tap that goes into compiled graphs.
+
+Run by Python, a layer's forward hooks note its tensors and put tensor hooks on them. Inside
+`torch.compile` the same hooks are traced: there the tensor passes an operator that is opaque to the
+compiler, so that nothing breaks the graph. When the graph runs, that operator calls the same
+recorder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from gradflow.watching.passes import Call, Pass, Tap
+from gradflow.watching.recorder import Recorder, in_backward
+from gradflow.watching.streams import exchanged, stream_of
+
+
+class Traced:
+    """The recorder as compiled graphs see it: they know places, not tensors to hook.
+
+    Attributes:
+        recorder: notes what happens.
+        ran: a tap has run inside a compiled graph.
+        waiting: for the input (True) or output (False) of each place, the taps whose gradient
+            has not come, newest last: backward goes through the calls in reverse.
+    """
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder = recorder
+        self.ran = False
+        self.waiting: dict[tuple[int, bool], list[tuple[Pass, Tap]]] = {}
+
+    def forward(self, x: Tensor, place: int, *, entering: bool, graph: bool) -> None:
+        """The input or the output of a place has been computed; `graph`: it requires a gradient."""
+        self.ran = True
+        if in_backward() or not self.recorder.watches() or not x.numel():
+            return
+        current = self.recorder.current()
+        tap = self.recorder.tap(current, x)
+        tap.hooked = graph
+        if entering:
+            current.entered.append(Call(place, current.counted(place), tap))
+        else:
+            current.complete(self._call(current, place), tap)
+        if graph:
+            self.waiting.setdefault((place, entering), []).append((current, tap))
+
+    def backward(self, g: Tensor, place: int, *, entering: bool) -> None:
+        """The gradient of an input or output has been computed."""
+        waiting = self.waiting.get((place, entering))
+        if waiting:
+            owner, tap = waiting.pop()
+            self.recorder.gradient(owner, tap, g)
+
+    def forget_graphs(self) -> None:
+        """Have everything compiled again if there are taps in a graph."""
+        if self.ran:
+            torch.compiler.reset()
+
+    def _call(self, current: Pass, place: int) -> Call:
+        """The call that returns: its x is its own, or the output of the layer before."""
+        call = current.returned(place)
+        if call is None:
+            call = Call(place, current.counted(place))
+            before = self.recorder.places[place].previous
+            call.x = next((c.y for c in reversed(current.calls) if c.place == before), None)
+        return call
+
+
+_LIVE: dict[int, Traced] = {}
+_NUMBERS = count()
+
+
+@torch.library.custom_op("gradflow::tap", mutates_args=())
+def _tap(x: Tensor, watcher: int, place: int, entering: bool, graph: bool) -> Tensor:
+    if watcher in _LIVE:
+        _LIVE[watcher].forward(x, place, entering=entering, graph=graph)
+    return x.clone()
+
+
+@torch.library.custom_op("gradflow::tap_gradient", mutates_args=())
+def _tap_gradient(g: Tensor, watcher: int, place: int, entering: bool) -> Tensor:
+    if watcher in _LIVE:
+        _LIVE[watcher].backward(g, place, entering=entering)
+    return g.clone()
+
+
+_tap.register_fake(lambda x, *numbers: torch.empty_like(x))
+_tap_gradient.register_fake(lambda g, *numbers: torch.empty_like(g))
+
+
+def _keep_numbers(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+    ctx.numbers = inputs[1:4]
+
+
+def _pass_on(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None, None]:
+    return _tap_gradient(g, *ctx.numbers), None, None, None, None
+
+
+_tap.register_autograd(_pass_on, setup_context=_keep_numbers)
+
+
+@contextmanager
+def installed(model: nn.Module, recorder: Recorder) -> Iterator[Traced]:
+    """Hooks on the model and its layers; all of them are gone at the end, whatever happens."""
+    number, traced = next(_NUMBERS), Traced(recorder)
+    _LIVE[number] = traced
+    handles: list[RemovableHandle] = []
+    try:
+        handles += _on_root(model, recorder)
+        for place, layer in enumerate(recorder.places):
+            first = layer.previous is None
+            handles += _on_layer(layer.module, recorder, (number, place), first=first)
+        yield traced
+    finally:
+        for handle in handles:
+            handle.remove()
+        del _LIVE[number]
+
+
+def _on_root(model: nn.Module, recorder: Recorder) -> Iterator[RemovableHandle]:
+    def before(*_: Any) -> None:
+        if not torch.compiler.is_compiling():
+            recorder.begin()
+
+    def after(*_: Any) -> None:
+        if not torch.compiler.is_compiling():
+            recorder.end()
+
+    yield model.register_forward_pre_hook(before, prepend=True)
+    yield model.register_forward_hook(after)
+
+
+def _on_layer(
+    layer: nn.Module, recorder: Recorder, where: tuple[int, int], *, first: bool
+) -> Iterator[RemovableHandle]:
+    """Hooks on one layer; `where` is the watcher and the place, `first` begins a chain."""
+    watcher, place = where
+
+    def before(_: nn.Module, args: Any, kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            recorder.enter(place, (args, kwargs))
+            return None
+        return _traced((args, kwargs), watcher, place, entering=True) if first else None
+
+    def after(_: nn.Module, args: Any, output: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            recorder.leave(place, output)
+            return None
+        x = stream_of(args)
+        shape = None if x is None else x.shape
+        return _traced(output, watcher, place, entering=False, shape=shape)
+
+    yield layer.register_forward_pre_hook(before, with_kwargs=True)
+    yield layer.register_forward_hook(after)
+
+
+def _traced(
+    value: Any, watcher: int, place: int, *, entering: bool, shape: torch.Size | None = None
+) -> Any:
+    """The same value, its stream through a tap; None where there is nothing to watch."""
+    x = stream_of(value, shape)
+    if x is None or not torch.is_grad_enabled():
+        return None
+    graph = x.requires_grad
+    return exchanged(value, x, lambda x: _tap(x, watcher, place, entering, graph))
