@@ -236,7 +236,7 @@ class StackSpec:
                 object.__setattr__(self, name, float(getattr(self, name)))
         _check_fit(self)
         if not self.is_stored(self.scheme):
-            self.wiring(1, 0)  # a scheme refuses here what it is not defined for
+            _check_own_forms(self, self.wiring(1, 0))  # a scheme refuses what it is not defined for
         _check_user_code(self)
 
     def _resolve_weights(self) -> None:
@@ -748,6 +748,27 @@ def _check_fit(spec: StackSpec) -> None:
         raise UsageError(rule, f"--seq-len {spec.seq_len}", f"use --seq-len {most} or less")
     if spec.norm_kind is not None:
         _check_norm_kind(spec)
+
+
+# Parts that units of a kind (`Wiring.unit`) have in a form of their own; neither has biases.
+OWN_FORMS = {"ngpt": ("kv_heads", "head_dim", "rope", "bias"), "fixup": ("gated", "bias")}
+
+
+def _check_own_forms(spec: StackSpec, wiring: Wiring) -> None:
+    """Refuse options that units of this kind would pass over."""
+    heads = spec.heads or 1
+    usual = {
+        "kv_heads": (heads, f"--kv-heads {heads}"),
+        "head_dim": (spec.width // heads, f"--head-dim {spec.width // heads}"),
+        "rope": (0.0, "--rope 0"),
+        "gated": (False, "--no-gated"),
+        "bias": ("none", "--bias none"),
+    }
+    for name in OWN_FORMS.get(wiring.unit, ()):
+        given, (value, remedy) = getattr(spec, name), usual[name]
+        if given not in (None, value, BLOCK_OPTIONS[name]):
+            rule = f"--scheme {user_code.shown(str(spec.scheme))} decides {flag(name)} itself"
+            raise UsageError(rule, f"{flag(name)} {given}", f"use {remedy}")
 
 
 def _check_heads(spec: StackSpec, heads: int) -> None:

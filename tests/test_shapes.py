@@ -12,6 +12,7 @@ import pytest
 from commandline import CommandLine
 from problems import measure
 from test_spec import assert_one_line
+from user_files import scheme_file
 
 from gradflow.errors import UsageError
 from gradflow.grid import expand
@@ -20,6 +21,7 @@ from gradflow.shapes import SHAPES
 from gradflow.spec import StackSpec
 from gradflow.stack import Block
 from gradflow.theory import predict
+from gradflow.user_code import from_file
 
 
 def untied(spec: StackSpec) -> int:
@@ -192,3 +194,47 @@ def test_a_run_and_a_comparison_take_shapes(gradflow: CommandLine) -> None:
     assert "1 of 2 cells stored already" in both.err
     assert "gpt2, residual" in both.out
     assert "bert-base, residual" in both.out
+
+
+TINY = {"depth": 2, "width": 16, "heads": 2, "seq_len": 4}
+
+
+def test_a_shape_goes_with_a_users_own_scheme(tmp_path: Path) -> None:
+    """Read from a stored run, where its code is not loaded, it is the same spec."""
+    bare = {"wire": "lambda at: Wiring(b=0.5)", "normalises": "False"}
+    own = from_file(scheme_file(tmp_path, **bare))
+    spec = StackSpec(like="gpt2", scheme=own, **TINY)
+    assert (spec.norm_kind, spec.activation, spec.causal) == (None, "gelu-tanh", True)
+    values = spec.to_json()
+    stored = StackSpec.from_json(values | {"scheme": own[:-8] + "00000000"})
+    assert stored.to_json() | {"scheme": own} == values
+    assert "scheme.py:SCHEME transformer" in stored.title
+    assert "@" not in stored.title + stored.slug + stored.origin
+
+
+@pytest.mark.parametrize(
+    ("scheme", "option"),
+    [
+        ("ngpt", {"kv_heads": 1}),
+        ("ngpt", {"head_dim": 4}),
+        ("ngpt", {"rope": 1e4}),
+        ("ngpt", {"bias": "qkv"}),
+        ("fixup", {"gated": True}),
+        ("fixup", {"bias": "qkv"}),
+    ],
+)
+def test_options_that_a_scheme_s_own_branches_would_pass_over_are_refused(
+    scheme: str, option: dict[str, Any]
+) -> None:
+    kept = {"block": "transformer", "scheme": scheme} | TINY
+    StackSpec(**kept | {"bias": "none"})
+    with pytest.raises(UsageError, match=f"--scheme {scheme} decides --") as refused:
+        StackSpec(**kept | option)
+    assert_one_line(refused.value, "use --")
+
+
+@pytest.mark.parametrize("scheme", ["fixup", "ngpt"])
+def test_a_scheme_s_own_ffn_has_the_hidden_width_that_is_given(scheme: str) -> None:
+    spec = StackSpec(scheme=scheme, block="transformer", ffn_width=24, **TINY)
+    down = dict(Block(spec).named_modules())["1.branch.down"]
+    assert down.shapes["weight"] == (16, 24)

@@ -38,6 +38,7 @@ from torch import Tensor
 from gradflow import RunOptions, measure, save
 from gradflow.errors import UsageError
 from gradflow.language import token_ids
+from gradflow.rebuilt import RebuiltBlocks
 from gradflow.spec import StackSpec, run_key
 from gradflow.stack import build_block, input_batch
 from gradflow.store import load
@@ -338,3 +339,29 @@ def test_a_run_needs_no_other_option(
     assert both.code == 0, both.err
     assert "1 of 2 cells stored already" in both.err
     assert "ce loss" in both.out
+
+
+def test_a_rebuilt_layer_has_the_tensors_of_its_own_layer(folder: Path) -> None:
+    spec = spec_of(folder)
+    blocks = RebuiltBlocks(spec, 0, CPU)
+    for layer in (2, 1, 2):
+        fresh, played = build_block(spec, 0, layer, CPU), blocks[layer - 1]
+        pairs = zip(fresh.named_parameters(), played.named_parameters(), strict=True)
+        assert all(a == b and torch.equal(p, q) for (a, p), (b, q) in pairs)
+    first, second = (dict(build_block(spec, 0, n, CPU).named_parameters()) for n in (1, 2))
+    assert not torch.equal(first["0.branch.q.weight"], second["0.branch.q.weight"])
+
+
+def test_every_policy_gives_the_same_gradients(folder: Path) -> None:
+    runs = [
+        measure(spec_of(folder, loss="ce"), RunOptions(device="cpu", timing=False, **policy))
+        for policy in ({}, {"keep": "graph"}, {"keep": "boundaries", "rebuild": True})
+    ]
+    norms = [[r.grad_norm for r in run.layer_records] for run in runs]
+    assert norms[0] == norms[1] == norms[2]
+
+
+def test_a_checkpoint_is_not_trained_on(folder: Path) -> None:
+    with pytest.raises(UsageError, match="leave out --weights, or --steps") as refused:
+        measure(spec_of(folder), RunOptions(device="cpu", steps=2))
+    assert_one_line(refused.value, "leave out --weights")
