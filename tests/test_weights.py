@@ -364,4 +364,5 @@ def test_every_policy_gives_the_same_gradients(folder: Path) -> None:
 def test_a_checkpoint_is_not_trained_on(folder: Path) -> None:
     with pytest.raises(UsageError, match="leave out --weights, or --steps") as refused:
         measure(spec_of(folder), RunOptions(device="cpu", steps=2))
-    assert_one_line(refused.value, "leave out --weights")
+    parts = ("starts from initial weights", "--weights tiny llama@", "leave out --weights")
+    assert_one_line(refused.value, parts)
