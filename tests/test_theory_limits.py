@@ -33,6 +33,7 @@ SPECS: list[tuple[dict[str, Any], str]] = [
     ({"norm_kind": "batchnorm"}, "batchnorm beside attention"),
     ({"block": "ffn", "shortcut": "plain", "norm_kind": "batchnorm"}, "batchnorm in a plain ffn"),
     ({"block": "mlp", "norm": "none", "activation": "relu"}, "its mean adds up"),
+    ({"block": "mlp", "norm_kind": "dyt", "activation": "relu"}, "dyt and derf of a stream"),
     ({"block": "mlp", "norm_kind": "groupnorm", "width": 64}, "groupnorm over 8 independent"),
     ({"block": "mlp", "norm_kind": "layernorm", "width": 48}, "layernorm over 48 independent"),
     ({"block": "mlp", "norm_kind": "batchnorm", "batch_size": 8}, "batchnorm over 8 independent"),

@@ -24,6 +24,7 @@ LOGIT_LIMIT = 2.0
 _TABLE_END = 4.0
 _TABLE_STEPS = 128
 _SCATTER_NUMBERS = 1 << 17
+_SMALLEST_LOGITS = 1e-10
 
 
 @cache
@@ -80,11 +81,13 @@ def excess_array(g: Array, tokens: npt.NDArray[np.int64]) -> Array:
 @cache
 def scatter(g: float, tokens: int) -> float:
     """Relative variance of sum_s (A_s - 1/T)^2 for T logits of variance g, by a fixed sample."""
+    if g < _SMALLEST_LOGITS:  # the limit, which rounding would hide
+        return 2 / (tokens - 1)
     draws = max(_SCATTER_NUMBERS // tokens, 256)
     logits = np.sqrt(g) * np.random.default_rng(0).standard_normal((draws, tokens))
     weights = np.exp(logits - logits.max(1, keepdims=True))
     off = ((weights / weights.sum(1, keepdims=True) - 1 / tokens) ** 2).sum(1)
-    return float(off.var() / off.mean() ** 2) if g > 0 else 2 / (tokens - 1)
+    return float(off.var() / off.mean() ** 2)
 
 
 @dataclass(frozen=True)

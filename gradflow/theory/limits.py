@@ -8,7 +8,7 @@ from gradflow.spec import StackSpec
 from gradflow.theory.layouts import Layout
 from gradflow.theory.maths import Array
 from gradflow.theory.moments import ACTIVATIONS
-from gradflow.theory.norms import KNOWN
+from gradflow.theory.norms import KNOWN, POINTWISE
 from gradflow.theory.passes import BRANCHES, Passes
 from gradflow.theory.spread import Noise
 from gradflow.theory.units import NoTheoryError, Stack, Unit
@@ -86,6 +86,10 @@ def _check_unit(unit: Unit) -> None:
     odd = unit.activation in ACTIVATIONS and ACTIVATIONS[unit.activation].odd
     if unit.activation not in ACTIVATIONS:
         raise NoTheoryError(f"the activation {unit.activation} has no moments")
+    if unit.is_single and not odd and set(unit.norms) & set(POINTWISE):
+        raise NoTheoryError(
+            f"dyt and derf of a stream with a mean, as {unit.activation}(Wx) has, have no formula"
+        )
     if unit.is_single and unit.a and not odd and not unit.norms:
         raise NoTheoryError(
             f"x + {unit.activation}(Wx): its mean adds up along the shortcut, and the gradient "
