@@ -7,7 +7,7 @@ projection; `initial` needs both. Its parameters hold no values until `initial.f
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own convention)
@@ -17,6 +17,16 @@ from gradflow.spec import GROUPS, POINTWISE, StackSpec
 from gradflow.wiring import Wiring
 
 EPS = 1e-5
+
+
+class ConstantStart(nn.Module):
+    """Parameters that start at constants, `starts`, and hold nothing before, as those of `Linear`.
+
+    A start is one number for all elements, or one for each.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    starts: Mapping[str, float | Tensor]
 
 
 class Linear(nn.Module):
@@ -157,7 +167,11 @@ class Attention(Branch):
         self.mid = make_norm(spec, wiring, "mid")
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (self._split(proj(x)) for proj in (self.q, self.k, self.v))
+        return self.attend(x, self.v(x))
+
+    def attend(self, x: Tensor, values: Tensor) -> Tensor:
+        """f with these values (B, T, d) in the place of the projection of x."""
+        q, k, v = (self._split(part) for part in (self.q(x), self.k(x), values))
         q, k, v = self.q_norm(q), self.k_norm(k), self.v_norm(v)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         return self.out(self.mid(mixed.transpose(1, 2).flatten(2)))
@@ -195,7 +209,7 @@ BRANCHES: dict[str, type[Branch]] = {
 }
 
 
-class Norm(nn.Module):
+class Norm(ConstantStart):
     """A normalisation with an affine map after it, 1 and 0 at the start; empty as `Linear` is.
 
     layernorm: over the features of a token or vector, over C x H x W of an image (Ba et al. 2016,
@@ -221,7 +235,7 @@ class Norm(nn.Module):
         return self.apply_norm(x, self.weight, self.bias)
 
 
-class Pointwise(nn.Module):
+class Pointwise(ConstantStart):
     """A function of each element in the place of a norm; empty as `Linear` is.
 
     dyt: weight tanh(alpha x) + bias, Zhu et al. 2025 (arXiv:2503.10622). derf: weight

@@ -28,7 +28,7 @@ class Slot:
         name: its name there.
         shape: its sizes.
         std: scale of the draw (standard deviation, or half-width if uniform); None = constant.
-        constant: the value of a parameter that is not drawn.
+        constant: the value, or the values, of a parameter that is not drawn.
         matrix: whether an orthogonal rule applies to it.
     """
 
@@ -36,7 +36,7 @@ class Slot:
     name: str
     shape: tuple[int, ...]
     std: float | None
-    constant: float = 0.0
+    constant: float | Tensor = 0.0
     matrix: bool = False
 
 
@@ -135,7 +135,10 @@ def _draw(out: Tensor, spec: StackSpec, source: torch.Generator) -> None:
 
 def _set_values(view: Tensor, slot: Slot, spec: StackSpec) -> None:
     if slot.std is None:
-        view.fill_(slot.constant)
+        if isinstance(slot.constant, Tensor):
+            view.copy_(slot.constant)
+        else:
+            view.fill_(slot.constant)
         return
     if slot.matrix and spec.init == "orthogonal" and spec.weight_var is None:
         _orthogonalise(view)

@@ -16,7 +16,7 @@ import torch
 from gradflow.errors import MeasurementError
 from gradflow.saved import SavedBytes
 from gradflow.spec import RunOptions, StackSpec, flag
-from gradflow.stack import Block, build_block, input_batch, stream_shape
+from gradflow.stack import Block, build_block, input_shape, stream_shape
 from gradflow.units import gib
 
 _STATUS = Path("/proc/self/status")
@@ -47,16 +47,27 @@ def needed_bytes(spec: StackSpec, options: RunOptions, device: torch.device) -> 
     """Estimate for the resident stack: parameters, and what autograd keeps for the backward.
 
     Measured on one block and a few samples, because one layer and its batch may already be too
-    much. Timing adds the gradients of all parameters: the bare pass holds them together.
+    much; on the first and the last where the state grows from layer to layer. Timing adds the
+    gradients of all parameters: the bare pass holds them together.
     """
     few = replace(spec, batch_size=min(_FEW, int(spec.batch_size or 1)))
-    block = build_block(few, options.seed, 1, device)
-    x = input_batch(few, options.seed, device)
-    saved = SavedBytes()
-    parameters = sum(p.numel() * p.element_size() for p in block.parameters())
-    kept = sum(saved.of(unit, x) for unit in block.units) * int(spec.batch_size or 1)
-    kept //= int(few.batch_size or 1)
+    layers = (1, spec.depth) if spec.readout is not None else (1,)
+    blocks = {layer: build_block(few, options.seed, layer, device) for layer in layers}
+    parameters = max(sum(p.nbytes for p in block.parameters()) for block in blocks.values())
+    kept = sum(kept_bytes(few, layer, block) for layer, block in blocks.items()) // len(blocks)
+    kept = kept * int(spec.batch_size or 1) // int(few.batch_size or 1)
     return spec.depth * (parameters * (2 if options.timing else 1) + kept)
+
+
+def kept_bytes(spec: StackSpec, layer: int, block: Block) -> int:
+    """What autograd keeps for the backward of one layer, its inputs among it."""
+    saved, size = SavedBytes(), 0
+    device = next(block.parameters()).device
+    for number, unit in enumerate(block.units):
+        shape = input_shape(spec, layer, number)
+        x = torch.ones(shape, dtype=getattr(torch, spec.dtype), device=device)
+        size += saved.of(unit, x)
+    return size
 
 
 def least_bytes(spec: StackSpec) -> int:
@@ -64,8 +75,10 @@ def least_bytes(spec: StackSpec) -> int:
     shapes = [s for part in Block(spec).modules() for s in getattr(part, "shapes", {}).values()]
     rows = math.prod(stream_shape(spec)) // spec.width
     head = spec.classes * (spec.width + rows) if spec.loss == "ce" else 0
-    streams = spec.units_per_block * math.prod(stream_shape(spec))
-    numbers = spec.depth * (sum(map(math.prod, shapes)) + streams) + head
+    units = range(spec.units_per_block)
+    streams = sum(spec.streams(layer, u) for layer in range(1, spec.depth + 1) for u in units)
+    numbers = spec.depth * sum(map(math.prod, shapes)) + streams * math.prod(stream_shape(spec))
+    numbers += head
     return numbers * int(getattr(torch, spec.dtype).itemsize)
 
 

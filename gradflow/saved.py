@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gradflow.stack import Unit
+from gradflow.residual import Unit
 
 
 class SavedBytes:
     """Bytes that autograd keeps for a unit's backward, parameters aside.
 
-    Counted once per structure, in a forward pass of its own: hooks in the measured pass would cost
-    time and could hold tensors.
+    Counted once per structure and shape of the stream, in a forward pass of its own: hooks in the
+    measured pass would cost time and could hold tensors.
     """
 
     def __init__(self) -> None:
@@ -20,9 +20,10 @@ class SavedBytes:
 
     def of(self, unit: Unit, x: Tensor) -> int:
         """Bytes of the distinct storages that `unit` saves for an input like x."""
-        if unit.structure not in self._known:
-            self._known[unit.structure] = count_saved(unit, x)
-        return self._known[unit.structure]
+        key = (unit.structure, x.shape)
+        if key not in self._known:
+            self._known[key] = count_saved(unit, x)
+        return self._known[key]
 
 
 def count_saved(unit: Unit, x: Tensor) -> int:

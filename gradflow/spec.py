@@ -222,12 +222,25 @@ class StackSpec:
         """Whether a head normalises the stream first, as nets with norms in the branch need it."""
         return self.norm == "pre" if self.scheme is None else self.recipe.final_norm
 
+    @property
+    def readout(self) -> str | None:
+        """How several streams become the output; None: there is one."""
+        return None if self.scheme is None else self.recipe.readout
+
+    def place(self, layer: int, unit: int) -> Place:
+        """Where unit number `unit` (from 0) of layer `layer` (from 1) stands."""
+        kinds = self.kind.units
+        return Place(self.depth, layer, unit, len(kinds), kinds[unit])
+
+    def streams(self, layer: int, unit: int) -> int:
+        """Streams in the output of that unit."""
+        return 1 if self.scheme is None else self.recipe.streams(self.place(layer, unit))
+
     def wiring(self, layer: int, unit: int) -> Wiring:
         """How unit number `unit` (from 0) of layer `layer` (from 1) is wired."""
         kinds = self.kind.units
         if self.scheme is not None:
-            place = Place(self.depth, layer, unit, len(kinds), kinds[unit])
-            wiring = self.recipe.wire(place)
+            wiring = self.recipe.wire(self.place(layer, unit))
         else:
             places = {"none": (), "pre": ("in",), "post": ("out",)}[str(self.norm)]
             wiring = Wiring(a=float(self.has_shortcut), norms=places)

@@ -7,151 +7,33 @@ it, so any layer can be replayed by itself.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own convention)
 from torch import Tensor, nn
 
-from gradflow.blocks import (
-    BRANCHES,
-    PHI,
-    Branch,
-    Conv3x3,
-    Linear,
-    Norm,
-    Pointwise,
-    make_norm,
-    norm_of_kind,
-)
+from gradflow.blocks import ConstantStart, Conv3x3, Linear, norm_of_kind
+from gradflow.depth_mixing import DenseUnit, DepthAttentionUnit
+from gradflow.hyper import HyperUnit, ManifoldUnit
 from gradflow.initial import Slot, bias_std, fans, fill, generator, weight_std
+from gradflow.readouts import READOUTS
+from gradflow.residual import ParamInfo as ParamInfo
+from gradflow.residual import Scale, Unit
 from gradflow.spec import StackSpec
-from gradflow.stats import norm
-from gradflow.wiring import Wiring
-
-
-class Activation(nn.Module):
-    """phi as a module."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.phi = PHI[name]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.phi(x)
-
-
-@dataclass(frozen=True)
-class ParamInfo:
-    """What is known of one parameter without a pass; `norm` is that of its value."""
-
-    name: str
-    shape: str
-    numel: int
-    norm: Tensor
-
-
-class Scale(nn.Module):
-    """b x, b a parameter: one number, or one for each feature; empty as `Linear` is."""
-
-    weight: Tensor
-
-    def __init__(self, spec: StackSpec, learned: str, start: float) -> None:
-        super().__init__()
-        self.shapes = {"weight": (spec.width if learned == "vector" else 1,)}
-        self.starts = {"weight": start}
-        self.is_shared = learned == "shared scalar"
-        self.channels = learned == "vector" and spec.kind.domain == "images"
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * (self.weight.view(-1, 1, 1) if self.channels else self.weight)
-
-
-class Factor(nn.Module):
-    """A constant times x."""
-
-    def __init__(self, factor: float) -> None:
-        super().__init__()
-        self.factor = factor
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.factor
-
-
-class Unit(nn.Module):
-    """One step of the stream: y = Np(a x + b No(f(c Ni(x)))), without a x if plain (`wiring`).
-
-    Attributes:
-        shortcut: whether it is residual.
-        weights: its parameters, once they have values.
-        infos: for each what needs no pass.
-        structure: equal for units that keep equally much for their backward.
-    """
-
-    weights: tuple[nn.Parameter, ...]
-    infos: tuple[ParamInfo, ...]
-    structure: tuple[object, ...]
-
-    def __init__(self, spec: StackSpec, wiring: Wiring, name: str) -> None:
-        super().__init__()
-        self.name, self.wiring = name, wiring
-        self.shortcut = wiring.a != 0
-        self.branch: Branch = BRANCHES[name](spec, wiring)
-        inside = self.branch.norms_inside
-        self.shared = nn.Identity() if inside else make_norm(spec, wiring, "shared")
-        self.before = nn.Identity() if inside else make_norm(spec, wiring, "in")
-        self.scale_in = _factor(wiring.c)
-        self.branch_norm = make_norm(spec, wiring, "branch")
-        self.scale = Scale(spec, wiring.learned, wiring.b) if wiring.learned else _factor(wiring.b)
-        self.after = _after(spec, wiring, inside=inside)
-
-    def f(self, x: Tensor) -> Tensor:
-        """b No(f(c Ni(x)))."""
-        return self.scale(self.branch_norm(self.branch(self.scale_in(self.before(x)))))
-
-    def join(self, x_skip: Tensor | None, x_branch: Tensor) -> Tensor:
-        """y from the two uses of x, given apart so that their gradients come apart.
-
-        Args:
-            x_skip: x as the shortcut takes it; None for a plain unit.
-            x_branch: x as the branch takes it.
-        """
-        f = self.f(self.shared(x_branch))
-        if x_skip is None:
-            return self.after(f)
-        skip = self.shared(x_skip)
-        return self.after((skip if self.wiring.a == 1 else self.wiring.a * skip) + f)
-
-    def seal(self) -> None:
-        """Note what the engines ask of every unit in every pass."""
-        named = list(self.named_parameters())
-        self.weights = tuple(p for _, p in named)
-        self.infos = tuple(
-            ParamInfo(name, "x".join(map(str, p.shape)), p.numel(), norm(p.detach()))
-            for name, p in named
-        )
-        scalars = (self.wiring.a, self.shortcut)
-        self.structure = (scalars, *(type(part) for part in self.modules()))
-
-    def forward(self, x: Tensor) -> Tensor:
-        # The view gathers the branch's uses of x before the shortcut's is added, in the order
-        # in which the engine adds the two parts: the gradients agree bit by bit.
-        return self.join(x if self.shortcut else None, x.view_as(x))
-
-
-def _factor(factor: float) -> nn.Module:
-    return nn.Identity() if factor == 1 else Factor(factor)
-
-
-def _after(spec: StackSpec, wiring: Wiring, *, inside: bool) -> nn.Module:
-    """What follows the addition: a norm, or the activation of He et al. 2015."""
-    if not inside:
-        return make_norm(spec, wiring, "out")
-    return Activation(str(spec.activation)) if "out" in wiring.norms else nn.Identity()
-
+from gradflow.streams import B2tUnit, DualUnit, SiameseUnit, ValueResidualUnit
 
 # The template, and wirings of their own (`Wiring.unit`).
-UNITS: dict[str, type[Unit]] = {"template": Unit}
+UNITS: dict[str, type[Unit]] = {
+    "template": Unit,
+    "b2t": B2tUnit,
+    "residual-dual": DualUnit,
+    "siamesenorm": SiameseUnit,
+    "hyper-connections": HyperUnit,
+    "mhc": ManifoldUnit,
+    "attnres": DepthAttentionUnit,
+    "denseformer": DenseUnit,
+    "value-residual": ValueResidualUnit,
+}
 
 
 class Block(nn.Sequential):
@@ -217,7 +99,7 @@ def module_slots(
         yield Slot(part, "weight", shape, std, matrix=True)
         if "bias" in part.shapes:
             yield Slot(part, "bias", part.shapes["bias"], bias_std(spec, fans(shape)[0]))
-    elif isinstance(part, Norm | Pointwise | Scale):
+    elif isinstance(part, ConstantStart):
         for name, size in part.shapes.items():
             yield Slot(part, name, size, None, part.starts[name])
 
@@ -235,6 +117,21 @@ def stream_shape(spec: StackSpec) -> tuple[int, ...]:
         "tokens": (batch, int(spec.seq_len or 1), spec.width),
         "images": (batch, spec.width, int(spec.image_size or 1), int(spec.image_size or 1)),
     }[spec.kind.domain]
+
+
+def state_shape(spec: StackSpec, layer: int, unit: int) -> tuple[int, ...]:
+    """Shape of the output of unit number `unit` (from 0) of layer `layer` (from 1)."""
+    batch, *rest = stream_shape(spec)
+    streams = spec.streams(layer, unit)
+    return (batch, *rest) if streams == 1 else (batch, streams, *rest)
+
+
+def input_shape(spec: StackSpec, layer: int, unit: int) -> tuple[int, ...]:
+    """Shape of the input of that unit."""
+    if (layer, unit) == (1, 0):
+        return stream_shape(spec)
+    before = (layer, unit - 1) if unit else (layer - 1, spec.units_per_block - 1)
+    return state_shape(spec, *before)
 
 
 def input_batch(spec: StackSpec, seed: int, device: torch.device) -> Tensor:
@@ -308,6 +205,23 @@ LOSSES: dict[str, type[nn.Module]] = {
 }
 
 
+class ReadoutLoss(nn.Module):
+    """loss(readout(state)): the output is what the state becomes, a name of `READOUTS`."""
+
+    def __init__(self, readout: nn.Module, loss: nn.Module) -> None:
+        super().__init__()
+        self.readout, self.loss = readout, loss
+
+    def forward(self, state: Tensor) -> Tensor:
+        return self.loss(self.readout(state))
+
+
 def build_loss(spec: StackSpec, seed: int, device: torch.device) -> nn.Module:
     """The map from y_D to the scalar loss."""
-    return LOSSES[spec.loss](spec, seed, device)
+    loss = LOSSES[spec.loss](spec, seed, device)
+    if spec.readout is None:
+        return loss
+    readout = READOUTS[spec.readout](spec)
+    slots = [slot for part in readout.modules() for slot in module_slots(spec, part)]
+    fill(slots, spec, device, generator(device, seed, "readout"))
+    return ReadoutLoss(readout, loss)

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from gradflow.records import LayerRecord, ParamRecord
+from gradflow.residual import Unit
 from gradflow.rows import Row, to_records
 from gradflow.saved import SavedBytes
 from gradflow.spec import StackSpec
-from gradflow.stack import Block, Unit
+from gradflow.stack import Block
 from gradflow.stats import Sums, forward_sums, grad_norm, gradient_sums, part_sums
 
 Tick = Callable[[], None]
@@ -117,7 +118,8 @@ def loss_gradient(loss: nn.Module, y: Tensor) -> tuple[Tensor, Tensor]:
     leaf = y.detach().requires_grad_()
     value = loss(leaf)
     (g,) = torch.autograd.grad(value, leaf)
-    return value.detach(), g
+    # Memory of its own: a sum over streams gives one gradient to all of them.
+    return value.detach(), g.contiguous()
 
 
 def vjp(tape: Tape, g: Tensor) -> tuple[list[Tensor], list[Tensor | None]]:

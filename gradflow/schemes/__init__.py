@@ -8,54 +8,13 @@ known to go wrong in public re-implementations stands in `pitfalls`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
 
 from gradflow.errors import UsageError
+from gradflow.schemes import streams
+from gradflow.schemes.scheme import ALL as ALL
+from gradflow.schemes.scheme import TOKENS as TOKENS
+from gradflow.schemes.scheme import Scheme as Scheme
 from gradflow.wiring import Place, Wiring
-
-TOKENS = ("transformer", "attention", "ffn")
-ALL = ("transformer", "attention", "ffn", "mlp", "conv")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scheme:
-    """A published recipe.
-
-    Attributes:
-        equation: one unit, in words and symbols.
-        init: the initialisation, in words.
-        paper: authors, year, arXiv number.
-        claim: what it promises at initialisation, as a law that can be tested.
-        wire: the wiring of the unit at a place.
-        blocks: the blocks that it is defined on, the usual one first.
-        defaults: fields of `StackSpec` that it brings; options override them.
-        constants: named numbers at a place, for `gradflow schemes NAME`.
-        plain: units have no shortcut.
-        normalises: whether it has norms at all.
-        final_norm: whether the stream is normalised after the last layer.
-        input_scale: factor on the input, by depth.
-        readout: how several streams become the output, a name of `streams.READOUTS`.
-        profiled: `a` is measured in a forward pass at initialisation.
-        pitfalls: what goes wrong in public re-implementations.
-    """
-
-    equation: str
-    init: str
-    paper: str
-    claim: str
-    wire: Callable[[Place], Wiring]
-    blocks: tuple[str, ...] = TOKENS
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    constants: Callable[[Place], Mapping[str, float]] = lambda _: {}
-    plain: bool = False
-    normalises: bool = True
-    final_norm: bool = False
-    input_scale: Callable[[int], float] = lambda _: 1.0
-    readout: str | None = None
-    profiled: bool = False
-    pitfalls: tuple[str, ...] = ()
 
 
 def deepnorm_constants(place: Place) -> dict[str, float]:
@@ -145,6 +104,15 @@ SCHEMES: dict[str, Scheme] = {
         constants=lambda place: {"alpha": float(place.total)},
         pitfalls=("alpha = number of blocks: it is that of sub-layers",),
     ),
+    "b2t": streams.B2T,
+    "residual-dual": streams.RESIDUAL_DUAL,
+    "siamesenorm": streams.SIAMESENORM,
+    "hyper-connections": streams.HYPER_CONNECTIONS,
+    "mhc": streams.MHC,
+    "mhc-uniform": streams.MHC_UNIFORM,
+    "attnres": streams.ATTNRES,
+    "denseformer": streams.DENSEFORMER,
+    "value-residual": streams.VALUE_RESIDUAL,
 }
 
 

@@ -1,0 +1,53 @@
+"""What a scheme is: a choice of the template's scalars, norms and weight gains, place by place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from gradflow.wiring import Place, Wiring
+
+TOKENS = ("transformer", "attention", "ffn")
+ALL = ("transformer", "attention", "ffn", "mlp", "conv")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheme:
+    """A published recipe.
+
+    Attributes:
+        equation: one unit, in words and symbols.
+        init: the initialisation, in words.
+        paper: authors, year, arXiv number.
+        claim: what it promises at initialisation, as a law that can be tested.
+        wire: the wiring of the unit at a place.
+        blocks: the blocks that it is defined on, the usual one first.
+        defaults: fields of `StackSpec` that it brings; options override them.
+        constants: named numbers at a place, for `gradflow schemes NAME`.
+        plain: units have no shortcut.
+        normalises: whether it has norms at all.
+        final_norm: whether the stream is normalised after the last layer.
+        input_scale: factor on the input, by depth.
+        streams: streams in the output of the unit at a place.
+        readout: how several streams become the output, a name of `readouts.READOUTS`.
+        profiled: `a` is measured in a forward pass at initialisation.
+        pitfalls: what goes wrong in public re-implementations.
+    """
+
+    equation: str
+    init: str
+    paper: str
+    claim: str
+    wire: Callable[[Place], Wiring]
+    blocks: tuple[str, ...] = TOKENS
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    constants: Callable[[Place], Mapping[str, float]] = lambda _: {}
+    plain: bool = False
+    normalises: bool = True
+    final_norm: bool = False
+    input_scale: Callable[[int], float] = lambda _: 1.0
+    streams: Callable[[Place], int] = lambda _: 1
+    readout: str | None = None
+    profiled: bool = False
+    pitfalls: tuple[str, ...] = ()
