@@ -47,27 +47,25 @@ def needed_bytes(spec: StackSpec, options: RunOptions, device: torch.device) -> 
     """Estimate for the resident stack: parameters, and what autograd keeps for the backward.
 
     Measured on one block and a few samples, because one layer and its batch may already be too
-    much; on the first and the last where the state grows from layer to layer. Timing adds the
-    gradients of all parameters: the bare pass holds them together.
+    much; a state of several streams, which may grow, on the first layer, the second and the last.
+    Timing adds the gradients of all parameters: the bare pass holds them together.
     """
     few = replace(spec, batch_size=min(_FEW, int(spec.batch_size or 1)))
-    layers = (1, spec.depth) if spec.readout is not None else (1,)
+    layers = (1, min(2, spec.depth), spec.depth) if spec.has_streams else (1, 1, 1)
     blocks = {layer: build_block(few, options.seed, layer, device) for layer in layers}
     parameters = max(sum(p.nbytes for p in block.parameters()) for block in blocks.values())
-    kept = sum(kept_bytes(few, layer, block) for layer, block in blocks.items()) // len(blocks)
-    kept = kept * int(spec.batch_size or 1) // int(few.batch_size or 1)
-    return spec.depth * (parameters * (2 if options.timing else 1) + kept)
+    sizes = {layer: _kept(few, layer, block) for layer, block in blocks.items()}
+    first, second, last = (sizes[layer] for layer in layers)
+    kept = first + (spec.depth - 1) * (second + last) / 2  # a state grows by equal steps
+    kept *= int(spec.batch_size or 1) / int(few.batch_size or 1)
+    return spec.depth * parameters * (2 if options.timing else 1) + int(kept)
 
 
-def kept_bytes(spec: StackSpec, layer: int, block: Block) -> int:
+def _kept(spec: StackSpec, layer: int, block: Block) -> int:
     """What autograd keeps for the backward of one layer, its inputs among it."""
-    saved, size = SavedBytes(), 0
-    device = next(block.parameters()).device
-    for number, unit in enumerate(block.units):
-        shape = input_shape(spec, layer, number)
-        x = torch.ones(shape, dtype=getattr(torch, spec.dtype), device=device)
-        size += saved.of(unit, x)
-    return size
+    saved, like = SavedBytes(), next(block.parameters())
+    inputs = (like.new_ones(input_shape(spec, layer, u)) for u in range(spec.units_per_block))
+    return sum(saved.of(unit, x) for unit, x in zip(block.units, inputs, strict=True))
 
 
 def least_bytes(spec: StackSpec) -> int:

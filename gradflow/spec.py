@@ -227,6 +227,11 @@ class StackSpec:
         """How several streams become the output; None: there is one."""
         return None if self.scheme is None else self.recipe.readout
 
+    @property
+    def has_streams(self) -> bool:
+        """Whether units hand on a state of several streams."""
+        return self.streams(1, 0) > 1
+
     def place(self, layer: int, unit: int) -> Place:
         """Where unit number `unit` (from 0) of layer `layer` (from 1) stands."""
         kinds = self.kind.units

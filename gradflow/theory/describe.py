@@ -120,7 +120,22 @@ def _unit(spec: StackSpec, wiring: Wiring, kind: str) -> Unit:
 NORMS = {"in": "norm_in", "branch": "norm_branch", "out": "norm_out", "mid": "norm_mid"}
 
 
+# Why there is no prediction: rows of a state hold all its streams together.
+STREAM_REASONS = {
+    "b2t": "no formula for a shortcut over two units",
+    "residual-dual": "no formula for two streams that share a branch",
+    "siamesenorm": "no formula for two streams that share a branch",
+    "hyper-connections": "rows hold all streams together; the input row is n times that of pre-ln",
+    "mhc": "rows hold all n streams together: those of pre-ln over sqrt(n), the input row as it is",
+    "attnres": "rows hold all outputs so far; the input row is that of pre-ln over units + 1",
+    "denseformer": "rows hold all outputs so far; the input row is that of pre-ln",
+    "value-residual": "no formula for values that are averaged over layers",
+}
+
+
 def _check_wiring(spec: StackSpec, wiring: Wiring) -> None:
+    if wiring.unit in STREAM_REASONS:
+        raise NoTheoryError(STREAM_REASONS[wiring.unit])
     if wiring.unit != "template":
         raise NoTheoryError(f"{spec.scheme} wires its units beyond the template")
     beyond = set(wiring.norms) - {*NORMS, "query-key"}
