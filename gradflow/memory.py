@@ -73,10 +73,11 @@ def least_bytes(spec: StackSpec) -> int:
     shapes = [s for part in Block(spec).modules() for s in getattr(part, "shapes", {}).values()]
     rows = math.prod(stream_shape(spec)) // spec.width
     head = spec.classes * (spec.width + rows) if spec.loss == "ce" else 0
-    units = range(spec.units_per_block)
-    streams = sum(spec.streams(layer, u) for layer in range(1, spec.depth + 1) for u in units)
-    numbers = spec.depth * sum(map(math.prod, shapes)) + streams * math.prod(stream_shape(spec))
-    numbers += head
+    ends = [
+        spec.streams(layer, u) for layer in (1, spec.depth) for u in range(spec.units_per_block)
+    ]
+    streams = sum(ends) * math.prod(stream_shape(spec)) // 2  # a state grows by equal steps
+    numbers = spec.depth * (sum(map(math.prod, shapes)) + streams) + head
     return numbers * int(getattr(torch, spec.dtype).itemsize)
 
 

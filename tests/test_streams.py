@@ -470,6 +470,15 @@ def test_the_least_estimate_knows_that_states_grow() -> None:
     assert wide > 3 * narrow
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_states_grow_by_equal_steps(name: str) -> None:
+    """What both estimates rely on."""
+    spec = small(name, depth=9)
+    for unit in (0, 1):
+        counts = [spec.streams(layer, unit) for layer in range(1, 10)]
+        assert len({b - a for a, b in pairwise(counts)}) == 1
+
+
 def test_saved_bytes_grow_with_the_state() -> None:
     spec = small("attnres", depth=4)
     _, *rows = walk(spec, 0, network(spec)).records()[0]
