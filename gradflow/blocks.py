@@ -168,7 +168,11 @@ class Attention(Branch):
         self.mid = make_norm(spec, wiring, "mid", width=queries)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (self._split(proj(x)) for proj in (self.q, self.k, self.v))
+        return self.attend(x, self.v(x))
+
+    def attend(self, x: Tensor, values: Tensor) -> Tensor:
+        """f with these values (B, T, heads c) in the place of the projection of x."""
+        q, k, v = (self._split(part) for part in (self.q(x), self.k(x), values))
         q, k, v = self.q_norm(q), self.k_norm(k), self.v_norm(v)
         if self.base:
             q, k = rotate(q, self.base), rotate(k, self.base)

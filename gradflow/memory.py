@@ -17,7 +17,7 @@ from gradflow.errors import MeasurementError, UsageError
 from gradflow.plan import Footprint, Plan, choose
 from gradflow.saved import SavedBytes
 from gradflow.spec import RunOptions, StackSpec, flag
-from gradflow.stack import Block, build_block, input_batch, layer_kind, stream_shape
+from gradflow.stack import Block, build_block, input_shape, layer_kind, stream_shape
 from gradflow.units import gib
 
 _STATUS = Path("/proc/self/status")
@@ -52,21 +52,32 @@ def footprint(spec: StackSpec, seed: int, device: torch.device) -> Footprint:
     """Bytes of a layer: its parameters, what autograd keeps for its backward, its stream.
 
     Measured on one block and a few samples, because one layer and its batch may already be too
-    much; where layers are of several kinds, on the first and the last.
+    much; where layers are of several kinds, on the first and the last. A state of several streams
+    may grow: there the second layer and the last are averaged.
     """
     few = replace(spec, batch_size=min(_FEW, int(spec.batch_size or 1)))
     scale = int(spec.batch_size or 1) / int(few.batch_size or 1)
-    layers = {layer_kind(spec, layer): layer for layer in (1, spec.depth)}.values()
+    ends = (min(2, spec.depth), spec.depth) if spec.has_streams else (1, spec.depth)
+    kinds = {layer_kind(spec, layer): layer for layer in ends}
+    layers = ends if spec.has_streams else tuple(kinds.values())
     blocks = [build_block(few, seed, layer, device) for layer in layers]
-    x = input_batch(few, seed, device)
-    saved = SavedBytes()
+    kept = [_kept(few, layer, block) for layer, block in zip(layers, blocks, strict=True)]
+    itemsize = int(getattr(torch, spec.dtype).itemsize)
+    streams = sum(spec.streams(layer, spec.units_per_block - 1) for layer in ends) / 2
     return Footprint(
         parameters=max(map(_parameter_bytes, blocks)),
         objects=max(_MODULE * len(list(block.modules())) for block in blocks),
-        graph=int(max(sum(saved.of(u, x) for u in block.units) for block in blocks) * scale),
-        stream=int(x.nbytes * scale),
+        graph=int((sum(kept) / len(kept) if spec.has_streams else max(kept)) * scale),
+        stream=int(streams * math.prod(stream_shape(spec)) * itemsize),
         rows=_ROW * spec.units_per_block,
     )
+
+
+def _kept(spec: StackSpec, layer: int, block: Block) -> int:
+    """What autograd keeps for the backward of one layer, its inputs among it."""
+    saved, like = SavedBytes(), next(block.parameters())
+    inputs = (like.new_ones(input_shape(spec, layer, u)) for u in range(spec.units_per_block))
+    return sum(saved.of(unit, x) for unit, x in zip(block.units, inputs, strict=True))
 
 
 def _parameter_bytes(block: Block) -> int:
@@ -81,8 +92,10 @@ def resident_bytes(size: Footprint, layers: int) -> int:
 def least_bytes(spec: StackSpec) -> int:
     """A bound from below that allocates nothing: one layer, and the fewest streams."""
     shapes = [s for part in Block(spec).modules() for s in getattr(part, "shapes", {}).values()]
-    stream = math.prod(stream_shape(spec))
-    rows = stream // spec.width
+    last = spec.units_per_block - 1
+    ends = [spec.streams(layer, last) for layer in (1, spec.depth)]  # a state grows by equal steps
+    rows = math.prod(stream_shape(spec)) // spec.width
+    stream = math.prod(stream_shape(spec)) * sum(ends) // 2
     head = spec.classes * (spec.width + rows) if spec.loss == "ce" else 0
     streams = stream * max(spec.units_per_block, math.isqrt(spec.depth))
     numbers = sum(map(math.prod, shapes)) + streams + head

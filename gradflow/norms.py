@@ -6,7 +6,7 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own convention)
@@ -17,10 +17,13 @@ from gradflow.wiring import Wiring
 
 
 class ConstantStart(nn.Module):
-    """Parameters that start at constants, `starts`; empty before, as those of `Linear` are."""
+    """Parameters that start at constants, `starts`, and hold nothing before, as those of `Linear`.
 
-    shapes: dict[str, tuple[int, ...]]
-    starts: dict[str, float]
+    A start is one number for all elements, or one for each.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    starts: Mapping[str, float | Tensor]
 
 
 class Norm(ConstantStart):

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gradflow.stack import Unit
+from gradflow.residual import Unit
 
 
 class SavedBytes:
     """Bytes that autograd keeps for a unit's backward, parameters aside.
 
-    Counted once per structure, in a forward pass of its own: hooks in the measured pass would cost
-    time and could hold tensors.
+    Counted once per structure and shape of the stream, in a forward pass of its own: hooks in the
+    measured pass would cost time and could hold tensors.
     """
 
     def __init__(self) -> None:

@@ -389,6 +389,16 @@ class StackSpec:
             if given != own
         )
 
+    @property
+    def readout(self) -> str | None:
+        """How several streams become the output; None: there is one."""
+        return None if self.scheme is None else self.recipe.readout
+
+    @property
+    def has_streams(self) -> bool:
+        """Whether units hand on a state of several streams."""
+        return self.streams(1, 0) > 1
+
     def place(self, layer: int, unit: int) -> Place:
         """Where unit number `unit` (from 0) of layer `layer` (from 1) stands."""
         kinds = self.kind.units
@@ -399,6 +409,10 @@ class StackSpec:
         for layer in range(1, self.depth + 1):
             for unit in range(self.units_per_block):
                 yield self.place(layer, unit), self.wiring(layer, unit)
+
+    def streams(self, layer: int, unit: int) -> int:
+        """Streams in the output of that unit."""
+        return 1 if self.scheme is None else self.recipe.streams(self.place(layer, unit))
 
     def wiring(self, layer: int, unit: int) -> Wiring:
         """How unit number `unit` (from 0) of layer `layer` (from 1) is wired."""

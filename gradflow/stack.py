@@ -17,16 +17,20 @@ from torch import Tensor, nn
 from gradflow import user_code
 from gradflow.blocks import PHI, Conv3x3, Linear
 from gradflow.checkpoint import load_layer
+from gradflow.depth_mixing import DenseUnit, DepthAttentionUnit
 from gradflow.fixup import FixupUnit
+from gradflow.hyper import HyperUnit, ManifoldUnit
 from gradflow.initial import Slot, Weights, bias_std, fans, fill, generator, weight_std
 from gradflow.language import NextTokenLoss, embedded_batch
 from gradflow.ngpt import NgptUnit, unit_norm
 from gradflow.norms import ConstantStart, norm_of_kind
 from gradflow.profiled import AdminUnit, Profile
+from gradflow.readouts import READOUTS
 from gradflow.residual import ParamInfo as ParamInfo
 from gradflow.residual import Scale
 from gradflow.residual import Unit as Unit
 from gradflow.spec import StackSpec, check_choice
+from gradflow.streams import B2tUnit, DualUnit, SiameseUnit, ValueResidualUnit
 from gradflow.unit_kinds import HighwayUnit, NormformerUnit, PbRelaxUnit, StochasticUnit
 from gradflow.user_branch import UserBranch
 
@@ -40,6 +44,14 @@ UNITS: dict[str, type[Unit]] = {
     "fixup": FixupUnit,
     "admin": AdminUnit,
     "ngpt": NgptUnit,
+    "b2t": B2tUnit,
+    "residual-dual": DualUnit,
+    "siamesenorm": SiameseUnit,
+    "hyper-connections": HyperUnit,
+    "mhc": ManifoldUnit,
+    "attnres": DepthAttentionUnit,
+    "denseformer": DenseUnit,
+    "value-residual": ValueResidualUnit,
 }
 
 
@@ -199,6 +211,21 @@ def stream_shape(spec: StackSpec) -> tuple[int, ...]:
     }[spec.kind.domain]
 
 
+def state_shape(spec: StackSpec, layer: int, unit: int) -> tuple[int, ...]:
+    """Shape of the output of unit number `unit` (from 0) of layer `layer` (from 1)."""
+    batch, *rest = stream_shape(spec)
+    streams = spec.streams(layer, unit)
+    return (batch, *rest) if streams == 1 else (batch, streams, *rest)
+
+
+def input_shape(spec: StackSpec, layer: int, unit: int) -> tuple[int, ...]:
+    """Shape of the input of that unit."""
+    if (layer, unit) == (1, 0):
+        return stream_shape(spec)
+    before = (layer, unit - 1) if unit else (layer - 1, spec.units_per_block - 1)
+    return state_shape(spec, *before)
+
+
 def input_batch(spec: StackSpec, seed: int, device: torch.device) -> Tensor:
     """y_0: independent standard normal elements, scaled or normalised as the scheme has it.
 
@@ -295,8 +322,25 @@ LOSSES: dict[str, type[nn.Module]] = {
 }
 
 
+class ReadoutLoss(nn.Module):
+    """loss(readout(state)): the output is what the state becomes, a name of `READOUTS`."""
+
+    def __init__(self, readout: nn.Module, loss: nn.Module) -> None:
+        super().__init__()
+        self.readout, self.loss = readout, loss
+
+    def forward(self, state: Tensor) -> Tensor:
+        return self.loss(self.readout(state))
+
+
 def build_loss(spec: StackSpec, seed: int, device: torch.device) -> nn.Module:
     """The map from y_D to the scalar loss."""
     if spec.weights and spec.loss == "ce":
         return NextTokenLoss(spec, spec.checkpoint, seed, device)
-    return LOSSES[spec.loss](spec, seed, device)
+    loss = LOSSES[spec.loss](spec, seed, device)
+    if spec.readout is None:
+        return loss
+    readout = READOUTS[spec.readout](spec)
+    slots = [slot for part in readout.modules() for slot in module_slots(spec, part)]
+    fill(slots, spec, device, generator(device, seed, "readout"))
+    return ReadoutLoss(readout, loss)

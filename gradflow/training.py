@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from gradflow.initial import generator
 from gradflow.records import LayerRecord, ParamRecord, StepRecord
 from gradflow.spec import RunOptions, StackSpec
-from gradflow.stack import CrossEntropyLoss, build_stack, scaled_input
+from gradflow.stack import ReadoutLoss, build_loss, build_stack, scaled_input
 from gradflow.stats import norm
 from gradflow.tasks import Batch, Task, build_task
 from gradflow.walk import Network, walk
@@ -140,7 +140,7 @@ class TaskNetwork(nn.Module):
         self.embedding = _embedding(spec, seed, device) if spec.kind.domain == "tokens" else None
         self.blocks = build_stack(spec, seed, device)
         self.layers = nn.ModuleList(self.blocks)  # a list alone would not register them
-        self.head = CrossEntropyLoss(spec, seed, device)
+        self.head = build_loss(spec, seed, device)
 
     def enter(self, batch: Batch) -> Tensor:
         """y_0 of a batch."""
@@ -151,12 +151,17 @@ class TaskNetwork(nn.Module):
         y = self.enter(batch)
         for block in self.blocks:
             y = block(y)
-        self.head.labels = batch.labels
+        self._label(batch)
         return self.head(y)
+
+    def _label(self, batch: Batch) -> None:
+        """Give the batch's labels to the classifier, behind whatever makes one of many streams."""
+        head = self.head.loss if isinstance(self.head, ReadoutLoss) else self.head
+        head.labels = batch.labels
 
     def network(self, batch: Batch) -> Network:
         """The same pass for the walk engine, with the parameters (and their norms) as they are."""
-        self.head.labels = batch.labels
+        self._label(batch)
         for block in self.blocks:
             for unit in block.units:
                 unit.seal()

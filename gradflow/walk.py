@@ -103,7 +103,8 @@ def loss_gradient(loss: nn.Module, y: Tensor) -> tuple[Tensor, Tensor]:
     leaf = y.detach().requires_grad_()
     value = loss(leaf)
     (g,) = torch.autograd.grad(value, leaf)
-    return value.detach(), g
+    # Memory of its own: a sum over streams gives one gradient to all of them.
+    return value.detach(), g.contiguous()
 
 
 def vjp(tape: Tape, g: Tensor) -> tuple[list[Tensor], list[Tensor | None]]:

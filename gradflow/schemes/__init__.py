@@ -8,7 +8,7 @@ known to go wrong in public re-implementations stands in `pitfalls`.
 from __future__ import annotations
 
 from gradflow.errors import UsageError
-from gradflow.schemes import classic, deep, layernorm
+from gradflow.schemes import classic, deep, layernorm, streams
 from gradflow.schemes.scheme import ALL as ALL
 from gradflow.schemes.scheme import TOKENS as TOKENS
 from gradflow.schemes.scheme import Scheme as Scheme
@@ -41,6 +41,15 @@ SCHEMES: dict[str, Scheme] = {
     "completep": deep.COMPLETEP,
     "deepscalelm": deep.DEEPSCALELM,
     "ngpt": deep.NGPT,
+    "b2t": streams.B2T,
+    "residual-dual": streams.RESIDUAL_DUAL,
+    "siamesenorm": streams.SIAMESENORM,
+    "hyper-connections": streams.HYPER_CONNECTIONS,
+    "mhc": streams.MHC,
+    "mhc-uniform": streams.MHC_UNIFORM,
+    "attnres": streams.ATTNRES,
+    "denseformer": streams.DENSEFORMER,
+    "value-residual": streams.VALUE_RESIDUAL,
 }
 
 

@@ -31,7 +31,8 @@ class Scheme:
         final_activation: whether the activation follows that norm.
         input_norm: what normalises the input: `norm` the stack's own kind, `unit` to length 1.
         input_scale: factor on the input, by depth.
-        readout: how several streams become the output, a name of `streams.READOUTS`.
+        streams: streams in the output of the unit at a place.
+        readout: how several streams become the output, a name of `readouts.READOUTS`.
         profiled: the shortcuts' weights are measured in a forward pass at initialisation.
         pitfalls: what goes wrong in public re-implementations.
     """
@@ -50,6 +51,7 @@ class Scheme:
     final_activation: bool = False
     input_norm: str | None = None
     input_scale: Callable[[int], float] = lambda _: 1.0
+    streams: Callable[[Place], int] = lambda _: 1
     readout: str | None = None
     profiled: bool = False
     pitfalls: tuple[str, ...] = ()

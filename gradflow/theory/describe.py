@@ -151,6 +151,15 @@ REASONS = {
     "pb-relax": "no formula for norms of 8 x / max|x|, whose eps counts for less",
     "admin": "the shortcuts' weights come from a forward pass",
     "ngpt": "no formula for vectors normalised to length 1",
+    # Rows of a state hold all its streams together.
+    "b2t": "no formula for a shortcut over two units",
+    "residual-dual": "no formula for two streams that share a branch",
+    "siamesenorm": "no formula for two streams that share a branch",
+    "hyper-connections": "rows hold all streams together; the input row is n times that of pre-ln",
+    "mhc": "rows hold all n streams together: those of pre-ln over sqrt(n), the input row as it is",
+    "attnres": "rows hold all outputs so far; the input row is that of pre-ln over units + 1",
+    "denseformer": "rows hold all outputs so far; the input row is that of pre-ln",
+    "value-residual": "no formula for values that are averaged over layers",
 }
 
 
