@@ -30,10 +30,16 @@ PATIENCE = 120
 
 
 def start(out: Path, *words: str) -> subprocess.Popen[str]:
-    """In a process group of its own, as a shell starts it."""
+    """In a process group of its own, as a shell starts it.
+
+    With one thread: those of two sweeps would wait for one another on two cores.
+    """
     pipe = subprocess.PIPE
     command = [PROGRAM, "compare", *GRID, "--out", str(out), *words]
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, stdout=pipe, stderr=pipe, text=True, start_new_session=True, env=env
+    )
 
 
 def wait_until(true: Callable[[], Any]) -> None:
