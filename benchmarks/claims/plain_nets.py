@@ -134,7 +134,8 @@ BALDUZZI = Claim(
     note="(3/4)^L and 1/sqrt(L) hold for independent rows. Without norms the branches' rows grow "
     "alike with depth, and gradients shatter more slowly than (3/4)^L. ReLU also gives the "
     "samples a common mean, which batchnorm takes out of the variance by which it divides: "
-    "1/l becomes 1.47/l, and the exponent -0.73. Plain nets without batchnorm shatter more slowly too.",
+    "1/l becomes 1.47/l, and the exponent -0.73. Plain nets without batchnorm shatter more "
+    "slowly too.",
 )
 
 DE_SMITH = Claim(
