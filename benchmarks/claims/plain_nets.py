@@ -22,7 +22,7 @@ def _growth(activation: dict[str, Any], variance: float, chi: float, wrong: floa
         name=f"nats of |g|^2 per layer, variance {variance}/fan_in{bias}",
         options={**activation, "weight_var": variance},
         read=nats_per_layer,
-        expected=about(math.log(chi), 0.03, f"ln {chi:.4g}"),
+        expected=about(math.log(chi), 0.03 if bias else 0.02, f"ln {chi:.4g}"),
         wrong={"weight_var": wrong},
     )
 
