@@ -1,4 +1,4 @@
-"""The branches f of the units y = x + f(norm(x)), and the norms.
+"""The branches f of the units y = x + f(norm(x)).
 
 Axes: B batch, T tokens, d width, C channels, H x W pixels. Streams are (B, d), (B, T, d) or
 (B, C, H, W). A branch states which of its linear maps feed the activation and which is its output
@@ -8,22 +8,16 @@ projection; `initial` needs both. Its parameters hold no values until `initial.f
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own convention)
 from torch import Tensor, nn
 
-from gradflow.spec import GROUPS, POINTWISE, StackSpec
+from gradflow.norms import make_norm
+from gradflow.rotary import rotate
+from gradflow.spec import StackSpec
 from gradflow.wiring import Wiring
-
-EPS = 1e-5
-
-
-class ConstantStart(nn.Module):
-    """Parameters that start at constants, `starts`; empty before, as those of `Linear` are."""
-
-    shapes: dict[str, tuple[int, ...]]
-    starts: dict[str, float]
 
 
 class Linear(nn.Module):
@@ -62,6 +56,7 @@ class Conv3x3(nn.Module):
 PHI: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,
+    "gelu-tanh": partial(F.gelu, approximate="tanh"),
     "tanh": torch.tanh,
     "silu": F.silu,
     "erf": torch.erf,
@@ -147,176 +142,90 @@ class ResNet(Branch):
 class Attention(Branch):
     """Multi-head self-attention, Vaswani et al. 2017 (arXiv:1706.03762). x: (B, T, d).
 
-    f(x) = W_o M(concat_h softmax(q_h k_h^T / sqrt(d / heads)) v_h) + b_o through torch's fused
-    kernel, M the norm in the middle, where there is one; queries, keys and values are normalised
-    per head where the wiring says so. The keys have no bias: softmax does not change when all
-    logits of a row move together, so its gradient would be zero.
+    f(x) = W_o M(concat_h softmax(q_h k_h^T / sqrt(c)) v_h) + b_o through torch's fused kernel, c
+    the features of a head, M the norm in the middle, where there is one; queries, keys and values
+    are normalised per head where the wiring says so, queries and keys then rotated (`rotary`).
+    With fewer `kv_heads` than `heads` each key and value serves a group of queries, Ainslie et al.
+    2023 (arXiv:2305.13245).
     """
 
     output = "out"
 
     def __init__(self, spec: StackSpec, wiring: Wiring) -> None:
         super().__init__()
-        self.q = Linear(spec.width, spec.width)
-        self.k = Linear(spec.width, spec.width, bias=False)
-        self.v = Linear(spec.width, spec.width)
-        self.out = Linear(spec.width, spec.width)
-        self.heads, self.causal = int(spec.heads or 1), bool(spec.causal)
-        self.q_norm = make_norm(spec, wiring, "query-key", heads=self.heads)
-        self.k_norm = make_norm(spec, wiring, "query-key", heads=self.heads)
-        self.v_norm = make_norm(spec, wiring, "value", heads=self.heads)
-        self.mid = make_norm(spec, wiring, "mid")
+        self.size, self.base, self.causal = spec.head_size, spec.rope, bool(spec.causal)
+        heads = int(spec.heads or 1)
+        kv_heads = spec.kv_heads or heads
+        queries, keys = heads * self.size, kv_heads * self.size
+        self.heads, self.grouped = heads, kv_heads != heads
+        self.q = Linear(spec.width, queries, bias=spec.has_bias("q"))
+        self.k = Linear(spec.width, keys, bias=spec.has_bias("k"))
+        self.v = Linear(spec.width, keys, bias=spec.has_bias("v"))
+        self.out = Linear(queries, spec.width, bias=spec.has_bias("out"))
+        self.q_norm = make_norm(spec, wiring, "query-key", width=self.size)
+        self.k_norm = make_norm(spec, wiring, "query-key", width=self.size)
+        self.v_norm = make_norm(spec, wiring, "value", width=self.size)
+        self.mid = make_norm(spec, wiring, "mid", width=queries)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (self._split(proj(x)) for proj in (self.q, self.k, self.v))
         q, k, v = self.q_norm(q), self.k_norm(k), self.v_norm(v)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        if self.base:
+            q, k = rotate(q, self.base), rotate(k, self.base)
+        mixed = F.scaled_dot_product_attention(
+            q, k, v, is_causal=self.causal, enable_gqa=self.grouped
+        )
         return self.out(self.mid(mixed.transpose(1, 2).flatten(2)))
 
     def _split(self, x: Tensor) -> Tensor:
-        """(B, T, d) to (B, heads, T, d / heads)."""
+        """(B, T, heads c) to (B, heads, T, c)."""
         batch, tokens, _ = x.shape
-        return x.view(batch, tokens, self.heads, -1).transpose(1, 2)
+        return x.view(batch, tokens, -1, self.size).transpose(1, 2)
 
 
 class Ffn(Branch):
-    """f(x) = W_2 M(phi(W_1 x + b_1)) + b_2, hidden width `ffn_mult` d. x: (B, T, d)."""
+    """f(x) = W_2 M(phi(W_1 x + b_1)) + b_2, x: (B, T, d)."""
 
     feeds_activation = ("up",)
     output = "down"
 
     def __init__(self, spec: StackSpec, wiring: Wiring) -> None:
         super().__init__()
-        hidden = spec.width * int(spec.ffn_mult or 1)
-        self.up = Linear(spec.width, hidden)
-        self.down = Linear(hidden, spec.width)
+        self.up = Linear(spec.width, spec.hidden, bias=spec.has_bias("up"))
+        self.down = Linear(spec.hidden, spec.width, bias=spec.has_bias("down"))
         self.phi = PHI[str(spec.activation)]
-        self.mid = make_norm(spec, wiring, "mid", width=hidden)
+        self.mid = make_norm(spec, wiring, "mid", width=spec.hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.mid(self.phi(self.up(x))))
 
 
-BRANCHES: dict[str, type[Branch]] = {
+class GatedFfn(Ffn):
+    """f(x) = W_2 M(phi(W_g x + b_g) * (W_1 x + b_1)) + b_2, x: (B, T, d).
+
+    SwiGLU with silu, GEGLU with gelu: Shazeer 2020 (arXiv:2002.05202).
+    """
+
+    feeds_activation = ("gate",)
+
+    def __init__(self, spec: StackSpec, wiring: Wiring) -> None:
+        super().__init__(spec, wiring)
+        self.gate = Linear(spec.width, spec.hidden, bias=spec.has_bias("gate"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.mid(self.phi(self.gate(x)) * self.up(x)))
+
+
+def _ffn(spec: StackSpec, wiring: Wiring) -> Branch:
+    return (GatedFfn if spec.gated else Ffn)(spec, wiring)
+
+
+MakeBranch = Callable[[StackSpec, Wiring], Branch]
+
+BRANCHES: dict[str, MakeBranch] = {
     "mlp": Mlp,
     "conv": Conv,
     "resnet": ResNet,
     "attention": Attention,
-    "ffn": Ffn,
+    "ffn": _ffn,
 }
-
-
-class Norm(ConstantStart):
-    """A normalisation with an affine map after it, 1 and 0 at the start; empty as `Linear` is.
-
-    layernorm: over the features of a token or vector, over C x H x W of an image (Ba et al. 2016,
-    arXiv:1607.06450). rmsnorm: x / sqrt(mean x^2 + eps), no shift (Zhang & Sennrich 2019,
-    arXiv:1910.07467). batchnorm: per feature over all else, always with the statistics of the
-    batch, because that is the network whose gradient is asked for (Ioffe & Szegedy 2015,
-    arXiv:1502.03167). groupnorm: as layernorm in groups of features (Wu & He 2018,
-    arXiv:1803.08494). eps is 1e-5 throughout.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-
-    def __init__(self, kind: str, domain: str, width: int) -> None:
-        super().__init__()
-        names = ("weight",) if kind == "rmsnorm" else ("weight", "bias")
-        self.shapes = dict.fromkeys(names, (width,))
-        self.starts = {"weight": 1.0, "bias": 0.0}
-        self.bias = None
-        self.kind = kind
-        self.apply_norm = NORMALISE[kind, domain]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.apply_norm(x, self.weight, self.bias)
-
-
-class Pointwise(ConstantStart):
-    """A function of each element in the place of a norm; empty as `Linear` is.
-
-    dyt: weight tanh(alpha x) + bias, Zhu et al. 2025 (arXiv:2503.10622). derf: weight
-    erf(alpha x + shift) + bias, Chen et al. 2025 (arXiv:2512.10938). alpha and shift are one
-    number each; weight and bias are per feature (channel), 1 and 0 at the start.
-    """
-
-    weight: Tensor
-    bias: Tensor
-    alpha: Tensor
-    shift: Tensor | None
-
-    def __init__(self, kind: str, domain: str, width: int, alpha: float) -> None:
-        super().__init__()
-        shift = {"shift": (1,)} if kind == "derf" else {}
-        self.shapes = {"alpha": (1,), **shift, "weight": (width,), "bias": (width,)}
-        self.starts = {"alpha": alpha, "shift": 0.0, "weight": 1.0, "bias": 0.0}
-        self.shift = None
-        self.kind = kind
-        self.squash = torch.tanh if kind == "dyt" else torch.erf
-        self.per_feature = (-1, 1, 1) if domain == "images" else (-1,)
-
-    def forward(self, x: Tensor) -> Tensor:
-        z = self.alpha * x if self.shift is None else self.alpha * x + self.shift
-        weight, bias = self.weight.view(self.per_feature), self.bias.view(self.per_feature)
-        return weight * self.squash(z) + bias
-
-
-def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], weight, bias, EPS)
-
-
-def _rms_norm(x: Tensor, weight: Tensor, _: Tensor | None) -> Tensor:
-    return F.rms_norm(x, x.shape[-1:], weight, EPS)
-
-
-def _batch_norm(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.batch_norm(x, None, None, weight, bias, training=True, eps=EPS)
-
-
-def _token_batch_norm(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return _batch_norm(x.flatten(0, 1), weight, bias).view(x.shape)
-
-
-def _group_norm(groups: int) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
-    return lambda x, weight, bias: F.group_norm(x, groups, weight, bias, EPS)
-
-
-NORMALISE: dict[tuple[str, str], Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {
-    ("layernorm", "vectors"): _layer_norm,
-    ("layernorm", "tokens"): _layer_norm,
-    ("layernorm", "images"): _group_norm(1),
-    ("rmsnorm", "vectors"): _rms_norm,
-    ("rmsnorm", "tokens"): _rms_norm,
-    ("batchnorm", "vectors"): _batch_norm,
-    ("batchnorm", "tokens"): _token_batch_norm,
-    ("batchnorm", "images"): _batch_norm,
-    ("groupnorm", "vectors"): _group_norm(GROUPS),
-    ("groupnorm", "images"): _group_norm(GROUPS),
-}
-
-
-def make_norm(
-    spec: StackSpec, wiring: Wiring, *places: str, width: int | None = None, heads: int = 1
-) -> nn.Module:
-    """The normalisation at a place of a unit, or the identity where it has none.
-
-    Args:
-        spec: the kind, where the wiring has none of its own for the place.
-        wiring: where the unit normalises.
-        places: of `wiring.NORM_PLACES`; the first that the unit has counts.
-        width: features, where these are not the stream's.
-        heads: the features are those of one head.
-    """
-    place = next((p for p in places if p in wiring.norms), None)
-    if place is None:
-        return nn.Identity()
-    kind = wiring.kinds.get(place, str(spec.norm_kind or spec.domain.norm_kind))
-    return norm_of_kind(kind, spec.kind.domain, (width or spec.width) // heads, wiring.alpha)
-
-
-def norm_of_kind(kind: str, domain: str, width: int, alpha: float = 0.5) -> nn.Module:
-    """A normalisation by its name."""
-    if kind in POINTWISE:
-        return Pointwise(kind, domain, width, alpha)
-    return Norm(kind, domain, width)

@@ -12,7 +12,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from gradflow.blocks import Attention, Branch, ConstantStart, Conv3x3, Ffn, Linear, ResNet
+from gradflow.blocks import Attention, Branch, Conv3x3, Ffn, Linear, MakeBranch, ResNet
+from gradflow.norms import ConstantStart
 from gradflow.residual import Unit
 from gradflow.spec import StackSpec
 from gradflow.wiring import Wiring
@@ -79,7 +80,7 @@ class FixupResNet(ResNet):
 class FixupUnit(Unit):
     """x' = x + s f(x), s a parameter that starts at 1; the branches are those above."""
 
-    branches: ClassVar[Mapping[str, type[Branch]]] = {
+    branches: ClassVar[Mapping[str, MakeBranch]] = {
         "attention": FixupAttention,
         "ffn": FixupFfn,
         "resnet": FixupResNet,

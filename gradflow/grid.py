@@ -132,7 +132,7 @@ def _has_norms(chosen: Mapping[str, Any]) -> bool:
 
 
 def _block(chosen: Mapping[str, Any]) -> str:
-    scheme = chosen.get("scheme")
+    scheme = None if {"like", "weights"} & chosen.keys() else chosen.get("scheme")
     usual = DEFAULT_BLOCK if scheme is None else scheme_named(scheme).blocks[0]
     return str(chosen.get("block", usual))
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from gradflow.spec import StackSpec
 
-RECTIFIERS = ("relu", "gelu", "silu")
+RECTIFIERS = ("relu", "gelu", "gelu-tanh", "silu")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from gradflow.spec import RunOptions, StackSpec
 from gradflow.user_code import shown
 
 # Depth is an axis of its own, and these three always stand in a name where they differ.
-LEADING = ("shortcut", "block", "norm")
+LEADING = ("like", "weights", "shortcut", "block", "norm")
+DECISIVE = ("like", "weights", "block", "norm", "scheme")
 MEASURED = ("seed", "seeds", "raw_range", "steps", "optimizer", "lr", "warmup")
 DEVICE = "device"
 OTHERS = (
@@ -30,6 +31,8 @@ WORDS: dict[str, Callable[[Any], str]] = {
     "loss": lambda loss: f"{loss} loss",
     "causal": lambda _: "causal",
     "qk_norm": lambda _: "qk-norm",
+    "gated": lambda _: "gated",
+    "bias": lambda bias: f"bias {bias}",
     "scheme": shown,
     "seeds": lambda seeds: f"{seeds} seeds",
     "raw_range": lambda _: "raw range",
@@ -45,6 +48,10 @@ UNSAID = {
     "loss": "cotangent",
     "causal": False,
     "qk_norm": False,
+    "norm_eps": 1e-5,
+    "rope": 0.0,
+    "gated": False,
+    "bias": "all",
     "seeds": 1,
     "raw_range": False,
     "steps": 0,
@@ -134,9 +141,11 @@ def word(name: str, value: object) -> str:
 
 
 def _design(run: Described, words: Sequence[str], leading: Sequence[str]) -> str:
+    model = _value(run, "weights") or _value(run, "like")
     norm = "" if _value(run, "scheme") else word("norm", _value(run, "norm"))
     rest = [word(name, _value(run, name)) for name in words if name != "scheme"]
-    return ", ".join(filter(None, [" ".join(leading), norm, *rest, *_departures(run, words)]))
+    parts = [model, " ".join(leading), norm, *rest, *_departures(run, words)]
+    return ", ".join(filter(None, parts))
 
 
 def _departures(run: Described, words: Sequence[str]) -> list[str]:
@@ -153,12 +162,10 @@ def _value(run: Described, name: str) -> Any:
 
 
 def _differs(runs: Sequence[Described], name: str) -> bool:
-    """Whether a setting says more than block, norm and scheme, whose defaults set many others."""
+    """Whether a setting says more than those whose defaults set many others."""
     found: dict[tuple[object, ...], object] = {}
     return any(
-        found.setdefault(
-            (run.spec.block, _value(run, "norm"), _value(run, "scheme")), _value(run, name)
-        )
+        found.setdefault(tuple(_value(run, n) for n in DECISIVE), _value(run, name))
         != _value(run, name)
         for run in runs
     )

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own convention)
 from torch import Tensor
 
-from gradflow.blocks import PHI, Attention, Branch, ConstantStart, Linear
+from gradflow.blocks import PHI, Attention, Branch, Linear, MakeBranch
+from gradflow.norms import ConstantStart
 from gradflow.residual import Unit
 from gradflow.spec import StackSpec
 from gradflow.wiring import Wiring
@@ -73,14 +74,14 @@ class NgptAttention(Attention):
 class NgptFfn(Branch):
     """W_2 (u phi(v)), (u, v) = s_uv sqrt(d) W_1 x; phi is silu unless chosen. x: (B, T, d).
 
-    W_1 has 2 `ffn_mult` d rows: the gated form of the paper.
+    W_1 has 2 `hidden` rows: the gated form of the paper.
     """
 
     output = "down"
 
     def __init__(self, spec: StackSpec, _: Wiring) -> None:
         super().__init__()
-        hidden = spec.width * int(spec.ffn_mult or 1)
+        hidden = spec.hidden
         self.up = Linear(spec.width, 2 * hidden, bias=False)
         self.down = Linear(hidden, spec.width, bias=False)
         self.s_uv = StoredScale(2 * hidden, math.sqrt(spec.width), 1.0)
@@ -98,7 +99,7 @@ class NgptUnit(Unit):
     once more in the sum, where it has norm 1 already.
     """
 
-    branches: ClassVar[Mapping[str, type[Branch]]] = {"attention": NgptAttention, "ffn": NgptFfn}
+    branches: ClassVar[Mapping[str, MakeBranch]] = {"attention": NgptAttention, "ffn": NgptFfn}
 
     def __init__(self, spec: StackSpec, wiring: Wiring, name: str) -> None:
         super().__init__(spec, wiring, name)

@@ -18,7 +18,7 @@ import typer
 from gradflow.errors import UsageError
 from gradflow.ranges import expand_range
 from gradflow.recipe import as_trained
-from gradflow.spec import RunOptions, StackSpec, flag
+from gradflow.spec import SIZES, RunOptions, StackSpec, flag
 from gradflow.user_code import from_file, is_reference
 
 PANELS = {StackSpec: "Stack", RunOptions: "Measurement"}
@@ -126,7 +126,8 @@ def _value(name: str, text: str) -> Any:
             raise ValueError
         return convert(word)
     except (ValueError, KeyError):
-        example = example if field.default is None else field.default
+        default = SIZES.get(name, field.default)
+        example = example if default is None else default
         remedy = f"use for example {flag(name)} {example}"
         raise UsageError(f"{flag(name)} takes {meaning}", repr(text), remedy) from None
 
@@ -140,8 +141,8 @@ def _fields() -> dict[str, tuple[Field[Any], type]]:
 
 def _parameter(cls: type, field: Field[Any], *, lists: bool) -> inspect.Parameter:
     kind = _fields()[field.name][1]
-    # A network is causal or not; the other flags say how all are measured.
-    is_flag = kind is bool and not (lists and field.name == "causal")
+    # A network is causal or not, so both can be compared; other flags say how all are measured.
+    is_flag = kind is bool and not (lists and cls is StackSpec)
     name = flag(field.name)
     info = typer.Option(
         f"{name}/{flag('no_' + field.name)}" if is_flag else name,

@@ -22,11 +22,15 @@ def as_trained(spec: StackSpec, options: RunOptions) -> StackSpec:
     token must not be seen.
 
     Raises:
-        UsageError: another loss, a norm that lets a token see the next one, more classes than
-            prototypes that are orthogonal, or a number format that the optimizer cannot use.
+        UsageError: trained weights, another loss, a norm that lets a token see the next one, more
+            classes than prototypes that are orthogonal, or a number format that the optimizer
+            cannot use.
     """
     if not options.steps:
         return spec
+    if spec.weights:
+        rule = "training on the built-in task starts from initial weights"
+        raise UsageError(rule, f"--weights {spec.weights}", "leave out --weights, or --steps")
     if spec.loss == "mse":
         rule = "training minimises the cross-entropy of the built-in task"
         raise UsageError(rule, "--loss mse", "leave out --loss, or use --loss ce")

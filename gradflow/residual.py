@@ -11,7 +11,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from gradflow.blocks import BRANCHES, PHI, Branch, ConstantStart, make_norm
+from gradflow.blocks import BRANCHES, PHI, Branch, MakeBranch
+from gradflow.norms import ConstantStart, make_norm
 from gradflow.spec import StackSpec
 from gradflow.stats import norm
 from gradflow.user_branch import make_branch
@@ -81,7 +82,7 @@ class Unit(nn.Module):
         structure: equal for units that keep equally much for their backward.
     """
 
-    branches: ClassVar[Mapping[str, type[Branch]]] = BRANCHES
+    branches: ClassVar[Mapping[str, MakeBranch]] = BRANCHES
     weights: tuple[nn.Parameter, ...]
     structure: tuple[object, ...]
 

@@ -16,7 +16,9 @@ from typing import Any, Protocol
 
 from gradflow import user_code
 from gradflow.errors import UsageError
+from gradflow.pretrained import Pretrained, locate
 from gradflow.schemes import Scheme
+from gradflow.shapes import SHAPES, changed, missing
 from gradflow.units import size_in_bytes
 from gradflow.user_blocks import declared, declared_options
 from gradflow.user_schemes import check_scheme, check_wirings, scheme_named
@@ -46,6 +48,9 @@ class BlockKind:
     options: tuple[str, ...] = ()
 
 
+ATTENTION_OPTIONS = ("heads", "kv_heads", "head_dim", "rope", "causal", "qk_norm")
+FFN_OPTIONS = ("ffn_mult", "ffn_width", "gated")
+
 BLOCKS: dict[str, BlockKind] = {
     "mlp": BlockKind(("mlp",), "vectors", "relu", "phi(Wx + b)"),
     "conv": BlockKind(("conv",), "images", "relu", "phi(conv3x3(x))", ("image_size",)),
@@ -57,17 +62,21 @@ BLOCKS: dict[str, BlockKind] = {
         "tokens",
         "gelu",
         "multi-head self-attention",
-        ("heads", "causal", "qk_norm", "seq_len"),
+        (*ATTENTION_OPTIONS, "bias", "seq_len"),
     ),
     "ffn": BlockKind(
-        ("ffn",), "tokens", "gelu", "Linear, activation, Linear", ("ffn_mult", "seq_len")
+        ("ffn",),
+        "tokens",
+        "gelu",
+        "Linear, activation, Linear",
+        (*FFN_OPTIONS, "bias", "seq_len"),
     ),
     "transformer": BlockKind(
         ("attention", "ffn"),
         "tokens",
         "gelu",
         "an attention unit, then an ffn unit",
-        ("heads", "causal", "qk_norm", "ffn_mult", "seq_len"),
+        (*ATTENTION_OPTIONS, *FFN_OPTIONS, "bias", "seq_len"),
     ),
 }
 
@@ -119,18 +128,28 @@ DOMAINS: dict[str, Domain] = {
 # Options that belong to some blocks only, with the value used where they apply.
 BLOCK_OPTIONS: dict[str, Any] = {
     "heads": 4,
+    "kv_heads": None,
+    "head_dim": None,
+    "rope": 0.0,
     "causal": False,
     "qk_norm": False,
+    "ffn_width": None,
     "ffn_mult": 4,
+    "gated": False,
+    "bias": "all",
     "seq_len": 32,
     "image_size": 16,
 }
+
+# Options of every block that a published shape fills in.
+SIZES: dict[str, Any] = {"depth": 12, "width": 128, "classes": 10, "norm_eps": 1e-5}
 
 DEFAULT_BLOCK = "transformer"
 SHORTCUTS = ("residual", "plain")
 NORMS = ("none", "pre", "post")
 NORM_KINDS = ("layernorm", "rmsnorm", "batchnorm", "groupnorm", *POINTWISE)
-ACTIVATIONS = ("relu", "gelu", "tanh", "silu", "erf", "linear")
+ACTIVATIONS = ("relu", "gelu", "gelu-tanh", "tanh", "silu", "erf", "linear")
+BIASES = ("all", "qkv", "none")
 INITS = ("he", "xavier", "lecun", "normal", "gpt2", "orthogonal", "torch")
 LOSSES = ("cotangent", "mse", "ce")
 KEEPS = ("auto", "graph", "boundaries", "sqrt")
@@ -153,14 +172,17 @@ def option(default: Any, meaning: str, choices: tuple[str, ...] = ()) -> Any:
 class StackSpec:
     """One network with its input and loss: everything that decides the gradients but the seed.
 
-    Options left at None take the default of the block (`BLOCKS`, `DOMAINS`, `BLOCK_OPTIONS`);
+    Options left at None take the value of the published shape (`like`), if there is one, or the
+    default of the scheme or the block (`SIZES`, `BLOCKS`, `DOMAINS`, `BLOCK_OPTIONS`);
     options that a block does not have stay None.
 
     Raises:
         UsageError: a value breaks a rule; the message says which and what to do.
     """
 
-    depth: int = option(12, "number of blocks (layers)")
+    like: str | None = option(None, "a published shape, for what is not given", tuple(SHAPES))
+    weights: str | None = option(None, "folder of a trained checkpoint, for shape and values")
+    depth: int = option(None, "number of blocks (layers) (12)")
     scheme: str | None = option(
         None, "a published recipe: `gradflow schemes` lists them; or yours: my_scheme.py:SCHEME"
     )
@@ -179,37 +201,80 @@ class StackSpec:
     gain: float = option(1.0, "multiplies the standard deviation of every initial weight")
     weight_var: float | None = option(None, "variance of the weights times fan_in")
     bias_var: float | None = option(None, "variance of the biases (0 by default)")
-    width: int = option(128, "features, or channels, of the stream")
+    norm_eps: float = option(None, "what norms add to the mean square (1e-5)")
+    width: int = option(None, "features, or channels, of the stream (128)")
     heads: int | None = option(None, "attention heads (4)")
+    kv_heads: int | None = option(None, "heads of keys and values, shared in groups (as --heads)")
+    head_dim: int | None = option(None, "features of a head (--width over --heads)")
+    rope: float | None = option(None, "base of rotary positions; 0: none (0)")
     causal: bool | None = option(None, "mask the future in attention")
     qk_norm: bool | None = option(None, "normalise queries and keys, per head")
     ffn_mult: int | None = option(None, "hidden width of an ffn over the width (4)")
+    ffn_width: int | None = option(None, "hidden width of an ffn, in place of --ffn-mult")
+    gated: bool | None = option(None, "ffn with a gate: down(phi(gate x) * up x)")
+    bias: str | None = option(None, "linear maps of token blocks that have one (all)", BIASES)
     seq_len: int | None = option(None, "tokens in a sample (32)")
     image_size: int | None = option(None, "pixels on a side (16)")
     batch_size: int | None = option(None, "samples (8; 64 for mlp)")
     loss: str = option("cotangent", "what puts the gradient in at the output", LOSSES)
-    classes: int = option(10, "classes of the ce head")
+    classes: int = option(None, "classes of the ce head (10)")
     dtype: str = option("float32", "number format of the whole pass", DTYPES)
 
     def __post_init__(self) -> None:
         _check_stored(self)
+        self._resolve_weights()
+        self._resolve_shape()
         self._resolve_design()
-        for name in ("block", "shortcut", "norm", "norm_kind", "init", "loss", "dtype"):
+        for name in ("block", "shortcut", "norm", "norm_kind", "init", "bias", "loss", "dtype"):
             _check_name(self, name)
         self._resolve_details()
         _check_name(self, "activation")
         _check_numbers(self)
         # 2 and 2.0 are one network, so they have one key.
-        for name in ("gain", "weight_var", "bias_var"):
+        for name in ("gain", "weight_var", "bias_var", "norm_eps", "rope"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, float(getattr(self, name)))
         _check_fit(self)
         if not self.is_stored(self.scheme):
-            self.wiring(1, 0)  # a scheme refuses here what it is not defined for
+            _check_own_forms(self, self.wiring(1, 0))  # a scheme refuses what it is not defined for
         _check_user_code(self)
 
+    def _resolve_weights(self) -> None:
+        """The fields that a trained checkpoint decides; others than its own are refused."""
+        if self.weights is None:
+            return
+        if not isinstance(self.weights, Pretrained):
+            object.__setattr__(self, "weights", locate(self.weights))
+        for name in ("like", "scheme", "init", "weight_var", "bias_var"):
+            if getattr(self, name) is not None:
+                raise UsageError(
+                    "--weights has values of its own", flag(name), f"leave out {flag(name)}"
+                )
+        own = {"block": DEFAULT_BLOCK, "shortcut": "residual"} | self.checkpoint.fields
+        for name, value in own.items():
+            given = getattr(self, name)
+            if given not in (None, value):
+                rule = f"--weights {self.weights} has {flag(name)} {value}"
+                raise UsageError(rule, f"{flag(name)} {given}", f"leave out {flag(name)}")
+            object.__setattr__(self, name, value)
+
+    def _resolve_shape(self) -> None:
+        """The fields that a published shape brings; all are transformers."""
+        if self.like is None or self.is_stored(self.scheme):
+            return
+        values = missing(self.like, vars(self))
+        self._resolve("block", DEFAULT_BLOCK)
+        _check_name(self, "block")
+        own = self.recipe.defaults if self.scheme else {}  # what is given goes before the shape
+        for name, value in values.items():
+            fits = name not in BLOCK_OPTIONS or name in self.kind.options
+            if fits and name not in own:
+                self._resolve(name, value)
+
     def _resolve_details(self) -> None:
-        """The defaults that depend on the block and its norms."""
+        """The sizes, and the defaults that depend on the block and its norms."""
+        for name, size in SIZES.items():
+            self._resolve(name, size)
         self._resolve("activation", self.kind.activation)
         if self.normalises:
             self._resolve("norm_kind", self.domain.norm_kind)
@@ -217,13 +282,14 @@ class StackSpec:
             object.__setattr__(self, "norm_kind", None)
         self._resolve("batch_size", self.domain.batch_size)
         for name, default in BLOCK_OPTIONS.items():
-            if name in self.kind.options:
+            if name in self.kind.options and not (name == "ffn_mult" and self.ffn_width):
                 self._resolve(name, default)
 
     def _resolve_design(self) -> None:
         """The fields that a scheme decides, or their defaults where there is none."""
         if self.scheme is None:
-            defaults = {"block": DEFAULT_BLOCK, "shortcut": "residual", "norm": "pre", "init": "he"}
+            defaults = {"block": DEFAULT_BLOCK, "shortcut": "residual", "norm": "pre"}
+            defaults |= {} if self.weights else {"init": "he"}
         elif self.is_stored(self.scheme):
             defaults = {}
         else:
@@ -264,6 +330,32 @@ class StackSpec:
     def units_per_block(self) -> int:
         """Steps of the stream in one layer."""
         return len(self.kind.units)
+
+    @property
+    def checkpoint(self) -> Pretrained:
+        """Where the weights are read from; only where `weights` is not None."""
+        assert isinstance(self.weights, Pretrained)
+        return self.weights
+
+    @property
+    def hidden(self) -> int:
+        """Hidden width of an ffn."""
+        return self.ffn_width or self.width * int(self.ffn_mult or 1)
+
+    @property
+    def head_size(self) -> int:
+        """Features of one attention head."""
+        return self.head_dim or self.width // int(self.heads or 1)
+
+    def has_bias(self, role: str) -> bool:
+        """Whether a linear map of attention or an ffn has a bias, by its name in the branch.
+
+        Keys have none unless rotated: softmax does not change when all logits of a row move
+        together, so the gradient would be zero.
+        """
+        if self.bias == "qkv":
+            return role in ("q", "k", "v")
+        return self.bias != "none" and (role != "k" or bool(self.rope))
 
     @property
     def recipe(self) -> Scheme:
@@ -322,7 +414,28 @@ class StackSpec:
 
     @property
     def title(self) -> str:
-        """The stack in a few words, for headings and folder names."""
+        """The stack in a few words, for headings."""
+        return f"{self._model}: {self._design}" if self._model else self._design
+
+    @property
+    def _model(self) -> str | None:
+        """The published shape, or the name of the checkpoint."""
+        return self.checkpoint.name if self.weights else self.like
+
+    @property
+    def origin(self) -> str:
+        """Whose shape or values it has, and where it departs from them; empty where nobody's."""
+        if self.weights:
+            return f"trained weights {self.weights}"
+        if self.like is None:
+            return ""
+        values = changed(self.like, vars(self))
+        others = " ".join(f"{flag(k)} {user_code.shown(str(v))}" for k, v in values.items())
+        shape = f"shape of {self.like}, {SHAPES[self.like].source}"
+        return f"{shape}; but for {others}" if others else shape
+
+    @property
+    def _design(self) -> str:
         block = user_code.shown(str(self.block))
         if self.scheme is not None:
             kind = f"{self.norm_kind}, " if self.norm_kind else ""
@@ -338,7 +451,8 @@ class StackSpec:
             "tokens": f"{self.batch_size} x {self.seq_len} tokens",
             "images": f"{self.batch_size} images of {self.image_size} x {self.image_size}",
         }[self.kind.domain]
-        return f"width {self.width}, {size}, {self.activation}, init {self.init}"
+        init = f", init {self.init}" if self.init else ""
+        return f"width {self.width}, {size}, {self.activation}{init}"
 
     @property
     def input_has_gradient(self) -> bool:
@@ -353,7 +467,7 @@ class StackSpec:
     def slug(self) -> str:
         """The stack as a part of a folder name."""
         design = user_code.shown(self.scheme or f"{self.shortcut}-{self.norm}")
-        text = f"{user_code.shown(str(self.block))}-{design}-d{self.depth}"
+        text = f"{self._model or user_code.shown(str(self.block))}-{design}-d{self.depth}"
         return re.sub(r"[^\w.-]+", "-", text)
 
     def to_json(self) -> dict[str, Any]:
@@ -367,7 +481,10 @@ class StackSpec:
         Raises:
             UsageError: an unknown field, or a value that breaks a rule.
         """
-        return cls(**known_fields(cls, values))
+        known = known_fields(cls, values)
+        if known.get("weights") is not None and not isinstance(known["weights"], Pretrained):
+            known["weights"] = Pretrained(known["weights"])  # its folder was not stored
+        return cls(**known)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -586,23 +703,30 @@ def _check_scheme(spec: StackSpec, recipe: Scheme) -> None:
         check_choice(f"--block for --scheme {title}", spec.block, tuple(recipe.blocks))
 
 
+COUNTS = ("heads", "kv_heads", "head_dim", "ffn_mult", "ffn_width", "seq_len", "image_size")
+
+
 def _check_numbers(spec: StackSpec) -> None:
     for name in ("depth", "width", "batch_size"):
         at_least(spec, name, 1)
     at_least(spec, "classes", 2)
     positive(spec, "gain")
-    for name in ("heads", "ffn_mult", "seq_len", "image_size"):
+    positive(spec, "norm_eps")
+    for name in COUNTS:
         if getattr(spec, name) is not None:
             at_least(spec, name, 1)
-    for name in ("causal", "qk_norm"):
-        given = getattr(spec, name)
-        if given is not None and not isinstance(given, bool):
-            remedy = f"use {flag(name)} or {flag('no_' + name)}"
-            raise UsageError(f"{flag(name)} is true or false", given, remedy)
-    if spec.weight_var is not None:
-        positive(spec, "weight_var")
-    if spec.bias_var is not None:
-        positive(spec, "bias_var", zero=True)
+    for name in ("weight_var", "bias_var", "rope"):
+        if getattr(spec, name) is not None:
+            positive(spec, name, zero=name != "weight_var")
+    for name in ("causal", "qk_norm", "gated"):
+        _check_switch(spec, name)
+
+
+def _check_switch(spec: StackSpec, name: str) -> None:
+    given = getattr(spec, name)
+    if given is not None and not isinstance(given, bool):
+        remedy = f"use {flag(name)} or {flag('no_' + name)}"
+        raise UsageError(f"{flag(name)} is true or false", given, remedy)
 
 
 def _check_fit(spec: StackSpec) -> None:
@@ -611,13 +735,60 @@ def _check_fit(spec: StackSpec) -> None:
             blocks = ", ".join(b for b, kind in BLOCKS.items() if name in kind.options)
             rule = f"{flag(name)} applies to {blocks}"
             raise UsageError(rule, f"--block {spec.block}", f"leave out {flag(name)}")
-    if spec.heads is not None and spec.width % spec.heads:
-        got = f"--width {spec.width} --heads {spec.heads}"
-        fewer = range(min(spec.heads, spec.width), 0, -1)
-        near = next(heads for heads in fewer if spec.width % heads == 0)
-        raise UsageError("--heads divides --width", got, f"use for example --heads {near}")
+    if spec.heads is not None:
+        _check_heads(spec, spec.heads)
+    if spec.ffn_mult is not None and spec.ffn_width is not None:
+        got = f"--ffn-mult {spec.ffn_mult} --ffn-width {spec.ffn_width}"
+        raise UsageError("an ffn has one hidden width", got, "leave out one of the two")
+    if spec.weights and spec.gain != 1:
+        raise UsageError("--weights has values of its own", f"--gain {spec.gain}", "leave it out")
+    most = spec.checkpoint.most_tokens if spec.weights else None
+    if most is not None and int(spec.seq_len or 1) > most:
+        rule = f"--weights {spec.weights} has positions for {most} tokens"
+        raise UsageError(rule, f"--seq-len {spec.seq_len}", f"use --seq-len {most} or less")
     if spec.norm_kind is not None:
         _check_norm_kind(spec)
+
+
+# Parts that units of a kind (`Wiring.unit`) have in a form of their own; neither has biases.
+OWN_FORMS = {"ngpt": ("kv_heads", "head_dim", "rope", "bias"), "fixup": ("gated", "bias")}
+
+
+def _check_own_forms(spec: StackSpec, wiring: Wiring) -> None:
+    """Refuse options that units of this kind would pass over."""
+    heads = spec.heads or 1
+    usual = {
+        "kv_heads": (heads, f"--kv-heads {heads}"),
+        "head_dim": (spec.width // heads, f"--head-dim {spec.width // heads}"),
+        "rope": (0.0, "--rope 0"),
+        "gated": (False, "--no-gated"),
+        "bias": ("none", "--bias none"),
+    }
+    for name in OWN_FORMS.get(wiring.unit, ()):
+        given, (value, remedy) = getattr(spec, name), usual[name]
+        if given not in (None, value, BLOCK_OPTIONS[name]):
+            rule = f"--scheme {user_code.shown(str(spec.scheme))} decides {flag(name)} itself"
+            raise UsageError(rule, f"{flag(name)} {given}", f"use {remedy}")
+
+
+def _check_heads(spec: StackSpec, heads: int) -> None:
+    if spec.head_dim is None:
+        _check_divides("heads", heads, "width", spec.width)
+    if spec.kv_heads is not None:
+        _check_divides("kv_heads", spec.kv_heads, "heads", heads)
+    if spec.rope and spec.head_size % 2:
+        rule = "--rope rotates pairs of features, so a head has an even number"
+        raise UsageError(rule, spec.head_size, "use an even --head-dim, or --rope 0")
+
+
+def _check_divides(name: str, part: int, of: str, whole: int) -> None:
+    """Refuse a number of parts that does not divide the whole, and name the nearest that does."""
+    if whole % part:
+        got = f"{flag(of)} {whole} {flag(name)} {part}"
+        near = next(n for n in range(min(part, whole), 0, -1) if whole % n == 0)
+        raise UsageError(
+            f"{flag(name)} divides {flag(of)}", got, f"use for example {flag(name)} {near}"
+        )
 
 
 def _check_norm_kind(spec: StackSpec) -> None:

@@ -15,10 +15,13 @@ import torch.nn.functional as F  # noqa: N812 (torch's own convention)
 from torch import Tensor, nn
 
 from gradflow import user_code
-from gradflow.blocks import PHI, ConstantStart, Conv3x3, Linear, norm_of_kind
+from gradflow.blocks import PHI, Conv3x3, Linear
+from gradflow.checkpoint import load_layer
 from gradflow.fixup import FixupUnit
 from gradflow.initial import Slot, Weights, bias_std, fans, fill, generator, weight_std
+from gradflow.language import NextTokenLoss, embedded_batch
 from gradflow.ngpt import NgptUnit, unit_norm
+from gradflow.norms import ConstantStart, norm_of_kind
 from gradflow.profiled import AdminUnit, Profile
 from gradflow.residual import ParamInfo as ParamInfo
 from gradflow.residual import Scale
@@ -69,9 +72,9 @@ def layer_kind(spec: StackSpec, layer: int) -> Hashable:
 
 
 def build_block(spec: StackSpec, seed: int, layer: int, device: torch.device) -> Block:
-    """Layer `layer` (from 1) of the stack, with the weights of this seed."""
+    """Layer `layer` (from 1) of the stack, with the weights of this seed or of the checkpoint."""
     block = _draw_block(spec, seed, layer, device)
-    _set_profiled(block, spec, seed, layer, device)
+    _set_found(block, spec, seed, layer, device)
     for unit in block.units:
         unit.seal()
     return block
@@ -82,7 +85,7 @@ def redraw(block: Block, spec: StackSpec, seed: int, layer: int, device: torch.d
     block.source.draw(generator(device, seed, "layer", layer))
     for unit in block.units:
         unit.settle(seed, layer)
-    _set_profiled(block, spec, seed, layer, device)
+    _set_found(block, spec, seed, layer, device)
     for unit in block.units:
         unit.forget()
 
@@ -100,10 +103,10 @@ def _draw_block(spec: StackSpec, seed: int, layer: int, device: torch.device) ->
     return block
 
 
-def _set_profiled(
-    block: Block, spec: StackSpec, seed: int, layer: int, device: torch.device
-) -> None:
-    """What a forward pass at initialisation decides."""
+def _set_found(block: Block, spec: StackSpec, seed: int, layer: int, device: torch.device) -> None:
+    """What no draw decides: a checkpoint, or a forward pass at initialisation."""
+    if spec.weights:
+        load_layer(spec.checkpoint, layer, block)
     if spec.scheme and spec.recipe.profiled:
         _set_omegas(block, _profile(spec, seed, device).omegas(layer))
 
@@ -155,7 +158,11 @@ def module_slots(
         output: whether it is the output projection of a branch.
         gain: factor on the standard deviation of its matrix.
     """
-    if isinstance(part, Linear | Conv3x3):
+    if spec.weights:
+        # Trained values replace them all.
+        for name, size in getattr(part, "shapes", {}).items():
+            yield Slot(part, name, size, None)
+    elif isinstance(part, Linear | Conv3x3):
         shape = part.shapes["weight"]
         std = gain * weight_std(spec, shape, feeds=feeds, output=output)
         yield Slot(part, "weight", shape, std, matrix=True)
@@ -193,7 +200,12 @@ def stream_shape(spec: StackSpec) -> tuple[int, ...]:
 
 
 def input_batch(spec: StackSpec, seed: int, device: torch.device) -> Tensor:
-    """y_0: independent standard normal elements, scaled or normalised as the scheme has it."""
+    """y_0: independent standard normal elements, scaled or normalised as the scheme has it.
+
+    Of a trained checkpoint: the embeddings of random tokens.
+    """
+    if spec.weights:
+        return embedded_batch(spec, spec.checkpoint, seed, device)
     x = _normal(spec, stream_shape(spec), generator(device, seed, "input"))
     return scaled_input(spec, x).detach()
 
@@ -211,7 +223,7 @@ def _normalised_input(spec: StackSpec, x: Tensor) -> Tensor:
         return unit_norm(x)
     if spec.recipe.input_norm is None:
         return x
-    norm = norm_of_kind(str(spec.norm_kind), spec.kind.domain, spec.width)
+    norm = norm_of_kind(spec, str(spec.norm_kind), spec.width)
     fill(list(module_slots(spec, norm)), spec, x.device, generator(x.device, 0, "input norm"))
     return norm.requires_grad_(False)(x)
 
@@ -257,7 +269,7 @@ class CrossEntropyLoss(nn.Module):
         super().__init__()
         kind = str(spec.norm_kind or spec.domain.norm_kind)
         final = spec.has_final_norm
-        self.norm = norm_of_kind(kind, spec.kind.domain, spec.width) if final else nn.Identity()
+        self.norm = norm_of_kind(spec, kind, spec.width) if final else nn.Identity()
         active = spec.scheme is not None and spec.recipe.final_activation
         self.phi = PHI[str(spec.activation) if active else "linear"]
         self.project = Linear(spec.width, spec.classes)
@@ -285,4 +297,6 @@ LOSSES: dict[str, type[nn.Module]] = {
 
 def build_loss(spec: StackSpec, seed: int, device: torch.device) -> nn.Module:
     """The map from y_D to the scalar loss."""
+    if spec.weights and spec.loss == "ce":
+        return NextTokenLoss(spec, spec.checkpoint, seed, device)
     return LOSSES[spec.loss](spec, seed, device)

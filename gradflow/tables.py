@@ -79,8 +79,10 @@ def subtitle(run: Run) -> Iterator[str]:
     """The rest of the specification, and where it was measured."""
     spec, where = run.spec, run.environment
     yield f"{spec.details}, {count(run.options.seeds, 'seed')}"
-    if isinstance(spec, StackSpec) and run.options.steps:
-        yield training_line(spec, run.options)
+    if isinstance(spec, StackSpec):
+        yield from filter(None, [spec.origin])
+        if run.options.steps:
+            yield training_line(spec, run.options)
     yield f"loss {spec.loss}, {where['dtype']} on {where['device_name']}"
 
 

@@ -8,8 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from gradflow.blocks import BRANCHES, Attention, Branch, ConstantStart, Conv3x3, Linear
+from gradflow.blocks import BRANCHES, Attention, Conv3x3, Linear, MakeBranch
 from gradflow.initial import generator
+from gradflow.norms import ConstantStart
 from gradflow.residual import Factor, Unit
 from gradflow.spec import StackSpec
 from gradflow.wiring import Wiring
@@ -95,4 +96,4 @@ class HeadScaledAttention(Attention):
 class NormformerUnit(Unit):
     """The template with HeadScale in attention, Shleifer et al. 2021 (arXiv:2110.09456)."""
 
-    branches: ClassVar[Mapping[str, type[Branch]]] = BRANCHES | {"attention": HeadScaledAttention}
+    branches: ClassVar[Mapping[str, MakeBranch]] = BRANCHES | {"attention": HeadScaledAttention}

@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from gradflow import user_code
-from gradflow.blocks import Branch
+from gradflow.blocks import Branch, MakeBranch
 from gradflow.errors import UsageError
 from gradflow.initial import Slot, bias_std, fans, weight_std
 from gradflow.spec import StackSpec
@@ -28,7 +28,7 @@ from gradflow.wiring import Wiring
 
 
 def make_branch(
-    spec: StackSpec, wiring: Wiring, name: str, branches: Mapping[str, type[Branch]]
+    spec: StackSpec, wiring: Wiring, name: str, branches: Mapping[str, MakeBranch]
 ) -> Branch:
     """The branch of a unit: one of `branches`, or the user's own."""
     if user_code.is_user_name(spec.block):

@@ -29,7 +29,7 @@ MATRICES: dict[str, tuple[str, ...]] = {
     "conv": ("conv",),
     "resnet": ("conv1", "conv2"),
     "attention": ("q", "k", "v", "out"),
-    "ffn": ("up", "down"),
+    "ffn": ("up", "down", "gate"),
 }
 _TEXTS = ("equation", "init", "paper", "claim")
 

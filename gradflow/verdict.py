@@ -255,6 +255,8 @@ def _remedy(finding: Finding, spec: StackSpec, options: RunOptions) -> str:
         return f"Of {options.seeds}: {counts}. Raise --seeds to see how often each occurs."
     if finding.direction == "backward" and options.raw_range:
         return f"Leave out --raw-range to measure beyond the range of {spec.dtype}."
+    if spec.weights:
+        return "These weights are trained: the layers where the profile bends say where."
     if finding.direction == "forward" and spec.dtype != "float64":
         normalise = "Normalise (--norm pre), lower" if spec.norm == "none" else "Lower"
         wider = "float64" if spec.dtype == "float32" else "float32"

@@ -21,7 +21,6 @@ from torch import Tensor
 from gradflow.spec import StackSpec
 from gradflow.walk import Network
 
-EPS = 1e-5
 GROUPS = 8
 
 Params = dict[str, Tensor]
@@ -30,6 +29,7 @@ Columns = dict[str, Any]
 PHI: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": lambda x: torch.where(x > 0, x, 0.0),
     "gelu": lambda x: x * (1 + torch.erf(x / math.sqrt(2))) / 2,
+    "gelu-tanh": lambda x: x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2,
     "tanh": torch.tanh,
     "silu": lambda x: x / (1 + torch.exp(-x)),
     "erf": torch.erf,
@@ -48,25 +48,25 @@ def conv3x3(p: Params, at: str, x: Tensor) -> Tensor:
     return torch.nn.functional.conv2d(x, p[f"{at}.weight"], p.get(f"{at}.bias"), padding=1)
 
 
-def standardise(x: Tensor, over: tuple[int, ...]) -> Tensor:
+def standardise(x: Tensor, over: tuple[int, ...], eps: float = 1e-5) -> Tensor:
     """(x - mean) / sqrt(variance + eps) over some axes."""
     centred = x - x.mean(over, keepdim=True)
-    return centred / torch.sqrt((centred**2).mean(over, keepdim=True) + EPS)
+    return centred / torch.sqrt((centred**2).mean(over, keepdim=True) + eps)
 
 
 def normalise(spec: StackSpec, x: Tensor) -> Tensor:
     """The norm of the spec, without its affine map."""
-    images, others = x.ndim == 4, tuple(range(x.ndim))
+    images, others, eps = x.ndim == 4, tuple(range(x.ndim)), spec.norm_eps
     match spec.norm_kind:
         case "layernorm":
-            return standardise(x, others[1:] if images else others[-1:])
+            return standardise(x, others[1:] if images else others[-1:], eps)
         case "rmsnorm":
-            return x / torch.sqrt((x**2).mean(-1, keepdim=True) + EPS)
+            return x / torch.sqrt((x**2).mean(-1, keepdim=True) + eps)
         case "batchnorm":
-            return standardise(x, (0, 2, 3) if images else others[:-1])
+            return standardise(x, (0, 2, 3) if images else others[:-1], eps)
         case "groupnorm":
             groups = x.reshape(x.shape[0], GROUPS, -1)
-            return standardise(groups, (2,)).reshape(x.shape)
+            return standardise(groups, (2,), eps).reshape(x.shape)
     raise ValueError(spec.norm_kind)
 
 
@@ -106,23 +106,44 @@ def resnet(spec: StackSpec, p: Params, x: Tensor) -> Tensor:
     return x
 
 
+def rotated(spec: StackSpec, x: Tensor) -> Tensor:
+    """Feature pairs (i, i + c/2) as complex numbers, times e^(i angle); x: (B, T, h, c).
+
+    Angles, cosines and sines are float32's, as the published models have them.
+    """
+    if not spec.rope:
+        return x
+    half = x.shape[-1] // 2
+    speed = 1.0 / spec.rope ** (torch.arange(half).float() / half)
+    angles = torch.arange(x.shape[1]).float()[:, None] * speed
+    turns = torch.complex(angles.cos(), angles.sin()).to(torch.complex128)
+    turned = torch.complex(x[..., :half], x[..., half:]) * turns[None, :, None]
+    return torch.cat([turned.real, turned.imag], -1)
+
+
 def attention(spec: StackSpec, p: Params, x: Tensor) -> Tensor:
-    """out(concat_h softmax(q k^T / sqrt(d/h)) v)."""
-    batch, tokens, width = x.shape
-    split = (batch, tokens, spec.heads, width // spec.heads)
-    q, k, v = (affine(p, f"branch.{at}", x).reshape(split) for at in "qkv")
-    logits = torch.einsum("bihc,bjhc->bhij", q, k) / math.sqrt(width // spec.heads)
-    if spec.causal:
-        future = torch.ones(tokens, tokens).triu(1).bool()
+    """out(concat_h softmax(q k^T / sqrt(c)) v), head by head; keys and values in groups."""
+    size = spec.head_dim or spec.width // spec.heads
+    q, k, v = (affine(p, f"branch.{at}", x).unflatten(-1, (-1, size)) for at in "qkv")
+    if spec.qk_norm:
+        q = norm(spec, p, "branch.q_norm", q.flatten(0, 1)).view(q.shape)
+        k = norm(spec, p, "branch.k_norm", k.flatten(0, 1)).view(k.shape)
+    q, k = rotated(spec, q), rotated(spec, k)
+    future = torch.ones(x.shape[1], x.shape[1]).triu(1).bool() & bool(spec.causal)
+    mixed = []
+    for head in range(spec.heads):
+        group = head * k.shape[2] // spec.heads
+        logits = q[:, :, head] @ k[:, :, group].transpose(1, 2) / math.sqrt(size)
         logits = logits.masked_fill(future, -math.inf)
-    weights = torch.exp(logits - logits.amax(-1, keepdim=True).detach())
-    weights = weights / weights.sum(-1, keepdim=True)
-    mixed = torch.einsum("bhij,bjhc->bihc", weights, v)
-    return affine(p, "branch.out", mixed.reshape(x.shape))
+        weights = torch.exp(logits - logits.amax(-1, keepdim=True).detach())
+        mixed.append(weights / weights.sum(-1, keepdim=True) @ v[:, :, group])
+    return affine(p, "branch.out", torch.cat(mixed, -1))
 
 
 def ffn(spec: StackSpec, p: Params, x: Tensor) -> Tensor:
-    return affine(p, "branch.down", PHI[spec.activation](affine(p, "branch.up", x)))
+    up, phi = affine(p, "branch.up", x), PHI[spec.activation]
+    hidden = phi(affine(p, "branch.gate", x)) * up if spec.gated else phi(up)
+    return affine(p, "branch.down", hidden)
 
 
 BRANCHES = {"mlp": mlp, "conv": conv, "resnet": resnet, "attention": attention, "ffn": ffn}

@@ -15,6 +15,22 @@ from gradflow.walk import Network, walk
 
 CPU = torch.device("cpu")
 
+# The parts of published transformers that the default block has not, one by one and together.
+PARTS: tuple[dict[str, Any], ...] = (
+    {"gated": True, "activation": "silu"},
+    {"gated": True, "ffn_width": 7, "ffn_mult": None, "norm_eps": 1e-3},
+    {"heads": 6, "kv_heads": 2, "head_dim": 4},
+    {"heads": 6, "kv_heads": 1, "causal": True},
+    {"rope": 10_000.0},
+    {"rope": 100.0, "qk_norm": True, "norm_kind": "rmsnorm"},
+    {"bias": "none"},
+    {"bias": "qkv", "rope": 5.0, "causal": True},
+    {
+        **{"heads": 6, "kv_heads": 3, "head_dim": 8, "rope": 500.0, "causal": True},
+        **{"gated": True, "bias": "none", "norm_kind": "rmsnorm", "activation": "gelu-tanh"},
+    },
+)
+
 # Groups and batches are wide enough that no norm sees only two values: it would return +-1
 # whatever they are, with a gradient of pure rounding.
 SIZES: dict[str, dict[str, int]] = {
@@ -72,6 +88,8 @@ CELLS = tuple(
     for cell in product(BLOCKS, SHORTCUTS, NORMS, NORM_KINDS, LOSSES)
     if cell[3] not in POINTWISE or cell[4] == "cotangent"
 )
+# Stacks with those parts.
+MODERN = tuple(small("transformer", **parts) for parts in PARTS)
 # Without a norm all kinds of norm are one problem.
 PROBLEMS = tuple(dict.fromkeys(spec for c in CELLS if (spec := cell(*c)) is not None))
 # The same without the losses, for what happens below the output.

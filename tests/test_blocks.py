@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import oracle
 import pytest
 import torch
-from problems import CPU, PROBLEMS, STACKS, name, network, retyped, small
+from problems import CPU, MODERN, PROBLEMS, STACKS, name, network, retyped, small
 from torch import Tensor
 
+from gradflow.rotary import rotate
 from gradflow.spec import ACTIVATIONS, BLOCKS, StackSpec
 from gradflow.stack import Block, build_block, input_batch
 from gradflow.walk import Network, walk
@@ -37,6 +40,7 @@ EQUATIONS = [
     *(retyped(spec, dtype="float64") for spec in STACKS),
     *(small(b, activation=phi, dtype="float64") for b in BLOCKS for phi in ACTIVATIONS),
     *(small(b, causal=True, dtype="float64") for b in ("attention", "transformer")),
+    *(retyped(spec, dtype="float64") for spec in MODERN),
 ]
 
 
@@ -58,6 +62,42 @@ def test_the_equations_can_tell_wirings_apart() -> None:
     for other in ({"norm": "post"}, {"shortcut": "plain"}, {"activation": "gelu"}):
         wrong = equation(retyped(spec, **other), block, x)
         assert (block(x) - wrong).abs().max() > 0.1
+
+
+WRONG: tuple[tuple[int, dict[str, Any]], ...] = (
+    (0, {"activation": "gelu"}),
+    (1, {"norm_eps": 1e-5}),
+    (3, {"causal": False}),
+    (4, {"rope": 9_000.0}),
+    (5, {"qk_norm": False}),
+    (7, {"rope": 0.0}),
+)
+
+
+@pytest.mark.parametrize(("number", "other"), WRONG)
+def test_the_equations_can_tell_parts_apart(number: int, other: dict[str, Any]) -> None:
+    spec = retyped(MODERN[number], dtype="float64")
+    block, x = perturbed(spec), input_batch(spec, 0, CPU)
+    wrong = equation(retyped(spec, **other), block, x)
+    assert (block(x) - wrong).abs().max() > 1e-6
+
+
+def test_rotated_scores_depend_on_the_distance_alone() -> None:
+    q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64).expand(2, 1, 1, 6, 8)
+    scores = (rotate(q, 100.0) @ rotate(k, 100.0).transpose(2, 3))[0, 0]
+    for distance in range(-5, 6):
+        line = scores.diagonal(distance)
+        torch.testing.assert_close(line, line[:1].expand_as(line), rtol=1e-5, atol=1e-6)
+    assert scores.std() > 0.1
+    torch.testing.assert_close(rotate(q, 100.0).norm(dim=-1), q.norm(dim=-1))
+
+
+def test_a_quarter_turn() -> None:
+    """The first pair turns by one radian per token, the second by base^(-1/2)."""
+    x = torch.tensor([1.0, 1.0, 0.0, 0.0], dtype=torch.float64).expand(1, 1, 4, 4)
+    t = torch.arange(4, dtype=torch.float64)
+    want = torch.stack([t.cos(), (t / 4).cos(), t.sin(), (t / 4).sin()], 1)
+    torch.testing.assert_close(rotate(x, 16.0)[0, 0], want, rtol=0, atol=1e-6)
 
 
 def silent(spec: StackSpec) -> Network:

@@ -11,8 +11,10 @@ import pytest
 import typer
 
 import gradflow
+from gradflow.architectures import ARCHITECTURES
 from gradflow.cli import app
 from gradflow.records import TABLES, Summary, columns
+from gradflow.shapes import SHAPES
 from gradflow.spec import BLOCKS, RunOptions, StackSpec, flag
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
@@ -90,6 +92,11 @@ def test_the_readme_names_every_column(column: str) -> None:
 @pytest.mark.parametrize("field", [field.name for field in fields(Summary)])
 def test_the_readme_names_every_number_of_the_summary(field: str) -> None:
     assert f"`{field}`" in README
+
+
+@pytest.mark.parametrize("name", [*SHAPES, *ARCHITECTURES])
+def test_the_readme_names_every_shape_and_architecture(name: str) -> None:
+    assert f"`{name}`" in README
 
 
 @pytest.mark.parametrize("name", [*BLOCKS, *gradflow.__all__])

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from problems import CELLS, cell
 
 from gradflow.errors import UsageError
+from gradflow.shapes import SHAPES
 from gradflow.spec import (
     ACTIVATIONS,
     BLOCKS,
@@ -58,6 +59,16 @@ REFUSED: list[tuple[dict[str, Any], tuple[str, str, str]]] = [
     ({"block": "conv", "image_size": 0}, ("--image-size is a whole number", "got 0", "use")),
     ({"classes": 1}, ("--classes is a whole number of at least 2", "got 1", "--classes 2")),
     ({"heads": 5}, ("--heads divides --width", "--width 128 --heads 5", "--heads 4")),
+    ({"kv_heads": 3}, ("--kv-heads divides --heads", "--heads 4 --kv-heads 3", "--kv-heads 2")),
+    ({"head_dim": 0}, ("--head-dim is a whole number", "got 0", "use --head-dim")),
+    ({"head_dim": 3, "rope": 10.0}, ("--rope rotates pairs", "got 3", "even --head-dim")),
+    ({"rope": -1.0}, ("--rope is a finite number", "got -1.0", "use")),
+    ({"norm_eps": 0.0}, ("--norm-eps is a finite number above 0", "got 0.0", "use")),
+    ({"gated": 1}, ("--gated is true or false", "got 1", "use --gated or --no-gated")),
+    (
+        {"ffn_mult": 4, "ffn_width": 512},
+        ("an ffn has one hidden width", "--ffn-mult 4 --ffn-width 512", "leave out"),
+    ),
     ({"heads": 256}, ("--heads divides --width", "--width 128 --heads 256", "--heads 128")),
     ({"gain": 0.0}, ("--gain is a finite number above 0", "got 0.0", "use")),
     ({"gain": True}, ("--gain is a finite number above 0", "got True", "use")),
@@ -97,6 +108,9 @@ REFUSED: list[tuple[dict[str, Any], tuple[str, str, str]]] = [
             ("ffn", "heads", "heads", 4),
             ("ffn", "causal", "causal", True),
             ("attention", "ffn_mult", "ffn-mult", 4),
+            ("attention", "gated", "gated", True),
+            ("mlp", "bias", "bias", "none"),
+            ("ffn", "rope", "rope", 10_000.0),
             ("conv", "seq_len", "seq-len", 32),
             ("transformer", "image_size", "image-size", 16),
         )
@@ -199,12 +213,14 @@ def numbers(low: float) -> Any:
     return st.floats(low, 1e6, allow_nan=False)
 
 
+OPTIONAL = ("shortcut", "norm", "norm_kind", "activation", "init")
 SPECS = st.fixed_dictionaries(
     {
-        **{name: st.sampled_from(known) for name, known in NAMES.items() if name != "norm_kind"},
-        "norm_kind": maybe() | st.sampled_from(NORM_KINDS),
-        "depth": st.integers(1, 10_000),
-        "width": st.sampled_from([8, 12, 64, 128]),
+        "like": maybe() | st.sampled_from(list(SHAPES)),
+        **{name: st.sampled_from(known) for name, known in NAMES.items() if name not in OPTIONAL},
+        **{name: maybe() | st.sampled_from(NAMES[name]) for name in OPTIONAL},
+        "depth": maybe() | st.integers(1, 10_000),
+        "width": maybe() | st.sampled_from([8, 12, 64, 128]),
         "batch_size": maybe() | st.integers(1, 100),
         "gain": numbers(1e-6),
         "weight_var": maybe() | numbers(1e-6),
@@ -214,6 +230,10 @@ SPECS = st.fixed_dictionaries(
 )
 OWN = {
     "heads": st.sampled_from([1, 2, 4]),
+    "kv_heads": st.sampled_from([1, 2]),
+    "head_dim": st.sampled_from([2, 16]),
+    "rope": st.sampled_from([0, 10_000]),
+    "gated": st.booleans(),
     "causal": st.booleans(),
     "ffn_mult": st.integers(1, 8),
     "seq_len": st.integers(1, 64),
@@ -257,6 +277,7 @@ BASES = {
     "images": StackSpec(block="resnet"),
 }
 CHANGES: dict[str, Any] = {
+    "like": "gpt2",
     "depth": 13,
     "scheme": "pre-ln",
     "block": "attention",
@@ -268,11 +289,18 @@ CHANGES: dict[str, Any] = {
     "gain": 1.5,
     "weight_var": 1.0,
     "bias_var": 0.0,
+    "norm_eps": 1e-6,
     "width": 64,
     "heads": 2,
+    "kv_heads": 2,
+    "head_dim": 16,
+    "rope": 10_000.0,
     "causal": True,
     "qk_norm": True,
     "ffn_mult": 2,
+    "ffn_width": 300,
+    "gated": True,
+    "bias": "none",
     "seq_len": 16,
     "image_size": 8,
     "batch_size": 4,
@@ -282,10 +310,14 @@ CHANGES: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("name", [f.name for f in fields(StackSpec)])
+@pytest.mark.parametrize("name", [f.name for f in fields(StackSpec) if f.name != "weights"])
 def test_the_key_depends_on_every_field(name: str) -> None:
     base = BASES["images" if name == "image_size" else "tokens"]
-    without = {"block": {"ffn_mult": None}, "scheme": {"norm": None}}.get(name, {})
+    without = {
+        "block": {"ffn_mult": None, "gated": None},
+        "ffn_width": {"ffn_mult": None},
+        "scheme": {"norm": None},
+    }.get(name, {})
     changes = {name: CHANGES[name]} | without
     assert run_key(replace(base, **changes), RunOptions()) != run_key(base, RunOptions())
 

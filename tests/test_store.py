@@ -474,6 +474,8 @@ def test_no_host_name_and_no_absolute_path_is_stored(stored: Path) -> None:
         ("--out=/home/me/runs", "--out=runs"),
         ("--out=/home/me=you/runs", "--out=runs"),
         ("/home/a=b/runs", "runs"),
+        ("/home/me/one,two,/home/me/three", "one,two,three"),
+        ("--weights=mine,/home/me/theirs", "--weights=mine,theirs"),
         ("--depth=3", "--depth=3"),
         ("results/mine", "results/mine"),
         ("-", "-"),

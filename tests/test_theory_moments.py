@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from gradflow.blocks import PHI
 from gradflow.theory.attention import excess, excess_array, scatter
+from gradflow.theory.describe import ALIKE
 from gradflow.theory.kernels import PAIRS
 from gradflow.theory.moments import ACTIVATIONS, gaussian_mean
 
@@ -41,7 +42,14 @@ def normal_grid() -> tuple[Array, Array]:
 
 
 def test_every_activation_of_a_spec_has_moments_and_kernels() -> None:
-    assert set(ACTIVATIONS) == set(PAIRS) == set(PHI)
+    assert set(ACTIVATIONS) == set(PAIRS) == set(PHI) - set(ALIKE)
+    assert set(ALIKE.values()) <= set(ACTIVATIONS)
+
+
+@pytest.mark.parametrize(("name", "other"), ALIKE.items())
+def test_activations_that_theory_takes_for_each_other_are_alike(name: str, other: str) -> None:
+    z = np.linspace(-12.0, 12.0, 20_001)
+    assert 0 < abs(phi_and_slope(name, z)[0] - phi_and_slope(other, z)[0]).max() < 5e-4
 
 
 @pytest.mark.parametrize("q", VARIANCES)

@@ -17,11 +17,12 @@ from commandline import CommandLine
 from user_files import LINEAR, branch_file, scheme_file, write
 
 from gradflow import from_file, measure, user_code
-from gradflow.blocks import BRANCHES, Norm
+from gradflow.blocks import BRANCHES
 from gradflow.errors import UsageError, closest_first
 from gradflow.executors import make_executor, measure_cell
 from gradflow.grid import Cell, expand
 from gradflow.naming import names
+from gradflow.norms import Norm
 from gradflow.reading import read_results
 from gradflow.records import LayerRecord, Run
 from gradflow.spec import RunOptions, StackSpec
@@ -150,7 +151,7 @@ def test_a_wiring_that_breaks_deep_in_the_stack_is_found_before_anything_is_meas
 
 @pytest.mark.parametrize("kind", BRANCHES)
 def test_matrices_and_places_that_a_scheme_may_name_are_those_of_the_branches(kind: str) -> None:
-    spec = StackSpec(block=kind, width=8)
+    spec = StackSpec(block=kind, width=8, gated=True if kind == "ffn" else None)
     branch = BRANCHES[kind](spec, Wiring())
     matrices = [name for part, name in branch.roles().items() if hasattr(part, "shapes")]
     assert tuple(matrices) == MATRICES[kind]

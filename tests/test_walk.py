@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import PROBLEMS, STACKS, measure, name, network, retyped, small
+from problems import MODERN, PROBLEMS, STACKS, measure, name, network, retyped, small
 from torch import Tensor, nn
 
 from gradflow import stats
@@ -34,6 +34,7 @@ VARIANTS = (
     *(small(block, activation=phi) for block in ("mlp", "resnet", "ffn") for phi in ACTIVATIONS),
     *(small(b, causal=True, norm=n) for b in ("attention", "transformer") for n in ("pre", "none")),
     *(small("transformer", init=i, bias_var=None) for i in ("gpt2", "orthogonal", "torch")),
+    *MODERN,
     small("attention", heads=1, seq_len=1),
     small("ffn", batch_size=1),
     small("mlp", norm="none", batch_size=1),

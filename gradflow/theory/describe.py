@@ -9,11 +9,15 @@ from dataclasses import replace
 from typing import Any
 
 from gradflow.spec import StackSpec
-from gradflow.theory.units import Head, NoTheoryError, Shape, Stack, Unit, Weights
+from gradflow.theory.units import EPS, Head, NoTheoryError, Shape, Stack, Unit, Weights
 from gradflow.user_code import is_user_name
 from gradflow.wiring import Wiring
 
-RECTIFIERS = ("relu", "gelu", "silu")
+RECTIFIERS = ("relu", "gelu", "gelu-tanh", "silu")
+
+
+# Never further than 5e-4 apart, far below the error of the theory.
+ALIKE = {"gelu-tanh": "gelu"}
 
 
 def weights(
@@ -56,10 +60,28 @@ def describe(spec: StackSpec) -> Stack:
     """What theory knows of the stack.
 
     Raises:
-        NoTheoryError: a unit is wired in a way that the template does not cover.
+        NoTheoryError: a unit is wired, or made of parts, that the template does not cover.
     """
+    _check_parts(spec)
     scale = spec.recipe.input_scale(spec.depth) if spec.scheme else 1.0
     return Stack(_shape(spec), _units(spec), scale**2, _head(spec))
+
+
+def _check_parts(spec: StackSpec) -> None:
+    """Refuse parts of attention and ffn, and weights, that no formula here covers."""
+    beyond = {
+        "trained weights": spec.weights,
+        "a gated ffn": spec.gated,
+        "rotary positions": spec.rope,
+        "grouped key and value heads": spec.kv_heads not in (None, spec.heads),
+        "heads of another total width": spec.head_dim
+        not in (None, spec.width // (spec.heads or 1)),
+        "biases of queries, keys and values alone": spec.bias == "qkv",
+        "another epsilon of the norms": spec.norm_eps > EPS,
+    }
+    for what, there in beyond.items():
+        if there:
+            raise NoTheoryError(f"no formula for {what}")
 
 
 def _units(spec: StackSpec) -> tuple[Unit, ...]:
@@ -91,7 +113,7 @@ def _shape(spec: StackSpec) -> Shape:
         batch=int(spec.batch_size or 1),
         tokens=int(spec.seq_len or 1),
         side=int(spec.image_size or 1),
-        hidden=spec.width * int(spec.ffn_mult or 1),
+        hidden=spec.hidden,
         heads=int(spec.heads or 1),
         causal=bool(spec.causal),
     )
@@ -106,7 +128,7 @@ def _unit(spec: StackSpec, wiring: Wiring, kind: str) -> Unit:
     }
     return Unit(
         kind=kind,
-        activation=str(spec.activation),
+        activation=ALIKE.get(str(spec.activation), str(spec.activation)),
         a=wiring.a,
         b=wiring.b,
         c=wiring.c,
@@ -149,20 +171,21 @@ def _matrices(spec: StackSpec, wiring: Wiring, kind: str) -> dict[str, Any]:
 
     def scaled(role: str, fan_in: int, fan_out: int, **what: bool) -> Weights:
         made = weights(spec, fan_in, fan_out, **what)
-        made = replace(made, bias=0.0) if wiring.unit == "fixup" else made  # has scalar ones: 0
-        return replace(made, scale=made.scale * wiring.gains.get(role, 1.0) ** 2)
+        bare = wiring.unit == "fixup"  # has scalar ones: 0
+        biased = not bare and (kind in ("mlp", "conv") or spec.has_bias(role))
+        bias = made.bias if biased else 0.0
+        return replace(made, scale=made.scale * wiring.gains.get(role, 1.0) ** 2, bias=bias)
 
     if kind == "ffn":
-        hidden = d * int(spec.ffn_mult or 1)
+        hidden = spec.hidden
         up = scaled("up", d, hidden, feeds=True)
         return {"w_in": up, "w_out": scaled("down", hidden, d, output=True)}
     if kind == "attention":
-        key = replace(scaled("k", d, d), bias=0.0)  # no bias: softmax would not see it
         return {
             "w_in": scaled("v", d, d),
             "w_out": scaled("out", d, d, output=True),
             "w_query": scaled("q", d, d),
-            "w_key": key,
+            "w_key": scaled("k", d, d),
         }
     kernel, role = (9, "conv") if kind == "conv" else (1, "linear")
     return {"w_in": scaled(role, d * kernel, d * kernel, feeds=True)}

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from gradflow.theory.corrections import Source, elements, norm_gain
 from gradflow.theory.layouts import Layout, Moments
 from gradflow.theory.maths import Number, sqrt
-
-EPS = 1e-5  # as `gradflow.blocks` has it
+from gradflow.theory.units import EPS
 
 ROW_NORMS = ("layernorm", "groupnorm", "rmsnorm")
 CENTRED = ("layernorm", "groupnorm")

@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 
+EPS = 1e-5  # that of the norms, as `StackSpec` has it by default
+
 
 class NoTheoryError(Exception):
     """Theory does not hold; the message says why."""
