@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from problems import CPU, STACKS, name, network, retyped, small
+from problems import CPU, SIZES, STACKS, name, network, retyped, small
 
 from gradflow.rebuilt import RebuiltBlocks
 from gradflow.schemes import SCHEMES
-from gradflow.spec import StackSpec
+from gradflow.spec import BLOCKS, StackSpec
 from gradflow.stack import build_block
 from gradflow.tape import Network, Tape, record_backward, visits
 from gradflow.walk import walk
@@ -46,6 +46,22 @@ def test_schemes_whose_layers_differ_are_rebuilt_bit_by_bit(scheme: str) -> None
     plain = numbers(spec, network(spec))
     assert numbers(spec, rebuilt(spec), (2, 1)) == plain
     assert numbers(spec, rebuilt(spec, alive=3), (3,)) == plain
+
+
+IN_BLOCKS = [(name, block) for name, scheme in SCHEMES.items() for block in scheme.blocks]
+
+
+@pytest.mark.parametrize(("scheme", "block"), IN_BLOCKS)
+def test_every_scheme_is_rebuilt_bit_by_bit_in_every_block(scheme: str, block: str) -> None:
+    """Layers that are drawn again at each visit, against layers that stay."""
+    spec = StackSpec(scheme=scheme, block=block, depth=3, **SIZES[BLOCKS[block].domain])
+    plain, again = network(spec, seed=3), rebuilt(spec, seed=3)
+    assert numbers(spec, again, (1,)) == numbers(spec, plain)
+    for resident, layer in zip(plain.blocks, (1, 2, 3), strict=True):
+        played = again.blocks[layer - 1]
+        pairs = zip(resident.named_parameters(), played.named_parameters(), strict=True)
+        assert all(a == b and torch.equal(p, q) for (a, p), (b, q) in pairs)
+        assert torch.equal(resident(plain.x), played(plain.x))
 
 
 @pytest.mark.parametrize("spans", SPANS.values(), ids=SPANS)
