@@ -57,11 +57,13 @@ def test_every_scheme_is_rebuilt_bit_by_bit_in_every_block(scheme: str, block: s
     spec = StackSpec(scheme=scheme, block=block, depth=3, **SIZES[BLOCKS[block].domain])
     plain, again = network(spec, seed=3), rebuilt(spec, seed=3)
     assert numbers(spec, again, (1,)) == numbers(spec, plain)
+    x = plain.x
     for resident, layer in zip(plain.blocks, (1, 2, 3), strict=True):
         played = again.blocks[layer - 1]
         pairs = zip(resident.named_parameters(), played.named_parameters(), strict=True)
         assert all(a == b and torch.equal(p, q) for (a, p), (b, q) in pairs)
-        assert torch.equal(resident(plain.x), played(plain.x))
+        assert torch.equal(resident(x), played(x))
+        x = resident(x)  # a state of several streams changes its shape on the way
 
 
 @pytest.mark.parametrize("spans", SPANS.values(), ids=SPANS)

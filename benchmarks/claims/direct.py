@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from claims.readings import CPU, slope
-from gradflow.blocks import EPS, Attention, Norm
+from gradflow.blocks import Attention
 from gradflow.measurement import build_network
+from gradflow.norms import Norm
 from gradflow.spec import StackSpec
 from gradflow.stack import build_block, input_batch
 from gradflow.walk import Network, walk
@@ -28,10 +29,10 @@ class SharedCotangent(nn.Module):
         return (y * self.v).sum()
 
 
-def frozen_batch_norm(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def frozen_batch_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """Batchnorm whose statistics are constants: one sample's gradient does not enter another's."""
     rows = x.detach().reshape(-1, x.shape[-1])
-    scale = (rows.var(0, correction=0) + EPS).rsqrt() * weight
+    scale = (rows.var(0, correction=0) + eps).rsqrt() * weight
     normed = (x - rows.mean(0)) * scale
     return normed if bias is None else normed + bias
 
