@@ -119,7 +119,7 @@ def test_the_rates_of_order_and_chaos_are_those_of_the_fixed_point(quantity: Qua
 def test_frozen_batch_norm_is_batch_norm_without_the_gradient_of_its_statistics() -> None:
     x = torch.randn(32, 5, dtype=torch.float64).mul_(3).add_(1).requires_grad_()
     weight, bias = torch.rand(2, 5, dtype=torch.float64)
-    y = frozen_batch_norm(x, weight, bias)
+    y = frozen_batch_norm(x, weight, bias, 1e-5)
     want = F.batch_norm(x, None, None, weight, bias, training=True, eps=1e-5)
     torch.testing.assert_close(y, want, rtol=1e-12, atol=1e-12)
     (g,) = torch.autograd.grad(y[3].sum(), x)
