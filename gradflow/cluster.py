@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from gradflow.environment import describe
+from gradflow.environment import describe, library
 from gradflow.errors import UsageError
 from gradflow.executors import Outcome, first_line, measure_cell
 from gradflow.grid import Cell
@@ -59,7 +59,7 @@ class Ray:
         """
         here = describe(cell.spec, torch.device("cpu"))
         device = self._device(cell).partition(":")[0]
-        return {key: here[key] for key in SHARED_KEYS} | {"device": device}
+        return {key: here[key] for key in SHARED_KEYS} | {"device": device} | library(cell.spec)
 
     def outcomes(self, cells: Sequence[Cell]) -> Generator[Outcome]:
         """Measure on the cluster, timings included; they are marked as contended.

@@ -19,6 +19,7 @@ from rich.text import Text
 
 from gradflow import markdown
 from gradflow.comparison import SPEED_KEYS, Comparison, Ratio, Row
+from gradflow.model_spec import asked_for
 from gradflow.outcome import outcome_sentence
 from gradflow.overview import STYLES, answer, designs_through
 from gradflow.records import Summary
@@ -332,7 +333,8 @@ def _row_as_data(row: Row, noise: float) -> dict[str, Any]:
         "run": run.path.name if run.path else None,
         "design": row.design,
         "reference": row.is_reference,
-        **run.spec.to_json(),
+        **asked_for(run.spec).to_json(),
+        "depth": run.spec.depth,
         "seed": options.seed,
         "seeds": options.seeds,
         "raw_range": options.raw_range,

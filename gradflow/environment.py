@@ -6,6 +6,7 @@ import platform
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import PurePath
 from typing import Any
 
@@ -13,7 +14,10 @@ import torch
 
 import gradflow
 from gradflow.errors import UsageError
-from gradflow.model_spec import Spec
+from gradflow.model_request import ModelRequest
+from gradflow.model_spec import Spec, asked_for
+
+LIBRARY = "transformers"
 
 
 def resolve_device(name: str, dtype: str) -> torch.device:
@@ -48,7 +52,7 @@ def _check_cuda(device: torch.device) -> None:
         raise UsageError(f"--device cuda:N has N below {count}", str(device), "use --device cuda:0")
 
 
-def describe(spec: Spec, device: torch.device) -> dict[str, Any]:
+def describe(spec: Spec | ModelRequest, device: torch.device) -> dict[str, Any]:
     """The environment as it is written to `run.json`."""
     return {
         "gradflow": gradflow.__version__,
@@ -64,7 +68,16 @@ def describe(spec: Spec, device: torch.device) -> dict[str, Any]:
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "git": _git(),
         "argv": [without_path(word) for word in sys.argv],
+        **library(spec),
     }
+
+
+def library(spec: Spec | ModelRequest) -> dict[str, str]:
+    """The version of the library that builds the model, where one does."""
+    asked = asked_for(spec)
+    if isinstance(asked, ModelRequest) and asked.is_from_library:
+        return {LIBRARY: version(LIBRARY)}
+    return {}
 
 
 def without_path(word: str) -> str:

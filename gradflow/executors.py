@@ -15,10 +15,10 @@ import torch
 
 from gradflow import user_code
 from gradflow.comparison import SPEED_KEYS
-from gradflow.environment import describe, resolve_device
+from gradflow.environment import describe, library, resolve_device
 from gradflow.errors import GradflowError, UsageError
 from gradflow.grid import EXECUTORS, Cell
-from gradflow.measurement import measure
+from gradflow.measuring import measure_any
 from gradflow.records import Run
 from gradflow.spec import check_choice
 
@@ -59,7 +59,7 @@ def local_environment(cell: Cell) -> dict[str, Any]:
         UsageError: the cell's device is not there.
     """
     here = describe(cell.spec, resolve_device(cell.options.device, cell.spec.dtype))
-    return {key: here[key] for key in ("gradflow", *SPEED_KEYS)}
+    return {key: here[key] for key in ("gradflow", *SPEED_KEYS)} | library(cell.spec)
 
 
 def measure_cell(cell: Cell, *, timing: bool = False, device: str | None = None) -> Outcome:
@@ -76,7 +76,7 @@ def measure_cell(cell: Cell, *, timing: bool = False, device: str | None = None)
         torch.set_num_threads(1)
         for name, reference in cell.code:
             user_code.load_again(name, reference)
-        run = measure(cell.spec, options)
+        run = measure_any(cell.spec, options)
     except GradflowError as error:
         return Outcome(cell, error=first_line(error))
     except Exception as error:  # noqa: BLE001 (any error of one cell must not end the others)

@@ -9,7 +9,7 @@ from typing import Any
 
 from gradflow import user_code
 from gradflow.errors import UsageError
-from gradflow.recipe import as_trained
+from gradflow.model_request import ModelRequest, locate_model
 from gradflow.spec import (
     BLOCK_OPTIONS,
     DEFAULT_BLOCK,
@@ -21,6 +21,7 @@ from gradflow.spec import (
     flag,
     run_key,
 )
+from gradflow.specification import STACK_FIELDS, Asked, specification
 from gradflow.user_schemes import scheme_named
 
 # What bare `gradflow compare` measures.
@@ -33,7 +34,9 @@ DEFAULT_GRID: dict[str, list[Any]] = {
 # Where cells are measured; the executors themselves need torch, so their names stand here.
 EXECUTORS = ("auto", "serial", "processes", "ray")
 
-STACK_FIELDS = {f.name: f for f in fields(StackSpec)}
+MEASURING = {f.name for f in fields(RunOptions)}
+# Layers of a model that does not say how many it has.
+USUAL_DEPTH = 12
 
 
 @dataclass(frozen=True)
@@ -41,16 +44,19 @@ class Cell:
     """One network of a sweep, with how it is measured.
 
     Attributes:
-        spec: the network.
+        spec: the network, or the model.
         options: how it is measured.
         code: names of the user's code in it, with what loads each in another process.
     """
 
-    spec: StackSpec
+    spec: Asked
     options: RunOptions
     code: tuple[tuple[str, str], ...] = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
+        if isinstance(self.spec, ModelRequest):  # whose names carry where they lie
+            object.__setattr__(self, "code", ())
+            return
         names = [str(name) for name in (self.spec.scheme, self.spec.block)]
         code = [(name, user_code.reference_of(name)) for name in names]
         object.__setattr__(self, "code", tuple(pair for pair in code if pair[1]))
@@ -59,6 +65,16 @@ class Cell:
     def key(self) -> str:
         """Names the numbers of this cell, as folders of runs do; devices and limits share it."""
         return run_key(self.spec, self.options)
+
+    @property
+    def layers(self) -> int:
+        """How much work it is, in layers; of a model not more than a guess."""
+        return self.spec.depth or USUAL_DEPTH
+
+    @property
+    def is_lasting(self) -> bool:
+        """Whether a stored run stands for it: not where code decides that no digest covers."""
+        return isinstance(self.spec, StackSpec) or not self.spec.is_own
 
 
 @dataclass(frozen=True)
@@ -93,10 +109,9 @@ def expand(lists: Mapping[str, Sequence[Any]]) -> Grid:
     for values in product(*lists.values()):
         chosen = dict(zip(lists, values, strict=True))
         kept = {name: value for name, value in chosen.items() if not _idle(name, chosen)}
-        options = RunOptions(**{k: v for k, v in kept.items() if k not in STACK_FIELDS})
+        RunOptions(**{k: v for k, v in kept.items() if k in MEASURING})
         try:
-            spec = StackSpec(**{k: v for k, v in kept.items() if k in STACK_FIELDS})
-            spec = as_trained(spec, options)
+            spec, options = specification(kept)
         except UsageError as error:
             refused.setdefault(f"{_spelled(kept, lists)}: {error.rule}", error)
         else:
@@ -108,6 +123,10 @@ def expand(lists: Mapping[str, Sequence[Any]]) -> Grid:
 
 def _check_names(lists: Mapping[str, Sequence[Any]]) -> None:
     """A misspelt name is a mistake, not a combination to skip; so is a user's code that breaks."""
+    if "model" in lists:
+        for model in lists["model"]:
+            locate_model(model)
+        return
     for name, values in lists.items():
         for value in filter(user_code.is_user_name, values):
             StackSpec(**{name: value})
@@ -121,6 +140,8 @@ def _idle(name: str, chosen: Mapping[str, Any]) -> bool:
     """Whether an option means nothing beside the others."""
     if name in TRAINING:
         return not chosen.get("steps")
+    if "model" in chosen:
+        return False
     if name == "norm_kind":
         return chosen.get("norm") == "none" or not _has_norms(chosen)
     return name in BLOCK_OPTIONS and name not in block_kind(_block(chosen)).options
@@ -139,19 +160,22 @@ def _block(chosen: Mapping[str, Any]) -> str:
 
 def _notes(lists: Mapping[str, Sequence[Any]]) -> Iterator[str]:
     """Which options were left out where."""
-    for name in lists:
-        if name in TRAINING:
-            if 0 in lists.get("steps", [0]):
-                yield f"{flag(name)} does not apply to --steps 0"
+    if 0 in lists.get("steps", [0]):
+        yield from (f"{flag(n)} does not apply to --steps 0" for n in lists if n in TRAINING)
+    if "model" not in lists:
+        for name in (n for n in lists if n not in TRAINING):
+            yield from _left_out(name, lists)
+
+
+def _left_out(name: str, lists: Mapping[str, Sequence[Any]]) -> Iterator[str]:
+    by_norm = ("norm", "scheme") if name == "norm_kind" else ("block", "scheme")
+    for decides in by_norm:
+        if decides == "scheme" and by_norm[0] in lists:
             continue
-        by_norm = ("norm", "scheme") if name == "norm_kind" else ("block", "scheme")
-        for decides in by_norm:
-            if decides == "scheme" and by_norm[0] in lists:
-                continue
-            usual = [DEFAULT_BLOCK] if decides == "block" and "scheme" not in lists else []
-            for value in lists.get(decides, usual):
-                if _idle(name, {decides: value}):
-                    yield f"{flag(name)} does not apply to {flag(decides)} {value}"
+        usual = [DEFAULT_BLOCK] if decides == "block" and "scheme" not in lists else []
+        for value in lists.get(decides, usual):
+            if _idle(name, {decides: value}):
+                yield f"{flag(name)} does not apply to {flag(decides)} {value}"
 
 
 def _spelled(chosen: Mapping[str, Any], lists: Mapping[str, Sequence[Any]]) -> str:

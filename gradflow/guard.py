@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -16,10 +15,10 @@ from torch import Tensor, nn
 
 from gradflow.errors import UsageError
 from gradflow.gate import Bounds, judge
+from gradflow.one_pass import called, projection, untouched
 from gradflow.records import LayerRecord, Run
 from gradflow.tables import place
 from gradflow.watching import watch
-from gradflow.watching.streams import stream_of
 
 COLUMNS = ("unit", "log10_grad_norm", "log10_param_grad_norm")
 # Lines of the profile in a failure; the rows between are left out.
@@ -74,46 +73,11 @@ def flow_of(model: nn.Module, batch: Any, loss: Loss | None = None, seed: int = 
     """
     if not isinstance(model, nn.Module):
         raise UsageError("the model is an nn.Module", type(model).__name__, "pass the module")
-    with _untouched(model), torch.enable_grad(), watch(model) as flow:
+    with untouched(model), torch.enable_grad(), watch(model) as flow:
         torch.manual_seed(seed)
-        output = _called(model, batch)
-        (_projection(output, seed) if loss is None else loss(output)).backward()  # type: ignore[no-untyped-call]
+        output = called(model, batch)
+        (projection(output, seed) if loss is None else loss(output)).backward()  # type: ignore[no-untyped-call]
     return flow.run
-
-
-def _called(model: nn.Module, batch: Any) -> Any:
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, list | tuple) else model(batch)
-
-
-def _projection(output: Any, seed: int) -> Tensor:
-    y = stream_of(output)
-    if y is None or not y.requires_grad:
-        rule = "the model returns a floating tensor that takes a gradient"
-        raise UsageError(rule, type(output).__name__, "pass loss=, or thaw its parameters")
-    real = torch.view_as_real(y) if y.is_complex() else y
-    generator = torch.Generator().manual_seed(seed)
-    c = torch.randn(real.shape, generator=generator, dtype=torch.float64)
-    return ((c / c.norm()).to(real.device, real.dtype) * real).sum()
-
-
-@contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
-    grads = [(p, p.grad) for p in model.parameters()]
-    buffers = [(b, b.detach().clone()) for b in model.buffers()]
-    devices = {p.device.index for p, _ in grads if p.device.type == "cuda"}
-    try:
-        for p, _ in grads:
-            p.grad = None
-        with torch.random.fork_rng(sorted(devices)):
-            yield
-    finally:
-        for p, grad in grads:
-            p.grad = grad
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
 
 
 def write(run: Run, file: Path) -> None:

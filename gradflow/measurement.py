@@ -34,7 +34,7 @@ from gradflow.spec import RunOptions, StackSpec
 from gradflow.spool import Spool
 from gradflow.stack import Block, build_block, build_loss, build_stack, input_batch
 from gradflow.tape import Network, visits
-from gradflow.timing import Clock, clock_for, time_network
+from gradflow.timing import Clock, clock_for, stack_timer, take_times
 from gradflow.training import train_stack
 from gradflow.verdict import summarise
 from gradflow.walk import walk
@@ -177,7 +177,9 @@ class _Work:
 
     def _time(self, network: Network) -> Timing:
         tick = _counter(self.progress, "timing", self.options.repeats)
-        return time_network(network, self.options, self.clock, tick)
+        found = take_times(stack_timer(network), self.options, self.clock, tick)
+        assert found is not None  # every unit of a stack is timed
+        return found
 
     def _train(self, seed: int, tables: Tables) -> Sequence[StepRecord]:
         """The steps; what was measured on the way goes to the tables."""

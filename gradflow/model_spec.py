@@ -5,12 +5,14 @@ Everything that reads a run sees its spec through `Spec`. Nothing here imports t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
 from gradflow.errors import UsageError
+from gradflow.model_request import ModelRequest, without_digest
 from gradflow.spec import StackSpec, at_least, known_fields
 from gradflow.typed import typed
 
@@ -81,6 +83,10 @@ class Spec(Protocol):
         """A dictionary of plain values."""
         ...
 
+    def identity(self) -> dict[str, Any]:
+        """Plain values that decide the numbers, with the options."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
@@ -96,7 +102,8 @@ class ModelSpec:
         parameters: numbers in the watched layers.
         training: whether the model was in training mode.
         input_has_gradient: whether the input of the first layer takes a gradient.
-        loss: what puts the gradient in: the user's own.
+        loss: what puts the gradient in: the user's own, or the one asked for.
+        request: what was asked for, where gradflow made the model.
 
     Raises:
         UsageError: no layers, or not as many kinds as units.
@@ -111,6 +118,7 @@ class ModelSpec:
     training: bool = True
     input_has_gradient: bool = True
     loss: str = "own"
+    request: ModelRequest | None = None
 
     def __post_init__(self) -> None:
         at_least(self, "depth", 1)
@@ -124,8 +132,13 @@ class ModelSpec:
 
     @property
     def block(self) -> str:
-        """The model."""
-        return self.model
+        """The model as it was asked for, or its class."""
+        return without_digest(self.request.model) if self.request else self.model
+
+    @property
+    def settings(self) -> str:
+        """Where it departs from what the model is by itself; or empty."""
+        return self.request.departures if self.request else ""
 
     @property
     def scheme(self) -> None:
@@ -146,18 +159,20 @@ class ModelSpec:
     def title(self) -> str:
         """The model and its layers."""
         kinds = ", ".join(dict.fromkeys(self.kinds.split()))
-        return f"{self.model}, {self.depth} layers ({kinds})"
+        name = f"{self.block} ({self.model})" if self.request else self.model
+        return f"{name}, {self.depth} layers ({kinds})"
 
     @property
     def details(self) -> str:
         """The stream and the size."""
         mode = "training" if self.training else "evaluation"
-        return f"stream {self.shape}, {self.parameters:,} parameters watched, {mode} mode"
+        asked = f"{self.settings}, " if self.settings else ""
+        return f"{asked}stream {self.shape}, {self.parameters:,} parameters watched, {mode} mode"
 
     @property
     def slug(self) -> str:
         """The model as a part of a folder name."""
-        name = "".join(c for c in self.model if c.isascii() and c.isalnum())
+        name = re.sub(r"[^A-Za-z0-9_-]+", "-" if self.request else "", self.block).strip("-")
         return f"{name or 'model'}-d{self.depth}"
 
     def kind_of(self, unit: str) -> str:
@@ -170,7 +185,11 @@ class ModelSpec:
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary of plain values that `from_json` takes."""
-        return asdict(self)
+        return asdict(self) | {"request": self.request.to_json() if self.request else None}
+
+    def identity(self) -> dict[str, Any]:
+        """What was asked for decides the rest."""
+        return self.request.identity() if self.request else self.to_json()
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> ModelSpec:
@@ -179,7 +198,10 @@ class ModelSpec:
         Raises:
             UsageError: an unknown field, or a value that breaks a rule.
         """
-        return cls(**known_fields(cls, values))
+        known = known_fields(cls, values)
+        if known.get("request") is not None:
+            known["request"] = ModelRequest.from_json(typed(ModelRequest, known["request"]))
+        return cls(**known)
 
 
 def spec_from_json(values: object) -> StackSpec | ModelSpec:
@@ -190,5 +212,11 @@ def spec_from_json(values: object) -> StackSpec | ModelSpec:
         TypeError: a value of another type than its field.
     """
     if isinstance(values, dict) and "model" in values:
-        return ModelSpec.from_json(typed(ModelSpec, values))
+        plain = {name: value for name, value in values.items() if name != "request"}
+        return ModelSpec.from_json(typed(ModelSpec, plain) | {"request": values.get("request")})
     return StackSpec.from_json(typed(StackSpec, values))
+
+
+def asked_for(spec: Spec | ModelRequest) -> Spec | ModelRequest:
+    """What a run was made from: the spec of its stack, or the request for its model."""
+    return getattr(spec, "request", None) or spec

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
-from gradflow.model_spec import Spec
+from gradflow.model_request import without_digest
+from gradflow.model_spec import Spec, asked_for
 from gradflow.records import Summary
 from gradflow.spec import RunOptions, StackSpec
 from gradflow.user_code import shown
@@ -15,10 +16,12 @@ from gradflow.user_code import shown
 # Depth is an axis of its own, and these three always stand in a name where they differ.
 LEADING = ("like", "weights", "shortcut", "block", "norm")
 DECISIVE = ("like", "weights", "block", "norm", "scheme")
+ASKED = ("set", "input", "layers", "width", "batch_size", "seq_len", "image_size")
 MEASURED = ("seed", "seeds", "raw_range", "steps", "optimizer", "lr", "warmup")
 DEVICE = "device"
 OTHERS = (
     *(field.name for field in fields(StackSpec) if field.name not in (*LEADING, "depth")),
+    *("set", "input", "layers"),
     *MEASURED,
     DEVICE,
 )
@@ -34,6 +37,8 @@ WORDS: dict[str, Callable[[Any], str]] = {
     "gated": lambda _: "gated",
     "bias": lambda bias: f"bias {bias}",
     "scheme": shown,
+    "set": str,
+    "input": lambda value: f"input {without_digest(value)}",
     "seeds": lambda seeds: f"{seeds} seeds",
     "raw_range": lambda _: "raw range",
     "steps": lambda steps: f"{steps} steps",
@@ -158,6 +163,8 @@ def _departures(run: Described, words: Sequence[str]) -> list[str]:
 def _value(run: Described, name: str) -> Any:
     if name == DEVICE:
         return str(run.environment.get(DEVICE))
+    if name in ASKED:
+        return getattr(asked_for(run.spec), name, None)
     return getattr(run.options if name in MEASURED else run.spec, name, None)
 
 

@@ -1,4 +1,4 @@
-"""Command-line options made from the fields of `StackSpec` and `RunOptions`.
+"""Command-line options made from the fields of `StackSpec`, `ModelRequest` and `RunOptions`.
 
 Every field is an option with the same name and help text, so a new field needs no line here, and
 `run`, `compare` and `check` cannot drift apart.
@@ -7,28 +7,33 @@ Every field is an option with the same name and help text, so a new field needs 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import Field, fields
 from functools import cache, wraps
+from itertools import product
 from types import UnionType
 from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
 from gradflow.errors import UsageError
+from gradflow.model_request import ModelRequest
 from gradflow.ranges import expand_range
-from gradflow.recipe import as_trained
 from gradflow.spec import SIZES, RunOptions, StackSpec, flag
 from gradflow.user_code import from_file, is_reference
 
-PANELS = {StackSpec: "Stack", RunOptions: "Measurement"}
+PANELS = {StackSpec: "Stack", ModelRequest: "Model", RunOptions: "Measurement"}
+METAVARS = {"input": "SIZES|NAME", "layers": "PATTERN", "set": "NAME=VALUE"}
 # Fields that may name a thing in a user's own file.
 FROM_FILES = ("scheme", "block")
+# Text that commas do not part, and options that may be given several times.
+WHOLE = ("input", "layers")
+REPEATED = ("set",)
 Command = Callable[..., None]
 
 
 def with_fields(*, lists: bool = False) -> Callable[[Command], Command]:
-    """Give a command an option for every field of `StackSpec` and `RunOptions`.
+    """Give a command an option for every field of the three classes that has a help text.
 
     The command gets those that were given, with their values, as its first argument, a dictionary
     by field name; its other parameters stay as they are.
@@ -36,13 +41,13 @@ def with_fields(*, lists: bool = False) -> Callable[[Command], Command]:
     Args:
         lists: the options take several values, joined by commas; the dictionary holds lists.
     """
-    made = [_parameter(cls, field, lists=lists) for cls in PANELS for field in fields(cls)]
+    made = [_parameter(PANELS[cls], field, lists=lists) for field, cls in _options()]
     names = {parameter.name for parameter in made}
 
     def decorate(command: Command) -> Command:
         @wraps(command)
         def wrapper(**values: Any) -> None:
-            given = {k: v for k, v in values.items() if k in names and v is not None}
+            given = {k: v for k, v in values.items() if k in names and v not in (None, [])}
             rest = {k: v for k, v in values.items() if k not in names}
             command(parse_lists(given) if lists else parse(given), **rest)
 
@@ -56,25 +61,14 @@ def with_fields(*, lists: bool = False) -> Callable[[Command], Command]:
     return decorate
 
 
-def split(given: dict[str, Any]) -> tuple[StackSpec, RunOptions]:
-    """The spec and the options that the given fields make; the rest are defaults.
-
-    Raises:
-        UsageError: a value breaks a rule.
-    """
-    stack = {f.name for f in fields(StackSpec)}
-    spec = StackSpec(**{k: v for k, v in given.items() if k in stack})
-    options = RunOptions(**{k: v for k, v in given.items() if k not in stack})
-    return as_trained(spec, options), options
-
-
 def parse(given: dict[str, Any]) -> dict[str, Any]:
     """Typed values from text, field by field; flags have their values already.
 
     Raises:
         UsageError: a value that is not of the field's type.
     """
-    return {k: _value(k, v) if isinstance(v, str) else v for k, v in given.items()}
+    texts = {k: " ".join(v) if k in REPEATED else v for k, v in given.items()}
+    return {k: _value(k, v) if isinstance(v, str) else v for k, v in texts.items()}
 
 
 def parse_lists(given: dict[str, Any]) -> dict[str, list[Any]]:
@@ -83,12 +77,24 @@ def parse_lists(given: dict[str, Any]) -> dict[str, list[Any]]:
     Raises:
         UsageError: a value that is not of the field's type, or an empty one.
     """
-    return {
-        name: [v for word in value.split(",") for v in _values(name, word)]
-        if isinstance(value, str)
-        else [value]
-        for name, value in given.items()
-    }
+    return {name: _list(name, value) for name, value in given.items()}
+
+
+def _list(name: str, value: Any) -> list[Any]:
+    if name in REPEATED:
+        return settings_product(value)
+    if name in WHOLE or not isinstance(value, str):
+        return [_value(name, value) if isinstance(value, str) else value]
+    return [v for word in value.split(",") for v in _values(name, word)]
+
+
+def settings_product(given: Sequence[str]) -> list[str]:
+    """Every combination of settings: `["n_layer=12,24", "n_head=4"]` has two."""
+    lists = []
+    for text in given:
+        name, equals, values = text.partition("=")
+        lists.append([f"{name}{equals}{value}" for value in values.split(",")])
+    return [" ".join(words) for words in product(*lists)]
 
 
 def _values(name: str, word: str) -> list[Any]:
@@ -135,25 +141,32 @@ def _value(name: str, text: str) -> Any:
 @cache
 def _fields() -> dict[str, tuple[Field[Any], type]]:
     """Every field with its type, less the None of those that have no default."""
-    hints = {name: hint for cls in PANELS for name, hint in get_type_hints(cls).items()}
-    return {f.name: (f, _plain_type(hints[f.name])) for cls in PANELS for f in fields(cls)}
+    hints = {cls: get_type_hints(cls) for cls in PANELS}
+    return {f.name: (f, _plain_type(hints[cls][f.name])) for f, cls in _options()}
 
 
-def _parameter(cls: type, field: Field[Any], *, lists: bool) -> inspect.Parameter:
+def _options() -> Iterator[tuple[Field[Any], type]]:
+    """Every field that is an option, with its class; those of several classes are the first's."""
+    for cls in PANELS:
+        yield from ((field, cls) for field in fields(cls) if "help" in field.metadata)
+
+
+def _parameter(panel: str, field: Field[Any], *, lists: bool) -> inspect.Parameter:
     kind = _fields()[field.name][1]
     # A network is causal or not, so both can be compared; other flags say how all are measured.
-    is_flag = kind is bool and not (lists and cls is StackSpec)
+    is_flag = kind is bool and not (lists and panel == PANELS[StackSpec])
     name = flag(field.name)
+    more = ",..." if lists else ""
     info = typer.Option(
         f"{name}/{flag('no_' + field.name)}" if is_flag else name,
         help=_help(field, kind),
         show_default=False,  # Typer sees None: only then is a default known to be one
-        rich_help_panel=PANELS[cls],
-        metavar=None if is_flag else _KINDS[kind][0] + (",..." if lists else ""),
+        rich_help_panel=panel,
+        metavar=None if is_flag else METAVARS.get(field.name) or _KINDS[kind][0] + more,
     )
-    arrives_as = bool if is_flag else str
+    arrives_as: Any = list[str] if field.name in REPEATED else bool if is_flag else str
     only = inspect.Parameter.KEYWORD_ONLY
-    hint = Annotated[arrives_as | None, info]  # type: ignore[valid-type]  # made at run time
+    hint = Annotated[arrives_as | None, info]
     return inspect.Parameter(field.name, only, default=None, annotation=hint)
 
 

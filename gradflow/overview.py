@@ -105,7 +105,9 @@ def training_sentence(summary: Summary) -> str:
 
 
 def loss_words(summary: Summary) -> str:
-    """Where the loss ends, between its floor and chance."""
+    """Where the loss ends, between its floor and chance where these are known."""
+    if summary.loss_floor is None and summary.final_loss is not None:
+        return f"loss ends at {number(summary.final_loss, '.3f')}"
     loss, floor, chance = (
         "not finite" if value is None or not isfinite(value) else number(value, ".3f")
         for value in (summary.final_loss, summary.loss_floor, summary.loss_chance)

@@ -90,7 +90,7 @@ def locate(text: str) -> Pretrained:
         raise UsageError(rule, repr(text), "give the folder of a checkpoint as Hugging Face has it")
     config = read_json(folder / CONFIG)
     architecture(config)
-    found = Pretrained(f"{folder.name}@{_digest(folder)}")
+    found = Pretrained(f"{folder.name}@{digest_of(folder)}")
     found.folder, found.config = folder, config
     return found
 
@@ -137,7 +137,7 @@ def _existing(file: Path) -> Path:
     return file
 
 
-def _digest(folder: Path) -> str:
+def digest_of(folder: Path) -> str:
     """Eight hexadecimal digits of config, index, and sizes and samples of the weight files."""
     found = files_of(folder)
     files = sorted({found} if isinstance(found, Path) else set(found.values()))

@@ -128,9 +128,11 @@ class StepRecord:
 
     seed: int = column("seed of the weights and the batches")
     step: int = column("updates made so far")
-    loss: float = column("cross-entropy of the batch of this step, which is new, in nats")
-    loss_floor: float = column("smallest expected loss that any model can have, in nats")
-    loss_chance: float = column("smallest expected loss without looking at the input, in nats")
+    loss: float = column("of the batch of this step, which is new; cross-entropies are in nats")
+    loss_floor: float | None = column("smallest expected loss of any model; empty if not known")
+    loss_chance: float | None = column(
+        "smallest expected loss without looking at the input; empty if not known"
+    )
     grad_norm: float | None = column("norm of dL/dparameters over all of them, before the update")
     lr: float | None = column("learning rate of the update; empty if none followed", missing=True)
     update_ratio: float | None = column(

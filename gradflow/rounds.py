@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -10,11 +11,12 @@ from gradflow.environment import resolve_device
 from gradflow.errors import GradflowError
 from gradflow.executors import first_line
 from gradflow.grid import Cell
-from gradflow.measurement import build_timed
-from gradflow.memory import available_bytes, footprint, make_plan, resident_bytes
-from gradflow.tape import Network
-from gradflow.timing import Clock, Pass, clock_for, collector_paused, timed_pass, unit_names
+from gradflow.measuring import timed_bytes, timer_for
+from gradflow.memory import available_bytes
+from gradflow.records import Timing
+from gradflow.timing import Clock, Timer, clock_for, collector_paused
 
+Summarise = Callable[[Sequence[tuple[Any, float]], Sequence[float]], Timing | None]
 # (cell that had its turn, round from 0 for the warm-up, rounds that are wanted)
 Tick = Callable[[Cell, int, int], None]
 
@@ -26,17 +28,16 @@ class Rounds:
     for its turn, and warmed up again.
 
     Attributes:
-        passes: seconds of each cell, round by round.
-        units: layer and name of each cell's units.
+        passes: what each cell's passes found, round by round, with the seconds of each.
         failed: cells that could not be timed, with the reason.
     """
 
     def __init__(self, cells: Sequence[Cell], clock: Clock | None = None) -> None:
         self.cells, self._clock = list(cells), clock
-        self.passes: dict[Cell, list[Pass]] = {cell: [] for cell in cells}
-        self.units: dict[Cell, list[tuple[int, str]]] = {}
+        self.passes: dict[Cell, list[tuple[Any, float]]] = {cell: [] for cell in cells}
         self.failed: dict[Cell, str] = {}
-        self._networks: dict[Cell, Network] = {}
+        self._timers: dict[Cell, Timer] = {}
+        self._summaries: dict[Cell, Summarise] = {}
         self._resident = _fit_together(self.cells)
 
     def run(self, tick: Tick = lambda *_: None) -> None:
@@ -50,46 +51,46 @@ class Rounds:
                     spent += self._turn(cell, warm_up=count == 0)
                     tick(cell, count, repeats)
                 count += 1
-        self._networks.clear()
+        self._timers.clear()
+
+    def timing(self, cell: Cell) -> Timing | None:
+        """What the rounds of one cell came to; None where no unit of it could be timed."""
+        return self._summaries[cell](self.passes[cell], ())
 
     def _turn(self, cell: Cell, *, warm_up: bool) -> float:
         """One pass, noted unless it is the warm-up; returns its seconds."""
         if cell in self.failed:
             return 0.0
         try:
-            network = self._network(cell)
-            clock = self._clock or clock_for(network.x.device)
+            device = resolve_device(cell.options.device, cell.spec.dtype)
+            timer = self._timer(cell, device)
+            clock = self._clock or clock_for(device)
             if not warm_up and not self._resident:
-                timed_pass(network, clock)
-            seconds = timed_pass(network, clock)
+                timer.timed(clock)
+            found = timer.timed(clock)
         except (GradflowError, RuntimeError, MemoryError) as error:
             self.failed[cell] = f"not timed: {first_line(error)}"
             return 0.0
         if warm_up:
             return 0.0
-        self.passes[cell].append(seconds)
-        return sum(map(sum, seconds))
+        self.passes[cell].append(found)
+        return found[1]
 
-    def _network(self, cell: Cell) -> Network:
-        """The cell's first seed, on its device."""
-        if cell in self._networks:
-            return self._networks[cell]
+    def _timer(self, cell: Cell, device: torch.device) -> Timer:
+        """Of the cell's first seed."""
+        if cell in self._timers:
+            return self._timers[cell]
         if not self._resident:
-            self._networks.clear()
-        device = resolve_device(cell.options.device, cell.spec.dtype)
-        plan = make_plan(cell.spec, cell.options, device)
-        network = build_timed(cell.spec, cell.options.seed, device, plan)
-        self._networks[cell] = network
-        self.units[cell] = unit_names(network)
-        return network
+            self._timers.clear()
+        timer = timer_for(cell.spec, cell.options, device)
+        self._timers[cell], self._summaries[cell] = timer, timer.summary
+        return timer
 
 
 def _fit_together(cells: Sequence[Cell]) -> bool:
     devices = [resolve_device(cell.options.device, cell.spec.dtype) for cell in cells]
-    sizes = [_timed_bytes(cell, device) for cell, device in zip(cells, devices, strict=True)]
+    sizes = [
+        timed_bytes(cell.spec, cell.options, device)
+        for cell, device in zip(cells, devices, strict=True)
+    ]
     return sum(sizes) < min(map(available_bytes, set(devices))) / 2
-
-
-def _timed_bytes(cell: Cell, device: torch.device) -> int:
-    plan = make_plan(cell.spec, cell.options, device)
-    return resident_bytes(footprint(cell.spec, cell.options.seed, device), plan.timed)

@@ -28,8 +28,8 @@ from gradflow.wiring import Place, Wiring
 class Storable(Protocol):
     """What a key can be made of."""
 
-    def to_json(self) -> dict[str, Any]:
-        """A dictionary of plain values."""
+    def identity(self) -> dict[str, Any]:
+        """Plain values that decide the numbers, with the options."""
         ...
 
 
@@ -488,6 +488,10 @@ class StackSpec:
         """A dictionary of plain values that `from_json` takes."""
         return asdict(self)
 
+    def identity(self) -> dict[str, Any]:
+        """All of it decides the numbers."""
+        return self.to_json()
+
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> StackSpec:
         """The spec that `to_json` wrote.
@@ -606,7 +610,7 @@ def run_key(spec: Storable, options: RunOptions) -> str:
     }
     if options.steps:
         numbers |= {name: getattr(options, name) for name in ("steps", *TRAINING)}
-    text = json.dumps({"spec": spec.to_json(), **numbers}, sort_keys=True)
+    text = json.dumps({"spec": spec.identity(), **numbers}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 

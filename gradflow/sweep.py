@@ -21,12 +21,14 @@ from gradflow.cost import with_times
 from gradflow.errors import GradflowError
 from gradflow.executors import Executor
 from gradflow.grid import Cell
+from gradflow.model_request import ModelRequest
+from gradflow.model_spec import asked_for
 from gradflow.records import Run
 from gradflow.rounds import Rounds
 from gradflow.shelf import Shelf, look_up, shelf_in
-from gradflow.spec import TRAINING
+from gradflow.spec import TRAINING, StackSpec
 from gradflow.stack import rehearse
-from gradflow.timing import Clock, summarise
+from gradflow.timing import Clock
 
 # (what is going on, layers done, layers in all)
 Progress = Callable[[str, int, int], None]
@@ -78,8 +80,8 @@ def sweep(
         MeasurementError: a result could not be stored; what was stored before is kept.
     """
     for cell in cells:
-        if user_code.is_user_name(cell.spec.block):  # a mistake in it is no failure of a cell
-            rehearse(cell.spec)
+        if isinstance(cell.spec, StackSpec) and user_code.is_user_name(cell.spec.block):
+            rehearse(cell.spec)  # a mistake in it is no failure of a cell
     store.remove_abandoned(out)
     here = _environments(cells, executor)
     with shelf_in(out) as shelf:
@@ -93,9 +95,15 @@ def sweep(
 
 
 def _environments(cells: Sequence[Cell], executor: Executor) -> Environments:
-    kinds = {(cell.options.device, cell.spec.dtype): cell for cell in cells}
+    kinds = {_place(cell): cell for cell in cells}
     found = {kind: executor.environment(cell) for kind, cell in kinds.items()}
-    return {cell: found[cell.options.device, cell.spec.dtype] for cell in cells}
+    return {cell: found[_place(cell)] for cell in cells}
+
+
+def _place(cell: Cell) -> tuple[object, ...]:
+    """What decides on the environment."""
+    library = isinstance(cell.spec, ModelRequest) and cell.spec.is_from_library
+    return cell.options.device, cell.spec.dtype, library
 
 
 @dataclass
@@ -118,7 +126,11 @@ class _Work:
         on_shelf = store.run_folders(self.shelf.folder)
         newest_first = [*reversed(store.run_folders(self.out)), *on_shelf]
         for cell, run in look_up(newest_first, self.cells):
-            if cell not in self.done.runs and _same_numbers(run, cell, self.here[cell]):
+            if (
+                cell not in self.done.runs
+                and cell.is_lasting
+                and _same_numbers(run, cell, self.here[cell])
+            ):
                 self._reuse_one(cell, run)
         for folder in set(on_shelf).difference(self.waiting.values()):
             self.shelf.drop(folder)
@@ -184,7 +196,7 @@ def _same_numbers(run: Run, cell: Cell, here: Mapping[str, Any]) -> bool:
     options = ("seed", "seeds", "raw_range", "vanishing", "exploding", "steps", *TRAINING)
     same_options = all(getattr(run.options, k) == getattr(cell.options, k) for k in options)
     same_place = all(run.environment.get(k) == v for k, v in here.items() if k != "threads")
-    return run.spec == cell.spec and same_options and same_place
+    return asked_for(run.spec) == cell.spec and same_options and same_place
 
 
 def _timed_well(run: Run, cell: Cell, here: Mapping[str, Any], *, shared: bool) -> bool:
@@ -204,7 +216,8 @@ def _timed(run: Run, cell: Cell, rounds: Rounds, name: str) -> Run:
         "sweep": name,
     }
     run = replace(run, environment=environment, options=cell.options)
-    return with_times(run, summarise(rounds.units[cell], rounds.passes[cell]))
+    timing = rounds.timing(cell)
+    return with_times(run, timing) if timing else run
 
 
 class _Meter:
@@ -228,7 +241,7 @@ class _Meter:
     def timed(self, cell: Cell, count: int, repeats: int) -> None:
         """A cell had its turn in a round of timing."""
         what = f"timing, round {count} of {max(count, repeats)}" if count else "warming up"
-        self._move(cell.spec.depth, what)
+        self._move(cell.layers, what)
 
     def _what(self) -> str:
         return f"measured {self._measured} of {self._cells}"
@@ -239,8 +252,8 @@ class _Meter:
 
 
 def _statistics_share(cell: Cell) -> int:
-    return cell.spec.depth * cell.options.seeds
+    return cell.layers * cell.options.seeds
 
 
 def _timing_share(cell: Cell) -> int:
-    return cell.spec.depth * (cell.options.repeats + 1) if cell.options.timing else 0
+    return cell.layers * (cell.options.repeats + 1) if cell.options.timing else 0

@@ -44,6 +44,21 @@ class Batch:
     labels: Tensor
 
 
+@dataclass(frozen=True)
+class Samples:
+    """What a task makes.
+
+    Attributes:
+        classes: symbols of the source, or prototypes.
+        shape: of a batch: (B, T) ids, or (B, C, ...) vectors or images.
+        dtype: number format of vectors and images.
+    """
+
+    classes: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+
+
 class Task(Protocol):
     """A source of batches with the floor and the chance level of the cross-entropy."""
 
@@ -63,15 +78,15 @@ class MarkovTask:
     chance the entropy of pi.
     """
 
-    def __init__(self, spec: StackSpec, device: torch.device) -> None:
-        logits = torch.empty(spec.classes, spec.classes, dtype=torch.float64)
+    def __init__(self, samples: Samples, device: torch.device) -> None:
+        logits = torch.empty(samples.classes, samples.classes, dtype=torch.float64)
         logits.normal_(generator=generator(CPU, 0, "transitions"))
         self.transitions = torch.softmax(SHARPNESS * logits, dim=1)
         self.stationary = stationary(self.transitions)
         rates = torch.special.entr(self.transitions).sum(1)
         self.floor = float(self.stationary @ rates)
         self.chance = float(torch.special.entr(self.stationary).sum())
-        self._shape = stream_shape(spec)[:2]
+        self._shape = samples.shape
         self._start = self.stationary.cumsum(0).to(device)
         self._next = self.transitions.cumsum(1).to(device)
 
@@ -115,24 +130,25 @@ class PrototypeTask:
     model has the logits a z_j. Chance is log K.
     """
 
-    def __init__(self, spec: StackSpec, device: torch.device) -> None:
-        self._spec, self._device = spec, device
-        draw = torch.empty(spec.width, spec.classes, dtype=torch.float64)
+    def __init__(self, samples: Samples, device: torch.device) -> None:
+        self._samples, self._device = samples, device
+        draw = torch.empty(samples.shape[1], samples.classes, dtype=torch.float64)
         draw.normal_(generator=generator(CPU, 0, "prototypes"))
         self.prototypes = torch.linalg.qr(draw).Q.T.to(device)
-        self.floor = prototype_floor(spec.classes, SEPARATION)
-        self.chance = math.log(spec.classes)
+        self.floor = prototype_floor(samples.classes, SEPARATION)
+        self.chance = math.log(samples.classes)
 
     def batch(self, seed: int, step: int) -> Batch:
         """Samples with the shape of the stream, and their classes."""
-        shape, source = stream_shape(self._spec), generator(self._device, seed, "batch", step)
+        shape, source = self._samples.shape, generator(self._device, seed, "batch", step)
         noise = torch.empty(shape, device=self._device).normal_(generator=source)
-        classes, samples = self._spec.classes, shape[0]
-        labels = torch.randint(classes, (samples,), generator=source, device=self._device)
+        labels = torch.randint(
+            self._samples.classes, shape[:1], generator=source, device=self._device
+        )
         pixels = math.prod(shape[2:])
         mean = SEPARATION / math.sqrt(pixels) * self.prototypes[labels]
         x = noise + mean.view(*shape[:2], *(1 for _ in shape[2:]))
-        return Batch(x.to(getattr(torch, self._spec.dtype)), labels)
+        return Batch(x.to(self._samples.dtype), labels)
 
 
 # Grid of the floor's two integrals, and the ends of the outer one. Both integrands are analytic
@@ -175,4 +191,11 @@ TASKS: dict[str, type[MarkovTask] | type[PrototypeTask]] = {
 
 def build_task(spec: StackSpec, device: torch.device) -> Task:
     """The task of this stack's stream."""
-    return TASKS[spec.kind.domain](spec, device)
+    return TASKS[spec.kind.domain](samples_of(spec), device)
+
+
+def samples_of(spec: StackSpec) -> Samples:
+    """What the task of a stack makes."""
+    shape = stream_shape(spec)
+    ids = spec.kind.domain == "tokens"
+    return Samples(spec.classes, shape[:2] if ids else shape, getattr(torch, spec.dtype))

@@ -10,6 +10,8 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from time import perf_counter
 from typing import Any, Protocol
@@ -89,35 +91,63 @@ def clock_for(device: torch.device) -> Clock:
     return CudaClock() if device.type == "cuda" else CpuClock()
 
 
-def time_network(
-    network: Network,
-    options: RunOptions,
-    clock: Clock,
-    tick: Callable[[], None] = lambda: None,
-) -> Timing:
+@dataclass(frozen=True)
+class Timer:
+    """How one network is timed.
+
+    Attributes:
+        timed: one pass: what it found, and the seconds of the whole.
+        bare: seconds of the same pass by torch alone.
+        summary: a `Timing` of what `timed` returned, pass by pass, and `bare`; None where no unit
+            could be timed.
+    """
+
+    timed: Callable[[Clock], tuple[Any, float]]
+    bare: Callable[[Clock], float]
+    summary: Callable[[Sequence[tuple[Any, float]], Sequence[float]], Timing | None]
+
+
+def take_times(
+    timer: Timer, options: RunOptions, clock: Clock, tick: Callable[[], None] = lambda: None
+) -> Timing | None:
     """Time forward and backward of every unit.
 
     One warm-up of each kind, then timed and bare passes in turn, until there are
     `options.repeats` of them and `options.time_budget` seconds are spent.
 
     Args:
-        network: the stack; its parameters' `.grad` are None afterwards.
+        timer: of the network.
         options: `repeats` and `time_budget`.
         clock: real or fake.
         tick: called after each pair of passes.
     """
-    passes: list[Pass] = []
+    passes: list[tuple[Any, float]] = []
     bare: list[float] = []
     spent = 0.0
     with collector_paused():
-        timed_pass(network, clock)
-        bare_pass(network, clock)
+        timer.timed(clock)
+        timer.bare(clock)
         while len(passes) < options.repeats or spent < options.time_budget:
-            passes.append(timed_pass(network, clock))
-            bare.append(bare_pass(network, clock))
-            spent += sum(map(sum, passes[-1])) + bare[-1]
+            passes.append(timer.timed(clock))
+            bare.append(timer.bare(clock))
+            spent += passes[-1][1] + bare[-1]
             tick()
-    return summarise(unit_names(network), passes, bare)
+    return timer.summary(passes, bare)
+
+
+def stack_timer(network: Network) -> Timer:
+    """Times a stack; its parameters' `.grad` are None afterwards."""
+
+    def timed(clock: Clock) -> tuple[Pass, float]:
+        found = timed_pass(network, clock)
+        return found, sum(map(sum, found))
+
+    names = unit_names(network)  # and not the network: it may have to go before the summary
+
+    def summary(passes: Sequence[tuple[Pass, float]], bare: Sequence[float]) -> Timing:
+        return summarise(names, [units for units, _ in passes], bare)
+
+    return Timer(timed, partial(bare_pass, network), summary)
 
 
 def timed_pass(network: Network, clock: Clock) -> Pass:
@@ -175,7 +205,10 @@ def unit_names(network: Network) -> list[tuple[int, str]]:
 
 
 def summarise(
-    units: Sequence[tuple[int, str]], passes: Sequence[Pass], bare: Sequence[float] = ()
+    units: Sequence[tuple[int, str]],
+    passes: Sequence[Pass],
+    bare: Sequence[float] = (),
+    totals: Sequence[float] = (),
 ) -> Timing:
     """Medians and interquartile ranges over repeated passes.
 
@@ -183,11 +216,12 @@ def summarise(
         units: layer and name of each, as `unit_names` gives them.
         passes: what `timed_pass` gave, repeat by repeat.
         bare: what `bare_pass` gave, where there were any.
+        totals: seconds of the whole passes, where units are a part of them only.
     """
     table = np.array(passes)  # repeats x (forward, backward) x units
     low, median, high = np.percentile(table, (25, 50, 75), axis=0)
     iqr = high - low
-    total_low, total, total_high = np.percentile(table.sum(axis=(1, 2)), (25, 50, 75))
+    total_low, total, total_high = np.percentile(totals or table.sum(axis=(1, 2)), (25, 50, 75))
     rows = np.stack((median[0], iqr[0], median[1], iqr[1]), axis=1).tolist()
     return Timing(
         units=tuple((f, fi, b, bi) for f, fi, b, bi in rows),

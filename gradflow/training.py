@@ -212,18 +212,19 @@ def train_stack(
     batches = (task.batch(seed, step) for step in range(options.steps + 1))
     problem = Problem(model, batches, lambda model, batch: model(batch))
     for step in train(problem, options, observe):
-        found.steps.append(_record(seed, step, task))
+        found.steps.append(step_record(seed, step, task))
         tick()
     return found
 
 
-def _record(seed: int, step: Step, task: Task) -> StepRecord:
+def step_record(seed: int, step: Step, task: Task | None) -> StepRecord:
+    """A row of `steps.csv`; floor and chance are those of the task, where there is one."""
     return StepRecord(
         seed=seed,
         step=step.step,
         loss=step.loss,
-        loss_floor=task.floor,
-        loss_chance=task.chance,
+        loss_floor=None if task is None else task.floor,
+        loss_chance=None if task is None else task.chance,
         grad_norm=step.grad_norm,
         lr=step.lr,
         update_ratio=step.update_ratio,

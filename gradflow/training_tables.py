@@ -40,13 +40,19 @@ def loss_lines(records: Sequence[StepRecord]) -> Iterator[Text]:
     for record in records:
         by_step.setdefault(record.step, []).append(record.loss)
     steps = _spread(sorted(by_step), CELLS)
-    floor, chance = records[0].loss_floor, records[0].loss_chance
     losses = [fmean(by_step[step]) for step in steps]
-    # Losses far above chance would hide what happens below it.
-    cells = "".join(
-        _bar(min(loss, 2 * chance - floor), floor, 2 * chance - floor) for loss in losses
-    )
+    low, high = _loss_range(records[0], losses)
+    cells = "".join(_bar(min(loss, high), low, high) for loss in losses)
     yield Text(f"{'loss':>7} {cells}", no_wrap=True)
+
+
+def _loss_range(record: StepRecord, losses: Sequence[float]) -> tuple[float, float]:
+    """From the floor up; losses far above chance would hide what happens below it."""
+    floor, chance = record.loss_floor, record.loss_chance
+    if floor is not None and chance is not None:
+        return floor, 2 * chance - floor
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    return min(finite, default=0.0), max(finite, default=0.0)
 
 
 def heat_lines(records: Sequence[LayerRecord]) -> Iterator[Text]:
@@ -55,7 +61,8 @@ def heat_lines(records: Sequence[LayerRecord]) -> Iterator[Text]:
     steps = _spread(sorted({step for step, _ in heat}), CELLS)
     if len(steps) < 2:
         return
-    layers = _spread(sorted({layer for _, layer in heat}), MOST_LAYERS)
+    # An input that takes no gradient has nothing to show.
+    layers = _spread(sorted({n for (_, n), v in heat.items() if not math.isnan(v)}), MOST_LAYERS)
     finite = [value for value in heat.values() if math.isfinite(value)]
     low, high = (min(finite), max(finite)) if finite else (0.0, 0.0)
     wide = max(1, min(WIDEST, CELLS // len(steps)))

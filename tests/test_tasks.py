@@ -13,7 +13,7 @@ from scipy.stats import norm
 
 from gradflow.spec import StackSpec
 from gradflow.stack import stream_shape
-from gradflow.tasks import SEPARATION, MarkovTask, PrototypeTask, prototype_floor
+from gradflow.tasks import SEPARATION, MarkovTask, PrototypeTask, prototype_floor, samples_of
 
 MARKOV = small("transformer", seq_len=32, batch_size=8, classes=6)
 IMAGES = small("conv", image_size=4, batch_size=8, classes=5)
@@ -35,7 +35,7 @@ def solved(transitions: np.ndarray) -> np.ndarray:
 
 
 def test_the_floor_is_the_entropy_rate_and_chance_the_entropy_of_the_states() -> None:
-    task = MarkovTask(MARKOV, CPU)
+    task = MarkovTask(samples_of(MARKOV), CPU)
     p = task.transitions.numpy()
     assert p.sum(1) == pytest.approx(np.ones(6), rel=1e-12)
     pi = solved(p)
@@ -57,7 +57,7 @@ def losses_of_best(task: MarkovTask, steps: int, ahead: int = 0) -> list[float]:
 
 
 def test_the_true_conditional_distribution_attains_the_floor() -> None:
-    task = MarkovTask(MARKOV, CPU)
+    task = MarkovTask(samples_of(MARKOV), CPU)
     losses = losses_of_best(task, 400)
     error = np.std(losses) / math.sqrt(len(losses))
     assert error < 0.02
@@ -68,7 +68,7 @@ def test_the_true_conditional_distribution_attains_the_floor() -> None:
 
 def test_sequences_follow_the_chain_from_its_stationary_start() -> None:
     spec = small("ffn", seq_len=20, batch_size=4000, classes=6)
-    task = MarkovTask(spec, CPU)
+    task = MarkovTask(samples_of(spec), CPU)
     batch = task.batch(3, 0)
     labels = batch.labels.view(4000, 20)
     assert torch.equal(batch.x[:, 1:], labels[:, :-1])
@@ -113,7 +113,7 @@ def test_without_separation_the_floor_is_chance() -> None:
 
 @pytest.mark.parametrize("spec", [VECTORS, IMAGES], ids=["vectors", "images"])
 def test_the_bayes_posterior_attains_the_floor_on_the_samples(spec: StackSpec) -> None:
-    task = PrototypeTask(spec, CPU)
+    task = PrototypeTask(samples_of(spec), CPU)
     eye = torch.eye(5, dtype=torch.float64)
     assert torch.allclose(task.prototypes @ task.prototypes.T, eye, atol=1e-12)
     losses = []
@@ -137,7 +137,7 @@ def test_the_bayes_posterior_attains_the_floor_on_the_samples(spec: StackSpec) -
 @pytest.mark.parametrize("spec", [MARKOV, VECTORS, IMAGES], ids=["tokens", "vectors", "images"])
 def test_a_batch_depends_on_seed_and_step_alone(spec: StackSpec) -> None:
     kind = MarkovTask if spec is MARKOV else PrototypeTask
-    first, again = kind(spec, CPU), kind(spec, CPU)
+    first, again = kind(samples_of(spec), CPU), kind(samples_of(spec), CPU)
     torch.manual_seed(7)
     a, b = first.batch(1, 5), again.batch(1, 5)
     assert torch.equal(a.x, b.x)

@@ -25,9 +25,10 @@ from gradflow.commands.common import (
 )
 from gradflow.commands.theory import TheoryOnly, predict_grid
 from gradflow.errors import MeasurementError, RunFolderError, UsageError
-from gradflow.grid import DEFAULT_GRID, EXECUTORS, STACK_FIELDS, Cell, Grid, expand
+from gradflow.grid import DEFAULT_GRID, EXECUTORS, Cell, Grid, expand
 from gradflow.options import with_fields
 from gradflow.spec import check_choice
+from gradflow.specification import MODEL_FIELDS, STACK_FIELDS
 from gradflow.units import count
 
 if TYPE_CHECKING:
@@ -169,7 +170,7 @@ def make_grid(given: dict[str, Any]) -> Grid:
     Raises:
         UsageError: a bad value, or no cell at all.
     """
-    designs = [name for name in given if name in STACK_FIELDS]
+    designs = [name for name in given if name in STACK_FIELDS or name in MODEL_FIELDS]
     grid = expand({"repeats": [REPEATS]} | ({} if designs else DEFAULT_GRID) | given)
     for line in grid.notes:
         say(f"note: {line}", style="yellow")

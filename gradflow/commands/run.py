@@ -19,7 +19,8 @@ from gradflow.commands.common import (
     write_text,
 )
 from gradflow.commands.theory import TheoryOnly, predict_run
-from gradflow.options import split, with_fields
+from gradflow.options import with_fields
+from gradflow.specification import specification
 
 if TYPE_CHECKING:
     from gradflow.records import Run
@@ -36,7 +37,7 @@ def run(
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
-    """Measure one stack: gradient norms, gains and times per layer, and a verdict."""
+    """Measure one stack, or a model: gradient norms, gains and times per layer, and a verdict."""
     check_target(json)
     given |= shortcut(residual, plain)
     if theory_only:
@@ -53,15 +54,15 @@ def run(
 
 def measure_and_store(given: dict[str, Any], out: Path, quiet: bool) -> Run:
     """A stored run of the given fields; bad values and a bad `out` are refused first."""
-    spec, options = split(given)
+    spec, options = specification(given)
     from gradflow import store
 
     store.check_writable(out)
     with progress_bar(quiet) as progress:
-        from gradflow.measurement import measure
+        from gradflow.measuring import measure_any
 
         scratch = store.nearest_folder(out)
-        return store.save(measure(spec, options, progress=progress, scratch=scratch), out)
+        return store.save(measure_any(spec, options, progress=progress, scratch=scratch), out)
 
 
 def show(found: Run) -> None:

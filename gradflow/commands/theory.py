@@ -8,8 +8,10 @@ from typing import Annotated, Any
 import typer
 
 from gradflow.commands.common import Targets, write_text
+from gradflow.errors import UsageError
 from gradflow.grid import Grid
-from gradflow.options import split
+from gradflow.spec import RunOptions, StackSpec
+from gradflow.specification import Asked, specification
 
 TheoryOnly = Annotated[
     bool, typer.Option("--theory-only", help="predict without measuring; store nothing")
@@ -21,7 +23,7 @@ def predict_run(given: dict[str, Any], target: str | None, *, quiet: bool) -> No
     from gradflow import outlook_tables
     from gradflow.outlook import outlook
 
-    found = outlook(*split(given))
+    found = outlook(*_stack(*specification(given)))
     if target is not None:
         text = json.dumps(outlook_tables.about(found), indent=2, allow_nan=False)
         write_text(target, text + "\n")
@@ -34,12 +36,19 @@ def predict_grid(grid: Grid, targets: Targets, *, quiet: bool) -> None:
     from gradflow import outlook_tables
     from gradflow.outlook import outlook
 
-    found = [outlook(cell.spec, cell.options) for cell in grid.cells]
+    found = [outlook(*_stack(cell.spec, cell.options)) for cell in grid.cells]
     for name, target in targets.items():
         if target is not None:
             write_text(target, getattr(outlook_tables, f"as_{name}")(found))
     if not quiet and "-" not in targets.values():
         _show(outlook_tables.outlooks_view(found))
+
+
+def _stack(asked: Asked, options: RunOptions) -> tuple[StackSpec, RunOptions]:
+    if not isinstance(asked, StackSpec):
+        rule = "theory predicts stacks that gradflow builds"
+        raise UsageError(rule, f"--model {asked.title}", "leave out --model, or --theory-only")
+    return asked, options
 
 
 def _show(view: Any) -> None:

@@ -34,6 +34,12 @@ class Place:
         return type(self.module).__name__
 
 
+def unit_name(name: str, call: int) -> str:
+    """Name of a row: that of the module, and which call it is from the second on."""
+    joined = "_".join(name.split())
+    return joined if call == 0 else f"{joined}#{call + 1}"
+
+
 def find_layers(model: nn.Module, patterns: Sequence[str] | None = None) -> list[Place]:
     """The modules to watch.
 

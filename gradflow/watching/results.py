@@ -21,7 +21,7 @@ from gradflow.records import LayerRecord, ParamRecord, Run, Summary
 from gradflow.rows import log10
 from gradflow.spec import RunOptions
 from gradflow.verdict import classify, summarise
-from gradflow.watching.discovery import Place
+from gradflow.watching.discovery import Place, unit_name
 from gradflow.watching.parameters import MISSING, Owned
 from gradflow.watching.tally import Columns, Key, Tally, in_order
 
@@ -57,10 +57,9 @@ class Watched:
         return found
 
     def unit(self, key: Key) -> str:
-        """Name of a row: that of the module, and which call it is from the second on."""
+        """Name of a row."""
         place, number = key
-        name = "_".join(self.places[place].name.split())
-        return name if number == 0 else f"{name}#{number + 1}"
+        return unit_name(self.places[place].name, number)
 
 
 def to_run(

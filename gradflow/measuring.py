@@ -1,0 +1,49 @@
+"""Stacks and models behind one door: each is measured and timed by its own engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from gradflow.measurement import Progress, build_timed, measure
+from gradflow.memory import footprint, make_plan, resident_bytes
+from gradflow.model_request import ModelRequest
+from gradflow.model_runs import measure_model, model_bytes, model_timer
+from gradflow.records import Run
+from gradflow.spec import RunOptions, StackSpec
+from gradflow.timing import Timer, stack_timer
+
+
+def measure_any(
+    spec: StackSpec | ModelRequest,
+    options: RunOptions,
+    *,
+    progress: Progress = lambda *_: None,
+    scratch: Path | None = None,
+) -> Run:
+    """What `measure` or `measure_model` makes of it; the arguments and errors are theirs."""
+    if isinstance(spec, ModelRequest):
+        return measure_model(spec, options, progress)
+    return measure(spec, options, progress=progress, scratch=scratch)
+
+
+def timer_for(spec: StackSpec | ModelRequest, options: RunOptions, device: torch.device) -> Timer:
+    """Times the first seed, built on the device.
+
+    Raises:
+        UsageError: it cannot be built.
+        MeasurementError: it does not fit into memory.
+    """
+    if isinstance(spec, ModelRequest):
+        return model_timer(spec, options, device)
+    plan = make_plan(spec, options, device)
+    return stack_timer(build_timed(spec, options.seed, device, plan))
+
+
+def timed_bytes(spec: StackSpec | ModelRequest, options: RunOptions, device: torch.device) -> int:
+    """Bytes that stay taken between two passes of a timer, or more."""
+    if isinstance(spec, ModelRequest):
+        return model_bytes(spec, options)
+    plan = make_plan(spec, options, device)
+    return resident_bytes(footprint(spec, options.seed, device), plan.timed)
