@@ -216,7 +216,9 @@ class StackSpec:
     seq_len: int | None = option(None, "tokens in a sample (32)")
     image_size: int | None = option(None, "pixels on a side (16)")
     batch_size: int | None = option(None, "samples (8; 64 for mlp)")
-    loss: str = option("cotangent", "what puts the gradient in at the output", LOSSES)
+    loss: str = option(
+        "cotangent", "what puts the gradient in at the output; of a model also own", LOSSES
+    )
     classes: int = option(None, "classes of the ce head (10)")
     dtype: str = option("float32", "number format of the whole pass", DTYPES)
 

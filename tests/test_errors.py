@@ -169,7 +169,7 @@ def test_every_kind_of_error_has_its_exit_code(
     def fail(*_: Any, **__: Any) -> None:
         raise kind("rule", "value", "remedy") if kind is errors.UsageError else kind("reason")
 
-    monkeypatch.setattr("gradflow.measurement.measure", fail)
+    monkeypatch.setattr("gradflow.measuring.measure_any", fail)
     assert cli.run().code == code
 
 

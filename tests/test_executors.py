@@ -120,7 +120,7 @@ def test_any_error_becomes_an_outcome(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(executors, "measure", fail)
+    monkeypatch.setattr(executors, "measure_any", fail)
     (outcome,) = Serial().outcomes([tiny()])
     assert (outcome.run, outcome.error) == (None, text)
 
@@ -132,20 +132,20 @@ def test_what_ends_the_program_is_not_caught(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(executors, "measure", fail)
+    monkeypatch.setattr(executors, "measure_any", fail)
     with pytest.raises(error):
         list(Serial().outcomes([tiny()]))
 
 
 def test_one_thread_while_a_cell_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    measure = executors.measure
+    measure = executors.measure_any
 
     def spy(*args: Any) -> Any:
         seen.append(torch.get_num_threads())
         return measure(*args)
 
-    monkeypatch.setattr(executors, "measure", spy)
+    monkeypatch.setattr(executors, "measure_any", spy)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:

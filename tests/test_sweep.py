@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from gradflow import rounds, store
+from gradflow import rounds, store, timing
 from gradflow.errors import MeasurementError, UsageError
 from gradflow.executors import Outcome, Serial
 from gradflow.grid import Cell, expand
@@ -411,14 +411,14 @@ def test_a_cell_that_fails_is_reported_and_the_others_are_kept(tmp_path: Path) -
 def test_a_cell_that_fails_in_timing_is_stored_without_times(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    timed_pass = rounds.timed_pass
+    timed_pass = timing.timed_pass
 
     def fail(network: Any, clock: Any) -> Pass:
         if len(network.blocks) == 2:
             raise RuntimeError("out of memory\nand a page of text")
         return timed_pass(network, clock)
 
-    monkeypatch.setattr(rounds, "timed_pass", fail)
+    monkeypatch.setattr(timing, "timed_pass", fail)
     one, two, three = cells()
     done, _ = run_sweep(tmp_path)
     assert done.failures == [(two, "not timed: out of memory")]
@@ -515,13 +515,13 @@ def test_a_cluster_does_not_touch_what_waits_for_times(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("free", "warm"), [(2**40, 0), (0, 1)], ids=["resident", "rebuilt"])
 def test_cells_take_turns(monkeypatch: pytest.MonkeyPatch, free: int, warm: int) -> None:
     turns: list[int] = []
-    timed_pass = rounds.timed_pass
+    timed_pass = timing.timed_pass
 
     def spy(network: Any, clock: Any) -> Pass:
         turns.append(len(network.blocks))
         return timed_pass(network, clock)
 
-    monkeypatch.setattr(rounds, "timed_pass", spy)
+    monkeypatch.setattr(timing, "timed_pass", spy)
     monkeypatch.setattr(rounds, "available_bytes", lambda _: free)
     taken = rounds.Rounds(cells(), FakeClock([1.0]))
     taken.run()
@@ -541,7 +541,7 @@ def test_rounds_end_where_no_cell_can_be_timed(monkeypatch: pytest.MonkeyPatch) 
     def fail(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(rounds, "build_timed", fail)
+    monkeypatch.setattr(rounds, "timer_for", fail)
     taken = rounds.Rounds(cells(time_budget=[50.0]), FakeClock([1.0]))
     taken.run()
     assert set(taken.failed.values()) == {"not timed: no reason given"}
@@ -550,7 +550,9 @@ def test_rounds_end_where_no_cell_can_be_timed(monkeypatch: pytest.MonkeyPatch) 
 def test_networks_are_those_of_the_first_seed() -> None:
     taken = rounds.Rounds(cells(seed=[5], depth=[1]), FakeClock([1.0]))
     taken.run()
-    assert taken.units[cells(seed=[5], depth=[1])[0]] == [(1, "mlp")]
+    found = taken.timing(cells(seed=[5], depth=[1])[0])
+    assert found is not None
+    assert {(row.layer, row.unit) for row in found.repeats} == {(1, "mlp")}
 
 
 def test_a_spec_is_what_its_cell_says() -> None:

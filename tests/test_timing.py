@@ -22,8 +22,9 @@ from gradflow.timing import (
     FakeClock,
     bare_pass,
     collector_paused,
+    stack_timer,
     summarise,
-    time_network,
+    take_times,
     timed_pass,
 )
 from gradflow.walk import Network
@@ -38,7 +39,7 @@ def net(spec: StackSpec = MLP) -> Network:
 
 def timed(spec: StackSpec = MLP, steps: Sequence[float] = (1.0,), **options: float) -> Timing:
     chosen = RunOptions(**{"repeats": 3, "time_budget": 1e-9, **options})
-    return time_network(net(spec), chosen, FakeClock(steps))
+    return take_times(stack_timer(net(spec)), chosen, FakeClock(steps))
 
 
 # What is marked
@@ -156,7 +157,7 @@ def test_repeats_until_both_the_least_number_and_the_budget(
     passes = CountedPasses(monkeypatch, seconds=1.0)
     ticks: list[None] = []
     options = RunOptions(repeats=repeats, time_budget=budget)
-    found = time_network(net(), options, FakeClock([1.0]), lambda: ticks.append(None))
+    found = take_times(stack_timer(net()), options, FakeClock([1.0]), lambda: ticks.append(None))
     assert passes.turns == ["timed", "bare"] * (pairs + 1)
     assert all(passes.paused)
     assert gc.isenabled()
@@ -326,7 +327,7 @@ def test_the_cuda_clock_times_the_work_and_not_its_launch() -> None:
 
 
 def test_real_times_of_a_real_network_are_positive() -> None:
-    found = time_network(net(), RunOptions(repeats=2, time_budget=1e-9), CpuClock())
+    found = take_times(stack_timer(net()), RunOptions(repeats=2, time_budget=1e-9), CpuClock())
     assert len(found.units) == 3
     assert all(forward > 0 and backward > 0 for forward, _, backward, _ in found.units)
     assert found.bare_s is not None

@@ -28,11 +28,15 @@ Seconds = dict[Key, tuple[float, float]]
 
 @dataclass
 class _Call:
-    """Marks of one call; those of backward are None until its gradients come."""
+    """Marks of one call; those of backward are None until its gradients come.
+
+    `below` is the call whose output it was given: one moment ends this one and begins that one.
+    """
 
     key: Key
     entered: int
     x: Tensor | None = None
+    below: _Call | None = None
     left: int | None = None
     from_above: int | None = None
     to_below: int | None = None
@@ -46,6 +50,7 @@ class Marks:
     moments: list[Any] = field(default_factory=list)
     calls: list[_Call] = field(default_factory=list)
     open: list[_Call] = field(default_factory=list)
+    last: tuple[_Call, Tensor] | None = None
 
     def mark(self) -> int:
         """A moment; returns its number."""
@@ -60,7 +65,9 @@ class Marks:
         call = _Call((place, number), 0, stream_of(given))
         self.calls.append(call)
         self.open.append(call)
-        if call.x is not None and call.x.requires_grad:
+        if self.last is not None and call.x is self.last[1]:
+            call.below = self.last[0]
+        elif call.x is not None and call.x.requires_grad:
             call.x.register_hook(lambda _: self._below(call))  # type: ignore[no-untyped-call]
         call.entered = self.mark()
 
@@ -76,6 +83,7 @@ class Marks:
         y = stream_of(output, call.x.shape if call.x is not None else None)
         call.x = None
         if y is not None and y.requires_grad:
+            self.last = call, y
             y.register_hook(lambda _: self._above(call))  # type: ignore[no-untyped-call]
 
     def _above(self, call: _Call) -> None:
@@ -95,8 +103,9 @@ class Marks:
     def _whole(self) -> Iterator[tuple[_Call, int, int]]:
         end = len(self.moments) - 1
         for call in self.calls:
-            # Where nothing below takes a gradient, backward ends with the layer.
-            below = end if call.to_below is None and call is self.calls[0] else call.to_below
+            below = call.to_below if call.below is None else call.below.from_above
+            if below is None and call is self.calls[0]:
+                below = end  # nothing below it takes a gradient: backward ends with it
             if call.left is not None and call.from_above is not None and below is not None:
                 yield call, call.from_above, below
 
