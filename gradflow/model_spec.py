@@ -11,7 +11,8 @@ from functools import cached_property
 from typing import Any, Protocol
 
 from gradflow.errors import UsageError
-from gradflow.spec import StackSpec, at_least, known_fields
+from gradflow.fields import at_least, known_fields
+from gradflow.spec import StackSpec
 from gradflow.typed import typed
 
 

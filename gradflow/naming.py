@@ -9,7 +9,8 @@ from typing import Any, Protocol
 
 from gradflow.model_spec import Spec
 from gradflow.records import Summary
-from gradflow.spec import RunOptions, StackSpec
+from gradflow.run_options import RunOptions
+from gradflow.spec import StackSpec
 from gradflow.user_code import shown
 
 # Depth is an axis of its own, and these three always stand in a name where they differ.

@@ -23,8 +23,8 @@ from gradflow.executors import Executor
 from gradflow.grid import Cell
 from gradflow.records import Run
 from gradflow.rounds import Rounds
+from gradflow.run_options import TRAINING
 from gradflow.shelf import Shelf, look_up, shelf_in
-from gradflow.spec import TRAINING
 from gradflow.stack import rehearse
 from gradflow.timing import Clock, summarise
 
