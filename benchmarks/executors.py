@@ -14,7 +14,8 @@ from side_by_side import Contest, shown, write_table
 from gradflow.executors import Serial
 from gradflow.grid import Cell
 from gradflow.processes import Processes
-from gradflow.spec import RunOptions, StackSpec
+from gradflow.run_options import RunOptions
+from gradflow.spec import StackSpec
 
 CELLS = [
     Cell(StackSpec(depth=24), RunOptions(device="cpu", seed=seed, timing=False))

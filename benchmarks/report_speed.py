@@ -28,7 +28,8 @@ from side_by_side import write_table
 
 from gradflow.environment import describe
 from gradflow.records import LayerRecord, Run
-from gradflow.spec import RunOptions, StackSpec
+from gradflow.run_options import RunOptions
+from gradflow.spec import StackSpec
 from gradflow.store import about, save
 from gradflow.verdict import summarise
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gradflow.measurement import measure as measure
     from gradflow.records import Run as Run
-    from gradflow.spec import RunOptions as RunOptions
+    from gradflow.run_options import RunOptions as RunOptions
     from gradflow.spec import StackSpec as StackSpec
     from gradflow.store import load as load
     from gradflow.store import save as save
@@ -23,7 +23,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "measure": "gradflow.measurement",
     "Run": "gradflow.records",
-    "RunOptions": "gradflow.spec",
+    "RunOptions": "gradflow.run_options",
     "StackSpec": "gradflow.spec",
     "load": "gradflow.store",
     "save": "gradflow.store",

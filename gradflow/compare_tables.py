@@ -23,7 +23,7 @@ from gradflow.model_spec import asked_for
 from gradflow.outcome import outcome_sentence
 from gradflow.overview import STYLES, answer, designs_through
 from gradflow.records import Summary
-from gradflow.spec import TRAINING as TRAINING_OPTIONS
+from gradflow.run_options import TRAINING as TRAINING_OPTIONS
 from gradflow.store import plain
 from gradflow.theory_words import theory_cell
 from gradflow.trainable import trainable_depths

@@ -17,10 +17,10 @@ from gradflow import user_code
 from gradflow.comparison import SPEED_KEYS
 from gradflow.environment import describe, library, resolve_device
 from gradflow.errors import GradflowError, UsageError
+from gradflow.fields import check_choice
 from gradflow.grid import EXECUTORS, Cell
 from gradflow.measuring import measure_any
 from gradflow.records import Run
-from gradflow.spec import check_choice
 
 
 @dataclass(frozen=True)

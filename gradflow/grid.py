@@ -8,20 +8,14 @@ from itertools import product
 from typing import Any
 
 from gradflow import user_code
+from gradflow.block_kinds import BLOCK_OPTIONS, block_kind
 from gradflow.errors import UsageError
+from gradflow.fields import check_choice, flag
 from gradflow.model_request import ModelRequest, locate_model
-from gradflow.spec import (
-    BLOCK_OPTIONS,
-    DEFAULT_BLOCK,
-    TRAINING,
-    RunOptions,
-    StackSpec,
-    block_kind,
-    check_choice,
-    flag,
-    run_key,
-)
+from gradflow.run_options import TRAINING, RunOptions
+from gradflow.spec import StackSpec, run_key
 from gradflow.specification import STACK_FIELDS, Asked, specification
+from gradflow.stack_fields import DEFAULT_BLOCK
 from gradflow.user_schemes import scheme_named
 
 # What bare `gradflow compare` measures.

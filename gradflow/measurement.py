@@ -30,7 +30,8 @@ from gradflow.plan import Plan
 from gradflow.rebuilt import RebuiltBlocks
 from gradflow.recipe import as_trained
 from gradflow.records import LayerRecord, ParamRecord, Run, StepRecord, Timing, first_step
-from gradflow.spec import RunOptions, StackSpec
+from gradflow.run_options import RunOptions
+from gradflow.spec import StackSpec
 from gradflow.spool import Spool
 from gradflow.stack import Block, build_block, build_loss, build_stack, input_batch
 from gradflow.tape import Network, visits

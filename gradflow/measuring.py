@@ -11,7 +11,8 @@ from gradflow.memory import footprint, make_plan, resident_bytes
 from gradflow.model_request import ModelRequest
 from gradflow.model_runs import measure_model, model_bytes, model_timer
 from gradflow.records import Run
-from gradflow.spec import RunOptions, StackSpec
+from gradflow.run_options import RunOptions
+from gradflow.spec import StackSpec
 from gradflow.timing import Timer, stack_timer
 
 

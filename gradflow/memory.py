@@ -14,9 +14,11 @@ import psutil
 import torch
 
 from gradflow.errors import MeasurementError, UsageError
+from gradflow.fields import flag
 from gradflow.plan import Footprint, Plan, choose
+from gradflow.run_options import RunOptions
 from gradflow.saved import SavedBytes
-from gradflow.spec import RunOptions, StackSpec, flag
+from gradflow.spec import StackSpec
 from gradflow.stack import Block, build_block, input_shape, layer_kind, stream_shape
 from gradflow.units import gib
 

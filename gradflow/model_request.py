@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from gradflow.errors import UsageError
+from gradflow.fields import at_least, check_choice, flag, known_fields, option
 from gradflow.located import EXAMPLE, Located, is_reference, locate_code, locate_folder
-from gradflow.spec import DTYPES, LOSSES, at_least, check_choice, flag, known_fields, option
+from gradflow.stack_fields import DTYPES, LOSSES
 
 LIBRARY = "hf:"
 OWN_LOSS = "own"

@@ -25,7 +25,7 @@ from gradflow.model_spec import ModelSpec
 from gradflow.one_pass import untouched
 from gradflow.outcome import summary_of
 from gradflow.records import Run, StepRecord, Timing, first_step
-from gradflow.spec import RunOptions
+from gradflow.run_options import RunOptions
 from gradflow.subjects import Example, Subject, build_subject
 from gradflow.timing import Clock, Timer, clock_for, take_times
 from gradflow.training import Problem, step_record, train

@@ -12,8 +12,9 @@ from functools import cached_property
 from typing import Any, Protocol
 
 from gradflow.errors import UsageError
+from gradflow.fields import at_least, known_fields
 from gradflow.model_request import ModelRequest, without_digest
-from gradflow.spec import StackSpec, at_least, known_fields
+from gradflow.spec import StackSpec
 from gradflow.typed import typed
 
 

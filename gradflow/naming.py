@@ -10,7 +10,8 @@ from typing import Any, Protocol
 from gradflow.model_request import without_digest
 from gradflow.model_spec import Spec, asked_for
 from gradflow.records import Summary
-from gradflow.spec import RunOptions, StackSpec
+from gradflow.run_options import RunOptions
+from gradflow.spec import StackSpec
 from gradflow.user_code import shown
 
 # Depth is an axis of its own, and these three always stand in a name where they differ.

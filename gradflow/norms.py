@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own convention)
 from torch import Tensor, nn
 
-from gradflow.spec import GROUPS, POINTWISE, StackSpec
+from gradflow.block_kinds import GROUPS, POINTWISE
+from gradflow.spec import StackSpec
 from gradflow.wiring import Wiring
 
 

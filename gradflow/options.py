@@ -17,9 +17,12 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 
 from gradflow.errors import UsageError
+from gradflow.fields import flag
 from gradflow.model_request import ModelRequest
 from gradflow.ranges import expand_range
-from gradflow.spec import SIZES, RunOptions, StackSpec, flag
+from gradflow.run_options import RunOptions
+from gradflow.spec import StackSpec
+from gradflow.stack_fields import SIZES
 from gradflow.user_code import from_file, is_reference
 
 PANELS = {StackSpec: "Stack", ModelRequest: "Model", RunOptions: "Measurement"}

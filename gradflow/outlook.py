@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from gradflow.records import Summary
-from gradflow.spec import RunOptions, StackSpec
+from gradflow.run_options import RunOptions
+from gradflow.spec import StackSpec
 from gradflow.theory import NoTheoryError, Prediction, predict, total_decades
 from gradflow.verdict import TREND_LAYERS, Finding, advice, fit_trend, verdict_of
 

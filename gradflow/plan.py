@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from gradflow.spec import RunOptions
+from gradflow.run_options import RunOptions
 from gradflow.units import count, gib
 
 # Of the free memory a choice of its own takes no more than this; a given limit is used whole.

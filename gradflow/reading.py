@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from gradflow.errors import RunFolderError, UsageError
 from gradflow.model_spec import Spec, spec_from_json
 from gradflow.records import Summary
-from gradflow.spec import RunOptions
+from gradflow.run_options import RunOptions
 from gradflow.store import plain, read_about
 from gradflow.typed import expect, expect_items, typed
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from gradflow.errors import UsageError
-from gradflow.spec import RunOptions, StackSpec
+from gradflow.run_options import RunOptions
+from gradflow.spec import StackSpec
 
 # The built-in task of each shape of the stream; `gradflow.tasks` has the tasks themselves.
 MEANINGS = {

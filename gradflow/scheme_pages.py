@@ -11,9 +11,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from gradflow.block_kinds import block_kind
 from gradflow.errors import UsageError, closest_first
 from gradflow.schemes import SCHEMES, Scheme
-from gradflow.spec import StackSpec, block_kind
+from gradflow.spec import StackSpec
 from gradflow.user_code import from_file, is_reference, shown
 from gradflow.user_schemes import scheme_named
 from gradflow.wiring import Place

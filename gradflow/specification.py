@@ -7,9 +7,11 @@ from dataclasses import fields, replace
 from typing import Any
 
 from gradflow.errors import UsageError
+from gradflow.fields import flag
 from gradflow.model_request import ModelRequest, without_digest
 from gradflow.recipe import as_trained
-from gradflow.spec import RunOptions, StackSpec, flag
+from gradflow.run_options import RunOptions
+from gradflow.spec import StackSpec
 
 Asked = StackSpec | ModelRequest
 STACK_FIELDS = {f.name: f for f in fields(StackSpec)}

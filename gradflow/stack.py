@@ -18,6 +18,7 @@ from gradflow import user_code
 from gradflow.blocks import PHI, Conv3x3, Linear
 from gradflow.checkpoint import load_layer
 from gradflow.depth_mixing import DenseUnit, DepthAttentionUnit
+from gradflow.fields import check_choice
 from gradflow.fixup import FixupUnit
 from gradflow.hyper import HyperUnit, ManifoldUnit
 from gradflow.initial import Slot, Weights, bias_std, fans, fill, generator, weight_std
@@ -29,7 +30,7 @@ from gradflow.readouts import READOUTS
 from gradflow.residual import ParamInfo as ParamInfo
 from gradflow.residual import Scale
 from gradflow.residual import Unit as Unit
-from gradflow.spec import StackSpec, check_choice
+from gradflow.spec import StackSpec
 from gradflow.streams import B2tUnit, DualUnit, SiameseUnit, ValueResidualUnit
 from gradflow.unit_kinds import HighwayUnit, NormformerUnit, PbRelaxUnit, StochasticUnit
 from gradflow.user_branch import UserBranch

@@ -39,7 +39,8 @@ from gradflow.records import (
     TimeRecord,
     columns,
 )
-from gradflow.spec import RunOptions, run_key
+from gradflow.run_options import RunOptions
+from gradflow.spec import run_key
 from gradflow.spool import Spool
 from gradflow.typed import expect, expect_items, typed
 

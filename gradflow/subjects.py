@@ -20,7 +20,7 @@ from gradflow.hugging_face import Build, as_inputs, inputs, resolve, tokens
 from gradflow.located import Located, load, users_own
 from gradflow.model_request import ModelRequest, without_digest
 from gradflow.one_pass import called, projection, real_output
-from gradflow.spec import RunOptions
+from gradflow.run_options import RunOptions
 from gradflow.tasks import MarkovTask, PrototypeTask, Samples, Task
 
 # Classes of the built-in tasks, as for stacks.

@@ -25,8 +25,9 @@ from gradflow.model_request import ModelRequest
 from gradflow.model_spec import asked_for
 from gradflow.records import Run
 from gradflow.rounds import Rounds
+from gradflow.run_options import TRAINING
 from gradflow.shelf import Shelf, look_up, shelf_in
-from gradflow.spec import TRAINING, StackSpec
+from gradflow.spec import StackSpec
 from gradflow.stack import rehearse
 from gradflow.timing import Clock
 

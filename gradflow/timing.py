@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from gradflow.records import TimeRecord, Timing
-from gradflow.spec import RunOptions
+from gradflow.run_options import RunOptions
 from gradflow.tape import Network, record_forward
 from gradflow.walk import loss_gradient, vjp
 

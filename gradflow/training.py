@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from gradflow.initial import generator
 from gradflow.records import LayerRecord, ParamRecord, StepRecord
-from gradflow.spec import RunOptions, StackSpec
+from gradflow.run_options import RunOptions
+from gradflow.spec import StackSpec
 from gradflow.stack import ReadoutLoss, build_loss, build_stack, scaled_input
 from gradflow.stats import norm
 from gradflow.tasks import Batch, Task, build_task

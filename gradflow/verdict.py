@@ -18,7 +18,8 @@ from scipy.special import stdtrit
 
 from gradflow.model_spec import ModelSpec, Spec
 from gradflow.records import LayerRecord, Summary
-from gradflow.spec import RunOptions, StackSpec
+from gradflow.run_options import RunOptions
+from gradflow.spec import StackSpec
 from gradflow.user_code import shown
 
 # Profiles flatter than this have no trend to speak of.

@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 
+from gradflow.block_kinds import BLOCKS, NORM_KINDS, POINTWISE
 from gradflow.errors import UsageError
 from gradflow.records import LayerRecord, ParamRecord
-from gradflow.spec import BLOCKS, LOSSES, NORM_KINDS, NORMS, POINTWISE, SHORTCUTS, StackSpec
+from gradflow.spec import StackSpec
 from gradflow.stack import build_loss, build_stack, input_batch
+from gradflow.stack_fields import LOSSES, NORMS, SHORTCUTS
 from gradflow.walk import Network, walk
 
 CPU = torch.device("cpu")

@@ -9,7 +9,8 @@ from typing import Any, get_args, get_type_hints
 from hypothesis import strategies as st
 
 from gradflow.records import LayerRecord, ParamRecord, Record, Run, StepRecord, TimeRecord
-from gradflow.spec import RunOptions, StackSpec
+from gradflow.run_options import RunOptions
+from gradflow.spec import StackSpec
 from gradflow.verdict import summarise
 
 ENVIRONMENT: dict[str, Any] = {

@@ -10,8 +10,9 @@ import torch
 from problems import CPU, MODERN, PROBLEMS, STACKS, name, network, retyped, small
 from torch import Tensor
 
+from gradflow.block_kinds import ACTIVATIONS, BLOCKS
 from gradflow.rotary import rotate
-from gradflow.spec import ACTIVATIONS, BLOCKS, StackSpec
+from gradflow.spec import StackSpec
 from gradflow.stack import Block, build_block, input_batch
 from gradflow.walk import Network, walk
 

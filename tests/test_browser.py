@@ -18,7 +18,7 @@ from records import ENVIRONMENT, layer_rows, run_of, spec_of
 from gradflow import report, store
 from gradflow.charts import CHARTS, DARK, LIGHT
 from gradflow.reading import read_results
-from gradflow.spec import RunOptions
+from gradflow.run_options import RunOptions
 
 pytestmark = [
     pytest.mark.slow,

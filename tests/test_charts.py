@@ -25,7 +25,8 @@ from gradflow.charts import CHARTS, DARK, LIGHT, SHAPES, picture, power_of_ten
 from gradflow.overview import in_order
 from gradflow.reading import read_results
 from gradflow.records import LayerRecord
-from gradflow.spec import RunOptions, StackSpec
+from gradflow.run_options import RunOptions
+from gradflow.spec import StackSpec
 
 PAGE_DARK = "#15181d"
 TIMES = {"forward_s": 1e-3, "forward_s_iqr": 1e-4, "backward_s": 2e-3, "backward_s_iqr": 1e-4}

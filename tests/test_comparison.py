@@ -16,7 +16,8 @@ from scipy.special import stdtrit
 
 from gradflow.comparison import Comparison, Ratio, compare, mean_profile, time_ratio
 from gradflow.records import Run, TimeRecord
-from gradflow.spec import RunOptions, StackSpec
+from gradflow.run_options import RunOptions
+from gradflow.spec import StackSpec
 
 HERE = ENVIRONMENT | {"torch": "2.13.0", "matmul_precision": "highest", "sweep": "s1"}
 BOTH = ("forward_s", "backward_s")

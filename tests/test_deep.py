@@ -20,7 +20,8 @@ from gradflow import measurement as measuring
 from gradflow import store
 from gradflow.measurement import measure
 from gradflow.records import Run
-from gradflow.spec import RunOptions, StackSpec
+from gradflow.run_options import RunOptions
+from gradflow.spec import StackSpec
 from gradflow.spool import Spool
 from gradflow.tables import end_rows, run_view
 from gradflow.timing import FakeClock

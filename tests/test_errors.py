@@ -15,8 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gradflow import errors, memory
+from gradflow.block_kinds import ACTIVATIONS, BLOCKS, NORM_KINDS
 from gradflow.cli import app
-from gradflow.spec import ACTIVATIONS, BLOCKS, DTYPES, INITS, LOSSES, NORM_KINDS, NORMS, SHORTCUTS
+from gradflow.stack_fields import DTYPES, INITS, LOSSES, NORMS, SHORTCUTS
 
 USAGE, FAILED = 2, 3
 COMMANDS = [command.callback.__name__ for command in app.registered_commands if command.callback]

@@ -21,7 +21,8 @@ from gradflow.executors import Outcome, Serial, make_executor
 from gradflow.grid import Cell
 from gradflow.processes import Processes
 from gradflow.records import LayerRecord, ParamRecord
-from gradflow.spec import RunOptions, StackSpec
+from gradflow.run_options import RunOptions
+from gradflow.spec import StackSpec
 from gradflow.store import write_records
 
 OPTIONS = RunOptions(device="cpu", seeds=2, timing=False)

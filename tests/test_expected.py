@@ -20,7 +20,8 @@ from gradflow.expected import NOT_FINITE, with_theory
 from gradflow.outlook import DEEPEST, NO_THEORY, Reach, healthy_reach, outlook
 from gradflow.overview import sentence
 from gradflow.records import LayerRecord, Run, Summary
-from gradflow.spec import RunOptions, StackSpec
+from gradflow.run_options import RunOptions
+from gradflow.spec import StackSpec
 from gradflow.store import load
 from gradflow.tables import profile, verdict_lines
 from gradflow.theory import predict, total_decades

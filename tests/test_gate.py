@@ -14,7 +14,7 @@ from records import ENVIRONMENT, layer_rows, run_of, spec_of
 from gradflow.errors import BaselineError
 from gradflow.gate import Bounds, against_baseline, judge
 from gradflow.records import LayerRecord, ParamRecord, Run
-from gradflow.spec import RunOptions
+from gradflow.run_options import RunOptions
 
 ANYTHING = Bounds()
 GENEROUS = Bounds(max_decades=1e9, min_gain=0.0, max_gain=1e9, no_nonfinite=True)

@@ -11,9 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gradflow.block_kinds import BLOCK_OPTIONS, BLOCKS
 from gradflow.errors import UsageError
 from gradflow.grid import DEFAULT_GRID, Cell, expand
-from gradflow.spec import BLOCK_OPTIONS, BLOCKS, TRAINING, RunOptions, StackSpec
+from gradflow.run_options import TRAINING, RunOptions
+from gradflow.spec import StackSpec
 
 Lists = Mapping[str, Sequence[Any]]
 

@@ -19,7 +19,7 @@ from gradflow.model_request import ModelRequest
 from gradflow.model_runs import measure_model
 from gradflow.model_spec import ModelSpec
 from gradflow.records import Run
-from gradflow.spec import RunOptions
+from gradflow.run_options import RunOptions
 
 pytestmark = pytest.mark.slow  # transformers takes seconds to import
 transformers = pytest.importorskip("transformers")

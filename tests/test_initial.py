@@ -13,8 +13,9 @@ from scipy import stats as laws
 from torch import Tensor, nn
 
 from gradflow.initial import generator_seed
-from gradflow.spec import INITS, StackSpec
+from gradflow.spec import StackSpec
 from gradflow.stack import build_block, build_loss, input_batch
+from gradflow.stack_fields import INITS
 from gradflow.walk import walk
 
 DEPTH = 6

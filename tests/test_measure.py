@@ -17,10 +17,13 @@ from problems import small
 import gradflow
 from gradflow import environment, memory, store
 from gradflow import measurement as measuring
+from gradflow.block_kinds import BLOCKS
 from gradflow.errors import MeasurementError, UsageError
 from gradflow.measurement import build_network, measure
 from gradflow.records import TIMING_COLUMNS, Run
-from gradflow.spec import BLOCKS, DTYPES, RunOptions, StackSpec
+from gradflow.run_options import RunOptions
+from gradflow.spec import StackSpec
+from gradflow.stack_fields import DTYPES
 from gradflow.timing import FakeClock
 
 SMALL = small("transformer", depth=2)

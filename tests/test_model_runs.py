@@ -24,7 +24,7 @@ from gradflow.model_request import ModelRequest
 from gradflow.model_runs import measure_model
 from gradflow.model_spec import ModelSpec
 from gradflow.records import Run
-from gradflow.spec import RunOptions
+from gradflow.run_options import RunOptions
 from gradflow.timing import FakeClock
 
 SIZES = {"input": "5,6", "dtype": "float64"}

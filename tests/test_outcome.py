@@ -23,7 +23,7 @@ from gradflow.overview import in_order, markdown_table
 from gradflow.reading import read_results
 from gradflow.records import LayerRecord, Run, StepRecord
 from gradflow.report import page
-from gradflow.spec import RunOptions
+from gradflow.run_options import RunOptions
 from gradflow.tables import run_view
 from gradflow.training_charts import TRAINING_CHARTS
 from gradflow.verdict import summarise

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from gradflow.errors import UsageError
 from gradflow.plan import Footprint, Plan, choose
-from gradflow.spec import RunOptions
+from gradflow.run_options import RunOptions
 from gradflow.units import size_in_bytes
 
 KIB, MIB = 1 << 10, 1 << 20

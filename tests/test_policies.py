@@ -9,9 +9,10 @@ import pytest
 import torch
 from problems import CPU, SIZES, STACKS, name, network, retyped, small
 
+from gradflow.block_kinds import BLOCKS
 from gradflow.rebuilt import RebuiltBlocks
 from gradflow.schemes import SCHEMES
-from gradflow.spec import BLOCKS, StackSpec
+from gradflow.spec import StackSpec
 from gradflow.stack import build_block
 from gradflow.tape import Network, Tape, record_backward, visits
 from gradflow.walk import walk

@@ -24,7 +24,8 @@ from gradflow.errors import UsageError
 from gradflow.overview import in_order, markdown_table, summary_view
 from gradflow.reading import LONGEST_TEXT, clean, read_results
 from gradflow.records import LayerRecord, Run
-from gradflow.spec import RunOptions, StackSpec
+from gradflow.run_options import RunOptions
+from gradflow.spec import StackSpec
 
 in_one_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 NAN, INF = math.nan, math.inf

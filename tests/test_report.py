@@ -32,7 +32,7 @@ from gradflow.overview import answer, designs_through, in_order, sentence, times
 from gradflow.reading import Results, read_results
 from gradflow.records import Summary
 from gradflow.report import Limits, pick, selection
-from gradflow.spec import RunOptions
+from gradflow.run_options import RunOptions
 
 NASTY = "</script><script>alert(1)</script><!-- \"'&]]> ünï ∂ \u2028 \U0001f600"
 

@@ -12,9 +12,9 @@ import pytest
 from commandline import CommandLine
 from user_files import scheme_file
 
+from gradflow.block_kinds import BLOCKS
 from gradflow.scheme_pages import constants
 from gradflow.schemes import SCHEMES
-from gradflow.spec import BLOCKS
 from gradflow.store import load, run_folders
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")

@@ -21,9 +21,10 @@ from test_walk import (
 )
 from torch import Tensor
 
+from gradflow.block_kinds import BLOCKS
 from gradflow.errors import UsageError
 from gradflow.schemes import SCHEMES
-from gradflow.spec import BLOCKS, StackSpec
+from gradflow.spec import StackSpec
 from gradflow.stack import build_block, build_loss, input_batch
 from gradflow.walk import Network, loss_gradient, record_forward, vjp, walk
 from gradflow.wiring import Place, Wiring

@@ -28,7 +28,7 @@ from gradflow import store
 from gradflow.environment import without_path
 from gradflow.errors import MeasurementError, RunFolderError, UsageError
 from gradflow.records import TABLES, LayerRecord, ParamRecord, Run, StepRecord, TimeRecord, columns
-from gradflow.spec import RunOptions
+from gradflow.run_options import RunOptions
 
 PARAM = ParamRecord(0, 0, 1, "mlp", "branch.linear.weight", "8x8", 64, 1.0, 0.5, -0.3, 0)
 TIME = TimeRecord(0, 1, "mlp", 1e-5, 2e-5)

@@ -19,8 +19,9 @@ from gradflow.executors import Outcome, Serial
 from gradflow.grid import Cell, expand
 from gradflow.measurement import measure
 from gradflow.records import Run
+from gradflow.run_options import RunOptions
 from gradflow.shelf import PREFIX, shelf_in
-from gradflow.spec import RunOptions, StackSpec
+from gradflow.spec import StackSpec
 from gradflow.sweep import Sweep, sweep
 from gradflow.timing import FakeClock, Pass
 

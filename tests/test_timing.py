@@ -15,7 +15,8 @@ from records import layer_rows, run_of, spec_of
 from gradflow import timing
 from gradflow.cost import with_times
 from gradflow.records import Run, TimeRecord, Timing
-from gradflow.spec import RunOptions, StackSpec
+from gradflow.run_options import RunOptions
+from gradflow.spec import StackSpec
 from gradflow.timing import (
     Clock,
     CpuClock,

@@ -18,7 +18,8 @@ from gradflow.errors import UsageError
 from gradflow.measurement import measure
 from gradflow.recipe import as_trained
 from gradflow.records import Run
-from gradflow.spec import TRAINING, RunOptions, StackSpec, run_key
+from gradflow.run_options import TRAINING, RunOptions
+from gradflow.spec import StackSpec, run_key
 from gradflow.tasks import build_task
 from gradflow.training import Problem, TaskNetwork, learning_rate, train, train_stack
 

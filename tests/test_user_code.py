@@ -25,7 +25,8 @@ from gradflow.naming import names
 from gradflow.norms import Norm
 from gradflow.reading import read_results
 from gradflow.records import LayerRecord, Run
-from gradflow.spec import RunOptions, StackSpec
+from gradflow.run_options import RunOptions
+from gradflow.spec import StackSpec
 from gradflow.stack import build_block
 from gradflow.store import load, save
 from gradflow.theory.describe import describe

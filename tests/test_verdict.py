@@ -14,7 +14,8 @@ from records import layer_rows, spec_of
 from scipy import stats
 
 from gradflow.records import Summary
-from gradflow.spec import RunOptions, StackSpec
+from gradflow.run_options import RunOptions
+from gradflow.spec import StackSpec
 from gradflow.verdict import ADVICE, summarise
 
 NAN, INF = math.nan, math.inf

@@ -14,8 +14,10 @@ from problems import MODERN, PROBLEMS, STACKS, measure, name, network, retyped, 
 from torch import Tensor, nn
 
 from gradflow import stats
+from gradflow.block_kinds import ACTIVATIONS, BLOCKS
 from gradflow.records import LayerRecord, ParamRecord, columns
-from gradflow.spec import ACTIVATIONS, BLOCKS, LOSSES, StackSpec
+from gradflow.spec import StackSpec
+from gradflow.stack_fields import LOSSES
 from gradflow.walk import Network, loss_gradient, record_forward, vjp, walk
 
 TOLERANCE = {"float64": 1e-9, "float32": 1e-4}

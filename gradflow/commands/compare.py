@@ -25,9 +25,9 @@ from gradflow.commands.common import (
 )
 from gradflow.commands.theory import TheoryOnly, predict_grid
 from gradflow.errors import MeasurementError, RunFolderError, UsageError
+from gradflow.fields import check_choice
 from gradflow.grid import DEFAULT_GRID, EXECUTORS, Cell, Grid, expand
 from gradflow.options import with_fields
-from gradflow.spec import check_choice
 from gradflow.specification import MODEL_FIELDS, STACK_FIELDS
 from gradflow.units import count
 

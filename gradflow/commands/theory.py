@@ -10,7 +10,8 @@ import typer
 from gradflow.commands.common import Targets, write_text
 from gradflow.errors import UsageError
 from gradflow.grid import Grid
-from gradflow.spec import RunOptions, StackSpec
+from gradflow.run_options import RunOptions
+from gradflow.spec import StackSpec
 from gradflow.specification import Asked, specification
 
 TheoryOnly = Annotated[

@@ -18,7 +18,7 @@ from torch import nn
 from gradflow import store
 from gradflow.errors import UsageError
 from gradflow.records import Run
-from gradflow.spec import RunOptions
+from gradflow.run_options import RunOptions
 from gradflow.tables import run_view
 from gradflow.watching.discovery import find_layers
 from gradflow.watching.parameters import ParameterWatch, owned_parameters

@@ -19,7 +19,7 @@ from gradflow.findings import findings
 from gradflow.model_spec import ModelSpec, Spec
 from gradflow.records import LayerRecord, ParamRecord, Run, Summary
 from gradflow.rows import log10
-from gradflow.spec import RunOptions
+from gradflow.run_options import RunOptions
 from gradflow.verdict import classify, summarise
 from gradflow.watching.discovery import Place, unit_name
 from gradflow.watching.parameters import MISSING, Owned
