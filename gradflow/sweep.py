@@ -26,6 +26,7 @@ from gradflow.rounds import Rounds
 from gradflow.run_options import TRAINING
 from gradflow.shelf import Shelf, look_up, shelf_in
 from gradflow.stack import rehearse
+from gradflow.staging import remove_abandoned
 from gradflow.timing import Clock, summarise
 
 # (what is going on, layers done, layers in all)
@@ -80,7 +81,7 @@ def sweep(
     for cell in cells:
         if user_code.is_user_name(cell.spec.block):  # a mistake in it is no failure of a cell
             rehearse(cell.spec)
-    store.remove_abandoned(out)
+    remove_abandoned(out)
     here = _environments(cells, executor)
     with shelf_in(out) as shelf:
         work = _Work(cells, here, out, shelf, executor, _Meter(progress, cells))

@@ -199,10 +199,10 @@ def measure_grid(
         UsageError: a bad value.
         MeasurementError: no cell could be measured.
     """
-    from gradflow import store
+    from gradflow.staging import check_writable
 
     check_choice("--executor", how[0], EXECUTORS)
-    store.check_writable(out)
+    check_writable(out)
     with progress_bar(quiet) as progress:
         from gradflow.executors import make_executor
         from gradflow.sweep import sweep

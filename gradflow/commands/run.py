@@ -54,14 +54,15 @@ def run(
 def measure_and_store(given: dict[str, Any], out: Path, quiet: bool) -> Run:
     """A stored run of the given fields; bad values and a bad `out` are refused first."""
     spec, options = split(given)
-    from gradflow import store
+    from gradflow.staging import check_writable, nearest_folder
+    from gradflow.store import save
 
-    store.check_writable(out)
+    check_writable(out)
     with progress_bar(quiet) as progress:
         from gradflow.measurement import measure
 
-        scratch = store.nearest_folder(out)
-        return store.save(measure(spec, options, progress=progress, scratch=scratch), out)
+        scratch = nearest_folder(out)
+        return save(measure(spec, options, progress=progress, scratch=scratch), out)
 
 
 def show(found: Run) -> None:
