@@ -284,11 +284,11 @@ def write_files(result: Comparison, targets: Targets) -> None:
     Raises:
         UsageError: a file cannot be written.
     """
-    from gradflow import compare_tables
+    from gradflow import compare_formats
 
     for name, target in targets.items():
         if target is not None:
-            write_text(target, getattr(compare_tables, f"as_{name}")(result))
+            write_text(target, getattr(compare_formats, f"as_{name}")(result))
 
 
 def show(result: Comparison) -> None:
