@@ -1,88 +1,52 @@
 """Charts of many runs: a data frame in, an Altair chart out; nothing is drawn or written here.
 
-Every chart takes one of the tables of `rows_for_charts`, all of which have the columns `run` and
+Every chart takes one of the tables of `chart_rows`, all of which have the columns `run` and
 `design`, so that a page can exchange the rows of all charts at once. A design has one colour and
 one shape; runs of one design differ in depth, and that is where their lines end.
-
-A page steers a chart by three parameters: `listed`, the designs in the legend; `bottom` and `top`,
-the ends of the vertical axis, or null.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import reduce
 from typing import Any
 
 import altair as alt
-import polars as pl
 
-from gradflow.chart_rows import ends
-
-# Six hues that dichromats can tell apart, each at least 3:1 against its background. Shapes repeat
-# what colours say and go on where these come round again: 6 and 7 have no common divisor.
-LIGHT = ("#0072b2", "#d55e00", "#009e73", "#8a2be2", "#6d0a1f", "#14145a")
-DARK = ("#2aa7e8", "#d56400", "#009e73", "#b066ff", "#ffcdd6", "#d9e35a")
-SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right")
-INK, PAPER = "#24292f", "white"
-WIDTH, HEIGHT, BAR = 720, 320, 20
-FADED = 0.06
-# Pixels of a legend entry, and of a letter in it.
-ENTRY, LETTER = 40, 6
-FONT = "system-ui, 'DejaVu Sans', sans-serif"
-DASH = [5, 4]
-
-Table = pl.DataFrame
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """A chart with the words around it.
-
-    Attributes:
-        title: its heading.
-        text: what it shows, and how to read it.
-        table: `units`, `depths` or `times`.
-        columns: those it draws, the first one on the vertical axis, with their headings.
-        draw: makes the chart of that table.
-        near, seen: of the vertical axis, see `chart_rows.ends`.
-        bars: it has a line of text for each value of the column `bar`, and grows with them.
-    """
-
-    title: str
-    text: str
-    table: str
-    columns: dict[str, str]
-    draw: Callable[[Table], alt.LayerChart]
-    near: float | None = None
-    seen: tuple[float, float] = (0, 1.05)
-    bars: bool = False
-
-    @property
-    def value(self) -> str:
-        """The column on the vertical axis."""
-        return next(iter(self.columns))
-
-    @property
-    def span(self) -> list[str]:
-        """The columns that have to fit on the vertical axis."""
-        return [name for name in (self.value, "low", "high") if name in self.columns]
+from gradflow.chart_parts import (
+    Drawing,
+    Table,
+    chosen,
+    design_colour,
+    design_shape,
+    faded,
+    hint,
+    layer_axis,
+    layered,
+    number_axis,
+    power_axis,
+    steering,
+    zoom,
+)
+from gradflow.chart_theme import BAR, DASH, picture_of
 
 
 def gradient(units: Table) -> alt.LayerChart:
     """The gradient norm over the layers: a line per run with its seeds, theory with its band."""
     title = "gradient norm |dL/dy|"
-    y = _powers("log10_grad_norm", title)
-    series = {"x": _layer(), "color": design_colour(units), "detail": "run:N", "opacity": faded(1)}
+    y = power_axis("log10_grad_norm", title)
+    series = {
+        "x": layer_axis(),
+        "color": design_colour(units),
+        "detail": "run:N",
+        "opacity": faded(1),
+    }
     theory = alt.Chart(units).mark_line(strokeDash=[2, 5], strokeWidth=3, clip=True)
     expected = alt.Chart(units).mark_area(fillOpacity=0.08, clip=True)
     band = alt.Chart(units).mark_area(fillOpacity=0.2, clip=True)
     low, high = (f"theory_log10_grad_norm_{end}" for end in ("low", "high"))
     return layered(
-        expected.encode(**series, y=_powers(low, title), y2=f"{high}:Q"),
-        band.encode(**series, y=_powers("low", title), y2="high:Q"),
-        theory.encode(**series, y=_powers("theory_log10_grad_norm", title)),
+        expected.encode(**series, y=power_axis(low, title), y2=f"{high}:Q"),
+        band.encode(**series, y=power_axis("low", title), y2="high:Q"),
+        theory.encode(**series, y=power_axis("theory_log10_grad_norm", title)),
         *_lines(units, y, "gradient"),
     )
 
@@ -111,7 +75,7 @@ def gradient_cosine(units: Table) -> alt.LayerChart:
 
 def activation(units: Table) -> alt.LayerChart:
     """The size of the stream over the layers."""
-    y = _powers("log10_act_rms", "root mean square of y")
+    y = power_axis("log10_act_rms", "root mean square of y")
     return layered(*_lines(units, y, "activation"))
 
 
@@ -130,13 +94,13 @@ def depth(depths: Table) -> alt.LayerChart:
     ]
     series = {
         "x": x.axis(values=ticks, format=",d", grid=False),
-        "y": _powers("total_log10_gain", title),
+        "y": power_axis("total_log10_gain", title),
         "color": design_colour(depths),
     }
     line = alt.Chart(depths).mark_line(clip=True)
     point = alt.Chart(depths).mark_point(size=60, filled=True, clip=True)
     hints = [alt.Tooltip("run:N"), alt.Tooltip("verdict:N"), hint("total_log10_gain", "decades")]
-    points = point.encode(**series, shape=_shape(depths), opacity=faded(1), tooltip=hints)
+    points = point.encode(**series, shape=design_shape(depths), opacity=faded(1), tooltip=hints)
     steered = points.add_params(chosen(), zoom(), *steering(depths, CHARTS["depth"]))
     return layered(*rules, line.encode(**series, opacity=faded(0.9)), steered)
 
@@ -155,57 +119,6 @@ def time(times: Table) -> alt.LayerChart:
     return layered(encoded).properties(height=BAR * times["bar"].n_unique())
 
 
-def themed(
-    chart: alt.LayerChart, ink: str = INK, paper: str = PAPER, colours: tuple[str, ...] = LIGHT
-) -> alt.LayerChart:
-    """The same chart in these colours."""
-    text: dict[str, Any] = {"labelColor": ink, "titleColor": ink, "titleFontWeight": "normal"}
-    axis = alt.AxisConfig(
-        **text,
-        labelFontSize=12,
-        titleFontSize=12,
-        gridColor=ink,
-        gridOpacity=0.12,
-        domainColor=ink,
-        tickColor=ink,
-    )
-    legend = alt.LegendConfig(
-        **text,
-        labelFontSize=12,
-        labelLimit=330,
-        orient="bottom",
-        columnPadding=16,
-        symbolOpacity=1,
-        symbolLimit=0,
-    )
-    # In one go: every configure_... of Altair copies the chart.
-    return chart.configure(
-        background=paper,
-        font=FONT,
-        aria=False,
-        range=alt.RangeConfig(category=list(colours), symbol=list(SHAPES)),
-        axis=axis,
-        legend=legend,
-        title=alt.TitleConfig(color=ink, subtitleColor=ink, anchor="start", fontSize=16),
-        rule=alt.MarkConfig(color=ink),
-        view=alt.ViewConfig(stroke=None),
-    )
-
-
-def picture(name: str, table: Table) -> alt.LayerChart:
-    """The chart as it stands alone: with its title, on paper, far-out runs left out."""
-    return picture_of(CHARTS[name], table)
-
-
-def picture_of(drawing: Drawing, table: Table) -> alt.LayerChart:
-    """The same for a chart of any kind."""
-    title = alt.TitleParams(drawing.title, subtitle=drawing.text.split(". ")[0], limit=WIDTH)
-    chart = drawing.draw(table).properties(title=title, width=WIDTH)
-    if not drawing.bars:
-        chart = chart.properties(height=HEIGHT)
-    return themed(chart)
-
-
 def _by_unit(units: Table, name: str, title: str) -> alt.LayerChart:
     """One line per run and kind of unit: in a transformer both have gains of their own."""
     kinds = units["unit"].unique(maintain_order=True).to_list()
@@ -218,7 +131,7 @@ def _by_unit(units: Table, name: str, title: str) -> alt.LayerChart:
 
 def _lines(units: Table, y: alt.Y, name: str, **of_lines: Any) -> tuple[alt.Chart, alt.Chart]:
     """A line per run with a few marks on it; all its points appear under the pointer."""
-    series = {"x": _layer(), "y": y, "color": design_colour(units)}
+    series = {"x": layer_axis(), "y": y, "color": design_colour(units)}
     line = alt.Chart(units).mark_line(strokeWidth=1.8, clip=True)
     point = alt.Chart(units).mark_point(size=45, filled=True, clip=True)
     hover = alt.selection_point(
@@ -231,7 +144,7 @@ def _lines(units: Table, y: alt.Y, name: str, **of_lines: Any) -> tuple[alt.Char
     where = [alt.Tooltip("run:N"), alt.Tooltip("layer:Q", format=",d"), alt.Tooltip("unit:N")]
     points = point.encode(
         **series,
-        shape=_shape(units),
+        shape=design_shape(units),
         opacity=alt.OpacityValue(0, condition=seen),
         tooltip=[*where, *hints],
     )
@@ -239,91 +152,6 @@ def _lines(units: Table, y: alt.Y, name: str, **of_lines: Any) -> tuple[alt.Char
         line.encode(**series, **of_lines, detail="run:N", opacity=faded(0.9)),
         points.add_params(chosen(), hover, zoom(), *steering(units, CHARTS[name])),
     )
-
-
-def layered(*layers: alt.Chart) -> alt.LayerChart:
-    """Charts on top of each other."""
-    return alt.LayerChart(layer=list(layers))
-
-
-def chosen() -> alt.Parameter:
-    """What a click in the legend selects."""
-    return alt.selection_point(name="chosen", fields=["design"], bind="legend")
-
-
-def zoom() -> alt.Parameter:
-    """Dragging and zooming."""
-    # The bare wheel belongs to the page.
-    return alt.selection_interval(name="zoom", bind="scales", zoom="wheel![event.ctrlKey]")
-
-
-def steering(table: Table, drawing: Drawing) -> list[alt.Parameter]:
-    """The parameters by which a page steers a chart."""
-    bottom, top = ends(table, drawing.span, drawing.near, drawing.seen)
-    axis = [alt.param(name="bottom", value=bottom), alt.param(name="top", value=top)]
-    return [alt.param(name="listed", value=_designs(table)), *axis]
-
-
-def faded(opacity: float) -> Any:
-    """This opacity for what is chosen."""
-    return alt.when(chosen()).then(alt.value(opacity)).otherwise(alt.value(FADED))
-
-
-def _layer() -> alt.X:
-    axis = alt.Axis(tickMinStep=1, format=",d", grid=False)
-    return alt.X("x:Q", title="layer (0 is the input)", axis=axis, scale=alt.Scale(nice=False))
-
-
-def _designs(table: Table) -> list[str]:
-    return table["design"].unique(maintain_order=True).to_list()
-
-
-def design_colour(table: Table) -> alt.Color:
-    """A colour for each design, with its legend."""
-    # The same domain for colour and shape makes one legend of the two.
-    return alt.Color("design:N", title=None, scale=_scale(table), legend=_legend(table))
-
-
-def _shape(table: Table) -> alt.Shape:
-    return alt.Shape("design:N", title=None, scale=_scale(table), legend=_legend(table))
-
-
-def _scale(table: Table) -> alt.Scale:
-    return alt.Scale(domain=_designs(table))
-
-
-def _legend(table: Table) -> alt.Legend:
-    entry = ENTRY + LETTER * max(map(len, _designs(table)), default=0)
-    columns = alt.ExprRef(f"max(1, floor(width / {entry}))")
-    return alt.Legend(values=alt.ExprRef("listed"), columns=columns)
-
-
-def hint(column: str, title: str) -> alt.Tooltip:
-    """A number under the pointer."""
-    return alt.Tooltip(f"{column}:Q", title=title, format=".4~g")
-
-
-def number_axis(column: str, title: str) -> alt.Y:
-    """A vertical axis whose ends a page steers."""
-    scale = alt.Scale(domain=[alt.ExprRef("bottom"), alt.ExprRef("top")], nice=True)
-    return alt.Y(f"{column}:Q", title=title, scale=scale)
-
-
-def _powers(column: str, title: str) -> alt.Y:
-    """An axis for a logarithm that is labelled in powers of ten, a decade high at least."""
-    return number_axis(column, title).axis(labelExpr=power_of_ten("datum.value"), tickMinStep=0.1)
-
-
-def power_of_ten(exponent: str) -> str:
-    """A Vega expression: 10 to a whole exponent as `10⁻³`, small fractions as plain numbers."""
-    digits = zip("0123456789-\u2212", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁻", strict=True)
-    high = reduce(
-        lambda text, pair: f"replace({text}, /{pair[0]}/g, '{pair[1]}')",
-        digits,
-        f"format({exponent}, '.12~g')",
-    )
-    plain = f"abs({exponent}) < 4 && {exponent} % 1 != 0"
-    return f"{plain} ? format(pow(10, {exponent}), '.2~g') : '10' + {high}"
 
 
 CHARTS: dict[str, Drawing] = {
@@ -407,3 +235,8 @@ CHARTS: dict[str, Drawing] = {
         bars=True,
     ),
 }
+
+
+def picture(name: str, table: Table) -> alt.LayerChart:
+    """The chart as it stands alone: with its title, on paper, far-out runs left out."""
+    return picture_of(CHARTS[name], table)

@@ -23,8 +23,10 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 import gradflow
+from gradflow.chart_parts import Drawing
 from gradflow.chart_rows import FAR, Runs, tables
-from gradflow.charts import BAR, CHARTS, DARK, HEIGHT, LIGHT, Drawing, themed
+from gradflow.chart_theme import BAR, DARK, HEIGHT, LIGHT, themed
+from gradflow.charts import CHARTS
 from gradflow.naming import names, shared
 from gradflow.overview import HEALTHY, SAYINGS, answer, designs_through, sentence
 from gradflow.reading import Results, StoredRun, clean

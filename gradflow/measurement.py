@@ -16,6 +16,8 @@ from gradflow.cost import with_times
 from gradflow.environment import describe, resolve_device
 from gradflow.errors import MeasurementError
 from gradflow.expected import with_theory
+from gradflow.inputs import input_batch
+from gradflow.losses import build_loss
 from gradflow.memory import (
     available_bytes,
     is_out_of_memory,
@@ -33,7 +35,7 @@ from gradflow.records import LayerRecord, ParamRecord, Run, StepRecord, Timing, 
 from gradflow.run_options import RunOptions
 from gradflow.spec import StackSpec
 from gradflow.spool import Spool
-from gradflow.stack import Block, build_block, build_loss, build_stack, input_batch
+from gradflow.stack import Block, build_block, build_stack
 from gradflow.tape import Network, visits
 from gradflow.timing import Clock, clock_for, stack_timer, take_times
 from gradflow.training import train_stack

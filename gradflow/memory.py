@@ -15,11 +15,12 @@ import torch
 
 from gradflow.errors import MeasurementError, UsageError
 from gradflow.fields import flag
+from gradflow.inputs import input_shape, stream_shape
 from gradflow.plan import Footprint, Plan, choose
 from gradflow.run_options import RunOptions
 from gradflow.saved import SavedBytes
 from gradflow.spec import StackSpec
-from gradflow.stack import Block, build_block, input_shape, layer_kind, stream_shape
+from gradflow.stack import Block, build_block, layer_kind
 from gradflow.units import gib
 
 _STATUS = Path("/proc/self/status")

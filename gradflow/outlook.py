@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from gradflow.advice import advice
+from gradflow.digests import Finding, verdict_of
 from gradflow.records import Summary
 from gradflow.run_options import RunOptions
 from gradflow.spec import StackSpec
 from gradflow.theory import NoTheoryError, Prediction, predict, total_decades
-from gradflow.verdict import TREND_LAYERS, Finding, advice, fit_trend, verdict_of
+from gradflow.verdict import TREND_LAYERS, fit_trend
 
 NO_THEORY = "no theory"
 DEEPEST = 1000  # that is looked at: a second a stack

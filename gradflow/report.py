@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gradflow.chart_rows import Runs, tables
-from gradflow.charts import picture_of
+from gradflow.chart_theme import picture_of
 from gradflow.errors import UsageError
 from gradflow.html_page import Shown, charts_of, render
 from gradflow.overview import in_order

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gradflow import stats
 from gradflow.records import LayerRecord, ParamRecord
-from gradflow.stack import ParamInfo
+from gradflow.residual import ParamInfo
 from gradflow.stats import Counts, Numbers, Sums
 
 LOG10_2 = math.log10(2)

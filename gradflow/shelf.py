@@ -17,6 +17,7 @@ from gradflow import store
 from gradflow.errors import GradflowError
 from gradflow.grid import Cell
 from gradflow.records import Run
+from gradflow.staging import abandoned, locked_folder, not_stored, remove_abandoned
 
 PREFIX = ".sweep-"
 
@@ -43,8 +44,8 @@ class Shelf:
     def adopt(self, out: Path, cells: Collection[Cell]) -> None:
         """Take over what killed sweeps left of these cells; the rest waits for whoever wants it."""
         keys = {cell.key for cell in cells}
-        for other in store.abandoned(out, PREFIX):
-            store.remove_abandoned(other)
+        for other in abandoned(out, PREFIX):
+            remove_abandoned(other)
             for folder in store.run_folders(other):
                 if store.folder_key(folder) in keys:
                     folder.rename(_free(self.folder / folder.name))
@@ -59,9 +60,9 @@ def shelf_in(out: Path) -> Iterator[Shelf]:
         MeasurementError: the disk is full, or failed.
     """
     try:
-        folder, lock = store.locked_folder(out, PREFIX)
+        folder, lock = locked_folder(out, PREFIX)
     except OSError as error:
-        raise store.not_stored(out, error) from None
+        raise not_stored(out, error) from None
     try:
         yield Shelf(folder)
     finally:

@@ -1,4 +1,4 @@
-"""From a spec to a network: `build_block`, the residual wiring, the input batch and the loss.
+"""From a spec to a network: `build_block`, every layer with its weights.
 
 Layer l depends on (spec, seed, l) alone, never on torch's global generator or on the layers before
 it, so any layer can be replayed by itself.
@@ -11,29 +11,23 @@ from dataclasses import replace
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (torch's own convention)
-from torch import Tensor, nn
+from torch import nn
 
 from gradflow import user_code
-from gradflow.blocks import PHI, Conv3x3, Linear
 from gradflow.checkpoint import load_layer
 from gradflow.depth_mixing import DenseUnit, DepthAttentionUnit
 from gradflow.fields import check_choice
 from gradflow.fixup import FixupUnit
 from gradflow.hyper import HyperUnit, ManifoldUnit
-from gradflow.initial import Slot, Weights, bias_std, fans, fill, generator, weight_std
-from gradflow.language import NextTokenLoss, embedded_batch
-from gradflow.ngpt import NgptUnit, unit_norm
-from gradflow.norms import ConstantStart, norm_of_kind
+from gradflow.initial import Weights, fill, generator
+from gradflow.inputs import input_batch
+from gradflow.ngpt import NgptUnit
 from gradflow.profiled import AdminUnit, Profile
-from gradflow.readouts import READOUTS
-from gradflow.residual import ParamInfo as ParamInfo
-from gradflow.residual import Scale
-from gradflow.residual import Unit as Unit
+from gradflow.residual import Scale, Unit
+from gradflow.slots import unit_slots
 from gradflow.spec import StackSpec
 from gradflow.streams import B2tUnit, DualUnit, SiameseUnit, ValueResidualUnit
 from gradflow.unit_kinds import HighwayUnit, NormformerUnit, PbRelaxUnit, StochasticUnit
-from gradflow.user_branch import UserBranch
 
 # The template, and wirings of their own (`Wiring.unit`).
 UNITS: dict[str, type[Unit]] = {
@@ -146,46 +140,6 @@ def _share_scales(block: Block) -> None:
         scale.weight = shared[0].weight
 
 
-def unit_slots(spec: StackSpec, unit: Unit) -> Iterator[Slot]:
-    """Every parameter of a unit, with the scale of its draw."""
-    branch = unit.branch
-    roles = branch.roles()
-    for part in unit.modules():
-        role = roles.get(part, "")
-        gain = unit.wiring.gains.get(role, 1.0)
-        feeds, output = role in branch.feeds_activation, role == branch.output
-        yield from module_slots(spec, part, feeds=feeds, output=output, gain=gain)
-    if isinstance(branch, UserBranch):
-        yield from branch.slots(spec, unit.wiring.gains)
-
-
-def module_slots(
-    spec: StackSpec, part: nn.Module, *, feeds: bool = False, output: bool = False, gain: float = 1
-) -> Iterator[Slot]:
-    """The parameters of one module, those of its children aside.
-
-    Args:
-        spec: the rule for matrices and biases.
-        part: the module.
-        feeds: whether its output goes into the activation.
-        output: whether it is the output projection of a branch.
-        gain: factor on the standard deviation of its matrix.
-    """
-    if spec.weights:
-        # Trained values replace them all.
-        for name, size in getattr(part, "shapes", {}).items():
-            yield Slot(part, name, size, None)
-    elif isinstance(part, Linear | Conv3x3):
-        shape = part.shapes["weight"]
-        std = gain * weight_std(spec, shape, feeds=feeds, output=output)
-        yield Slot(part, "weight", shape, std, matrix=True)
-        if "bias" in part.shapes:
-            yield Slot(part, "bias", part.shapes["bias"], bias_std(spec, fans(shape)[0]))
-    elif isinstance(part, ConstantStart):
-        for name, size in part.shapes.items():
-            yield Slot(part, name, size, None, part.starts[name])
-
-
 def rehearse(spec: StackSpec) -> None:
     """One layer on two samples, on the CPU: shows what is wrong with a user's own block.
 
@@ -200,148 +154,3 @@ def rehearse(spec: StackSpec) -> None:
 def build_stack(spec: StackSpec, seed: int, device: torch.device) -> list[Block]:
     """All layers, resident."""
     return [build_block(spec, seed, layer, device) for layer in range(1, spec.depth + 1)]
-
-
-def stream_shape(spec: StackSpec) -> tuple[int, ...]:
-    """Shape of y_0 ... y_D."""
-    batch = int(spec.batch_size or 1)
-    return {
-        "vectors": (batch, spec.width),
-        "tokens": (batch, int(spec.seq_len or 1), spec.width),
-        "images": (batch, spec.width, int(spec.image_size or 1), int(spec.image_size or 1)),
-    }[spec.kind.domain]
-
-
-def state_shape(spec: StackSpec, layer: int, unit: int) -> tuple[int, ...]:
-    """Shape of the output of unit number `unit` (from 0) of layer `layer` (from 1)."""
-    batch, *rest = stream_shape(spec)
-    streams = spec.streams(layer, unit)
-    return (batch, *rest) if streams == 1 else (batch, streams, *rest)
-
-
-def input_shape(spec: StackSpec, layer: int, unit: int) -> tuple[int, ...]:
-    """Shape of the input of that unit."""
-    if (layer, unit) == (1, 0):
-        return stream_shape(spec)
-    before = (layer, unit - 1) if unit else (layer - 1, spec.units_per_block - 1)
-    return state_shape(spec, *before)
-
-
-def input_batch(spec: StackSpec, seed: int, device: torch.device) -> Tensor:
-    """y_0: independent standard normal elements, scaled or normalised as the scheme has it.
-
-    Of a trained checkpoint: the embeddings of random tokens.
-    """
-    if spec.weights:
-        return embedded_batch(spec, spec.checkpoint, seed, device)
-    x = _normal(spec, stream_shape(spec), generator(device, seed, "input"))
-    return scaled_input(spec, x).detach()
-
-
-def scaled_input(spec: StackSpec, x: Tensor) -> Tensor:
-    """x scaled or normalised as the scheme has it."""
-    if spec.scheme is None:
-        return x
-    scale = spec.recipe.input_scale(spec.depth)
-    return _normalised_input(spec, x if scale == 1 else x * scale)
-
-
-def _normalised_input(spec: StackSpec, x: Tensor) -> Tensor:
-    if spec.recipe.input_norm == "unit":
-        return unit_norm(x)
-    if spec.recipe.input_norm is None:
-        return x
-    norm = norm_of_kind(spec, str(spec.norm_kind), spec.width)
-    fill(list(module_slots(spec, norm)), spec, x.device, generator(x.device, 0, "input norm"))
-    return norm.requires_grad_(False)(x)
-
-
-def _normal(spec: StackSpec, shape: tuple[int, ...], source: torch.Generator) -> Tensor:
-    values = torch.empty(shape, device=source.device).normal_(generator=source)
-    return values.to(getattr(torch, spec.dtype))
-
-
-class CotangentLoss(nn.Module):
-    """L = sum(y * v), v random normal with norm 1: puts exactly v in as dL/dy."""
-
-    def __init__(self, spec: StackSpec, seed: int, device: torch.device) -> None:
-        super().__init__()
-        v = torch.empty(stream_shape(spec), device=device)
-        v = v.normal_(generator=generator(device, seed, "cotangent")).double()
-        self.v = (v / torch.linalg.vector_norm(v)).to(getattr(torch, spec.dtype))
-
-    def forward(self, y: Tensor) -> Tensor:
-        return (y * self.v).sum()
-
-
-class MseLoss(nn.Module):
-    """L = mean((y - t)^2) against a random normal target t."""
-
-    def __init__(self, spec: StackSpec, seed: int, device: torch.device) -> None:
-        super().__init__()
-        self.target = _normal(spec, stream_shape(spec), generator(device, seed, "target"))
-
-    def forward(self, y: Tensor) -> Tensor:
-        return F.mse_loss(y, self.target)
-
-
-class CrossEntropyLoss(nn.Module):
-    """A classifier head with random labels.
-
-    Final norm where the net is pre-norm (with he-v2's activation), mean over the pixels of an
-    image, projection to `--classes`; mean cross-entropy over tokens, or over samples where there
-    are none.
-    """
-
-    def __init__(self, spec: StackSpec, seed: int, device: torch.device) -> None:
-        super().__init__()
-        kind = str(spec.norm_kind or spec.domain.norm_kind)
-        final = spec.has_final_norm
-        self.norm = norm_of_kind(spec, kind, spec.width) if final else nn.Identity()
-        active = spec.scheme is not None and spec.recipe.final_activation
-        self.phi = PHI[str(spec.activation) if active else "linear"]
-        self.project = Linear(spec.width, spec.classes)
-        slots = [slot for part in self.modules() for slot in module_slots(spec, part)]
-        fill(slots, spec, device, generator(device, seed, "head"))
-        source = generator(device, seed, "labels")
-        self.pool = spec.kind.domain == "images"
-        rows = stream_shape(spec)[: 2 if spec.kind.domain == "tokens" else 1]
-        self.labels = torch.randint(
-            spec.classes, (torch.Size(rows).numel(),), generator=source, device=device
-        )
-
-    def forward(self, y: Tensor) -> Tensor:
-        y = self.phi(self.norm(y))
-        features = y.mean((2, 3)) if self.pool else y.flatten(0, -2)
-        return F.cross_entropy(self.project(features), self.labels)
-
-
-LOSSES: dict[str, type[nn.Module]] = {
-    "cotangent": CotangentLoss,
-    "mse": MseLoss,
-    "ce": CrossEntropyLoss,
-}
-
-
-class ReadoutLoss(nn.Module):
-    """loss(readout(state)): the output is what the state becomes, a name of `READOUTS`."""
-
-    def __init__(self, readout: nn.Module, loss: nn.Module) -> None:
-        super().__init__()
-        self.readout, self.loss = readout, loss
-
-    def forward(self, state: Tensor) -> Tensor:
-        return self.loss(self.readout(state))
-
-
-def build_loss(spec: StackSpec, seed: int, device: torch.device) -> nn.Module:
-    """The map from y_D to the scalar loss."""
-    if spec.weights and spec.loss == "ce":
-        return NextTokenLoss(spec, spec.checkpoint, seed, device)
-    loss = LOSSES[spec.loss](spec, seed, device)
-    if spec.readout is None:
-        return loss
-    readout = READOUTS[spec.readout](spec)
-    slots = [slot for part in readout.modules() for slot in module_slots(spec, part)]
-    fill(slots, spec, device, generator(device, seed, "readout"))
-    return ReadoutLoss(readout, loss)

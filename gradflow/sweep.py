@@ -29,6 +29,7 @@ from gradflow.run_options import TRAINING
 from gradflow.shelf import Shelf, look_up, shelf_in
 from gradflow.spec import StackSpec
 from gradflow.stack import rehearse
+from gradflow.staging import remove_abandoned
 from gradflow.timing import Clock
 
 # (what is going on, layers done, layers in all)
@@ -83,7 +84,7 @@ def sweep(
     for cell in cells:
         if isinstance(cell.spec, StackSpec) and user_code.is_user_name(cell.spec.block):
             rehearse(cell.spec)  # a mistake in it is no failure of a cell
-    store.remove_abandoned(out)
+    remove_abandoned(out)
     here = _environments(cells, executor)
     with shelf_in(out) as shelf:
         work = _Work(cells, here, out, shelf, executor, _Meter(progress, cells))

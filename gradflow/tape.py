@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from gradflow.stack import Block, Unit
+from gradflow.residual import Unit
+from gradflow.stack import Block
 
 Tick = Callable[[], None]
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from gradflow.initial import generator
+from gradflow.inputs import stream_shape
 from gradflow.spec import StackSpec
-from gradflow.stack import stream_shape
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

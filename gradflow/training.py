@@ -16,10 +16,12 @@ import torch.nn.functional as F  # noqa: N812 (torch's own convention)
 from torch import Tensor, nn
 
 from gradflow.initial import generator
+from gradflow.inputs import scaled_input
+from gradflow.losses import ReadoutLoss, build_loss
 from gradflow.records import LayerRecord, ParamRecord, StepRecord
 from gradflow.run_options import RunOptions
 from gradflow.spec import StackSpec
-from gradflow.stack import ReadoutLoss, build_loss, build_stack, scaled_input
+from gradflow.stack import build_stack
 from gradflow.stats import norm
 from gradflow.tasks import Batch, Task, build_task
 from gradflow.walk import Network, walk

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import altair as alt
 
-from gradflow.charts import (
-    BAR,
-    CHARTS,
-    DASH,
+from gradflow.chart_parts import (
     Drawing,
     Table,
     chosen,
@@ -19,6 +16,8 @@ from gradflow.charts import (
     steering,
     zoom,
 )
+from gradflow.chart_theme import BAR, DASH
+from gradflow.charts import CHARTS
 
 # Beyond these powers of ten all are the same colour, or one dead run would hide the others.
 COLDEST, HOTTEST = -12, 6

@@ -9,8 +9,8 @@ import polars as pl
 
 from gradflow.errors import RunFolderError
 from gradflow.profiles import SCHEMA
+from gradflow.record_files import read_records
 from gradflow.records import StepRecord
-from gradflow.store import read_records
 
 # Points of a line, and layers and steps of a heat map, at most.
 POINTS, LAYERS, STEPS = 150, 8, 40

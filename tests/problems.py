@@ -9,9 +9,11 @@ import torch
 
 from gradflow.block_kinds import BLOCKS, NORM_KINDS, POINTWISE
 from gradflow.errors import UsageError
+from gradflow.inputs import input_batch
+from gradflow.losses import build_loss
 from gradflow.records import LayerRecord, ParamRecord
 from gradflow.spec import StackSpec
-from gradflow.stack import build_loss, build_stack, input_batch
+from gradflow.stack import build_stack
 from gradflow.stack_fields import LOSSES, NORMS, SHORTCUTS
 from gradflow.walk import Network, walk
 

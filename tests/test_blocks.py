@@ -11,9 +11,10 @@ from problems import CPU, MODERN, PROBLEMS, STACKS, name, network, retyped, smal
 from torch import Tensor
 
 from gradflow.block_kinds import ACTIVATIONS, BLOCKS
+from gradflow.inputs import input_batch
 from gradflow.rotary import rotate
 from gradflow.spec import StackSpec
-from gradflow.stack import Block, build_block, input_batch
+from gradflow.stack import Block, build_block
 from gradflow.walk import Network, walk
 
 IDENTITIES = tuple(

@@ -16,7 +16,8 @@ from PIL import Image
 from records import ENVIRONMENT, layer_rows, run_of, spec_of
 
 from gradflow import report, store
-from gradflow.charts import CHARTS, DARK, LIGHT
+from gradflow.chart_theme import DARK, LIGHT
+from gradflow.charts import CHARTS
 from gradflow.reading import read_results
 from gradflow.run_options import RunOptions
 

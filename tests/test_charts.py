@@ -19,9 +19,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from records import layer_rows, run_of, spec_of
 
-from gradflow import charts, store
+from gradflow import store
+from gradflow.chart_parts import power_of_ten
 from gradflow.chart_rows import FAR, ends, tables
-from gradflow.charts import CHARTS, DARK, LIGHT, SHAPES, picture, power_of_ten
+from gradflow.chart_theme import DARK, LIGHT, SHAPES, WIDTH
+from gradflow.charts import CHARTS, picture
 from gradflow.overview import in_order
 from gradflow.reading import read_results
 from gradflow.records import LayerRecord
@@ -85,7 +87,7 @@ def test_a_chart_draws_every_design_in_its_colour(
     colours = LIGHT[:2] if name == "time" else LIGHT[:3]
     for colour in colours:
         assert share_of(image, colour) > 50, colour
-    assert image.shape[1] > charts.WIDTH
+    assert image.shape[1] > WIDTH
 
 
 @pytest.mark.parametrize("name", CHARTS)

@@ -212,7 +212,7 @@ def test_a_terminal_without_unicode_is_no_error(tmp_path: Path) -> None:
 # Ctrl-C
 
 
-@pytest.mark.parametrize("where", ["gradflow.measurement.walk", "gradflow.store._publish"])
+@pytest.mark.parametrize("where", ["gradflow.measurement.walk", "gradflow.store.publish"])
 def test_ctrl_c_exits_130_and_leaves_nothing(
     cli: CommandLine, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:

@@ -15,7 +15,10 @@ from hypothesis import strategies as st
 from records import ENVIRONMENT, layer_rows, run_of, spec_of
 from rich.console import Console
 
-from gradflow import compare_tables as tables
+from gradflow.compare_columns import cost_columns, gradient_columns, ratio_cell, sparkline
+from gradflow.compare_formats import as_csv, as_json, as_markdown, rows_as_data
+from gradflow.compare_layout import table
+from gradflow.compare_tables import comparison_view
 from gradflow.comparison import Comparison, Ratio, compare
 from gradflow.records import Run, TimeRecord
 from gradflow.spec import StackSpec
@@ -25,7 +28,7 @@ HERE = ENVIRONMENT | {"sweep": "s1", "matmul_precision": "highest"}
 
 def shown(result: Comparison) -> str:
     console = Console(width=80, file=io.StringIO(), highlight=False)
-    console.print(tables.comparison_view(result))
+    console.print(comparison_view(result))
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
@@ -83,8 +86,8 @@ def test_theory_has_a_column_where_any_run_has_one() -> None:
     assert "+0.05 " in rows[0]
     assert "-0.50! " in rows[1]
     assert "theory: decades above what theory predicts" in " ".join(shown(result).split())
-    assert "| theory |" in tables.as_markdown(result)
-    assert [row["theory_deviation"] for row in tables.rows_as_data(result)] == [0.05, -0.5, None]
+    assert "| theory |" in as_markdown(result)
+    assert [row["theory_deviation"] for row in rows_as_data(result)] == [0.05, -0.5, None]
     bare = compare(runs[2:], runs[2])
     assert "theory" not in shown(bare)
 
@@ -154,13 +157,13 @@ def comparisons(draw: st.DrawFn) -> Comparison:
 
 @given(result=comparisons())
 def test_80_columns_whatever_the_numbers_are(result: Comparison) -> None:
-    for columns in (tables.gradient_columns(result)[0], tables.cost_columns(0.01)):
-        lines = tables.table(result, columns).plain.split("\n")
+    for columns in (gradient_columns(result)[0], cost_columns(0.01)):
+        lines = table(result, columns).plain.split("\n")
         assert max(map(len, lines)) <= 80
     shown(result)
-    tables.as_csv(result)
-    tables.as_markdown(result)
-    json.loads(tables.as_json(result), parse_constant=pytest.fail)
+    as_csv(result)
+    as_markdown(result)
+    json.loads(as_json(result), parse_constant=pytest.fail)
 
 
 def test_the_middle_of_200_rows_is_counted() -> None:
@@ -190,7 +193,7 @@ def test_the_middle_of_200_rows_is_counted() -> None:
     ],
 )
 def test_what_may_be_said_of_a_ratio_is_marked(ratio: Ratio, text: str) -> None:
-    assert tables.ratio_cell(ratio, 0.01).rstrip() == text
+    assert ratio_cell(ratio, 0.01).rstrip() == text
 
 
 def test_the_reason_is_shown_where_there_is_no_ratio() -> None:
@@ -225,19 +228,19 @@ def test_runs_without_times_have_no_table_of_costs() -> None:
     ],
 )
 def test_profiles_are_drawn(profile: list[float], bars: str) -> None:
-    assert tables.sparkline(profile) == bars
+    assert sparkline(profile) == bars
 
 
 @given(profile=st.lists(st.floats(), min_size=1, max_size=500))
 def test_profiles_have_at_most_eight_cells(profile: list[float]) -> None:
-    assert len(tables.sparkline(profile)) == min(8, len(profile))
+    assert len(sparkline(profile)) == min(8, len(profile))
 
 
 # --- files --------------------------------------------------------------------------------
 
 
 def test_csv_has_a_row_for_each_run_and_misses_what_is_missing() -> None:
-    rows = list(csv.DictReader(io.StringIO(tables.as_csv(seed_grid()))))
+    rows = list(csv.DictReader(io.StringIO(as_csv(seed_grid()))))
     assert len(rows) == 18
     assert rows[0]["norm"] == "post" or rows[0]["norm"] == "pre"
     assert rows[0]["loss"] == "cotangent"
@@ -248,28 +251,28 @@ def test_csv_has_a_row_for_each_run_and_misses_what_is_missing() -> None:
 
 def test_json_is_json_and_has_the_same_rows() -> None:
     result = seed_grid()
-    content = json.loads(tables.as_json(result))
+    content = json.loads(as_json(result))
     assert [row["design"] for row in content["rows"]] == [row.design for row in result.rows]
     assert content["failures"] == []
 
 
 def test_json_has_the_failures() -> None:
     result = compare([], run_of(), failures=["a: out of memory"])
-    assert json.loads(tables.as_json(result))["failures"] == ["a: out of memory"]
+    assert json.loads(as_json(result))["failures"] == ["a: out of memory"]
 
 
 def test_numbers_that_json_has_no_word_for_become_null() -> None:
     spec = spec_of(depth=1)
     lost = run_of(spec, list(layer_rows(spec, [math.nan, 0.0], nonfinite=1)))
     lost = replace(lost, summary=replace(lost.summary, total_log10_gain=math.nan))
-    text = tables.as_json(compare([lost], lost))
+    text = as_json(compare([lost], lost))
     assert json.loads(text)["rows"][0]["total_log10_gain"] is None
     assert "NaN" not in text
 
 
 def test_markdown_has_the_answer_and_all_rows() -> None:
     runs = [timed_run(spec_of(depth=d), -0.1) for d in range(2, 52)]
-    lines = tables.as_markdown(compare(runs, runs[0])).splitlines()
+    lines = as_markdown(compare(runs, runs[0])).splitlines()
     assert lines[0].startswith("In ")
     assert sum(line.startswith("| residual, pre-norm") for line in lines) == 100
     bars = {line.count("|") for line in lines if line.startswith("|")}

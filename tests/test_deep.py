@@ -23,6 +23,7 @@ from gradflow.records import Run
 from gradflow.run_options import RunOptions
 from gradflow.spec import StackSpec
 from gradflow.spool import Spool
+from gradflow.staging import STAGING
 from gradflow.tables import end_rows, run_view
 from gradflow.timing import FakeClock
 
@@ -179,7 +180,7 @@ def test_a_deep_run_that_is_stopped_leaves_nothing(
     process.send_signal(sign)
     code = finish(process).code
     assert code == (-sign if sign == signal.SIGKILL else 130) or not stopped
-    visible = [path for path in tmp_path.iterdir() if not path.name.startswith(store.STAGING)]
+    visible = [path for path in tmp_path.iterdir() if not path.name.startswith(STAGING)]
     assert all(len(store.load(path).layer_records) == DEPTH + 1 for path in visible)
     finish(start(*SPILLED, str(tmp_path)))
     assert list(tmp_path.glob(".*")) == []

@@ -20,10 +20,10 @@ from gradflow.errors import MeasurementError, UsageError
 from gradflow.executors import Outcome, Serial, make_executor
 from gradflow.grid import Cell
 from gradflow.processes import Processes
+from gradflow.record_files import write_records
 from gradflow.records import LayerRecord, ParamRecord
 from gradflow.run_options import RunOptions
 from gradflow.spec import StackSpec
-from gradflow.store import write_records
 
 OPTIONS = RunOptions(device="cpu", seeds=2, timing=False)
 

@@ -13,8 +13,10 @@ from scipy import stats as laws
 from torch import Tensor, nn
 
 from gradflow.initial import generator_seed
+from gradflow.inputs import input_batch
+from gradflow.losses import build_loss
 from gradflow.spec import StackSpec
-from gradflow.stack import build_block, build_loss, input_batch
+from gradflow.stack import build_block
 from gradflow.stack_fields import INITS
 from gradflow.walk import walk
 

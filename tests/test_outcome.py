@@ -14,8 +14,10 @@ from rich.console import Console
 
 from gradflow import store
 from gradflow.chart_rows import tables
-from gradflow.charts import CHARTS, picture_of
-from gradflow.compare_tables import as_markdown, comparison_view
+from gradflow.chart_theme import picture_of
+from gradflow.charts import CHARTS
+from gradflow.compare_formats import as_markdown
+from gradflow.compare_tables import comparison_view
 from gradflow.comparison import compare
 from gradflow.html_page import charts_of
 from gradflow.outcome import combine, judge, running_mean, summary_of

@@ -23,7 +23,8 @@ from rich.console import Console
 
 from gradflow import overview, report, store
 from gradflow.chart_rows import Runs, tables
-from gradflow.charts import CHARTS, WIDTH
+from gradflow.chart_theme import WIDTH
+from gradflow.charts import CHARTS
 from gradflow.cli import run_app
 from gradflow.errors import UsageError
 from gradflow.html_page import Shown, words

@@ -23,9 +23,11 @@ from torch import Tensor
 
 from gradflow.block_kinds import BLOCKS
 from gradflow.errors import UsageError
+from gradflow.inputs import input_batch
+from gradflow.losses import build_loss
 from gradflow.schemes import SCHEMES
 from gradflow.spec import StackSpec
-from gradflow.stack import build_block, build_loss, input_batch
+from gradflow.stack import build_block
 from gradflow.walk import Network, loss_gradient, record_forward, vjp, walk
 from gradflow.wiring import Place, Wiring
 

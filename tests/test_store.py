@@ -27,8 +27,10 @@ from records import ENVIRONMENT, RUNS, layer_rows, records_of, run_of, spec_of
 from gradflow import store
 from gradflow.environment import without_path
 from gradflow.errors import MeasurementError, RunFolderError, UsageError
+from gradflow.record_files import write_records
 from gradflow.records import TABLES, LayerRecord, ParamRecord, Run, StepRecord, TimeRecord, columns
 from gradflow.run_options import RunOptions
+from gradflow.staging import STAGING, check_writable, staging
 
 PARAM = ParamRecord(0, 0, 1, "mlp", "branch.linear.weight", "8x8", 64, 1.0, 0.5, -0.3, 0)
 TIME = TimeRecord(0, 1, "mlp", 1e-5, 2e-5)
@@ -71,7 +73,7 @@ def test_a_run_comes_back_as_it_was(tmp_path: Path, run: Run) -> None:
 @given(rows=st.lists(records_of(LayerRecord), min_size=1, max_size=5))
 def test_pandas_reads_a_table_without_options(tmp_path: Path, rows: list[LayerRecord]) -> None:
     file = tmp_path / "layers.csv"
-    store.write_records(file, LayerRecord, rows)
+    write_records(file, LayerRecord, rows)
     table = pd.read_csv(file)
     assert tuple(table.columns) == columns(LayerRecord)
     for name in ("grad_norm", "log10_grad_norm", "gain", "backward_s"):
@@ -91,7 +93,7 @@ def test_plain_read_csv_has_the_right_types(stored: Path) -> None:
 def test_cells_as_they_are_written(tmp_path: Path) -> None:
     row = replace(PARAM, norm=0.1 + 0.2, grad_norm=math.nan, log10_grad_norm=-math.inf)
     missing = replace(row, grad_norm=None, log10_grad_norm=math.inf, nonfinite=None)
-    store.write_records(tmp_path / "params.csv", ParamRecord, [row, missing])
+    write_records(tmp_path / "params.csv", ParamRecord, [row, missing])
     _, first, second = (tmp_path / "params.csv").read_text().splitlines()
     assert first.endswith(",0.30000000000000004,nan,-inf,0")
     assert second.endswith(",0.30000000000000004,,inf,")
@@ -130,7 +132,7 @@ def test_a_file_of_that_name_is_not_overwritten(tmp_path: Path, stored: Path) ->
 
 
 def test_a_staging_folder_is_no_run(tmp_path: Path) -> None:
-    with store.staging(tmp_path) as folder:
+    with staging(tmp_path) as folder:
         (folder / "run.json").write_text("{}")
         assert store.run_folders(tmp_path) == []
     assert not folder.exists()
@@ -141,10 +143,10 @@ def test_a_folder_that_is_not_there_has_no_runs(tmp_path: Path) -> None:
 
 
 def test_debris_goes_and_the_living_stay(tmp_path: Path) -> None:
-    debris = tmp_path / f"{store.STAGING}abandoned"
+    debris = tmp_path / f"{STAGING}abandoned"
     debris.mkdir()
     (debris / "layers.csv").write_text("half")
-    with store.staging(tmp_path) as alive:
+    with staging(tmp_path) as alive:
         path = store.save(full_run(), tmp_path).path
         assert alive.is_dir()
         assert not debris.exists()
@@ -153,10 +155,10 @@ def test_debris_goes_and_the_living_stay(tmp_path: Path) -> None:
 
 def test_other_hidden_files_stay(tmp_path: Path) -> None:
     (tmp_path / ".notes").mkdir()
-    (tmp_path / f"{store.STAGING}file").write_text("no folder of ours")
+    (tmp_path / f"{STAGING}file").write_text("no folder of ours")
     store.save(full_run(), tmp_path)
     assert (tmp_path / ".notes").is_dir()
-    assert (tmp_path / f"{store.STAGING}file").is_file()
+    assert (tmp_path / f"{STAGING}file").is_file()
 
 
 # Damage: one line that names the folder, never a traceback
@@ -397,7 +399,7 @@ def test_what_is_no_folder_is_refused(tmp_path: Path, where: str) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     with pytest.raises(UsageError, match=f"--out is a folder .*{where} .*choose another --out"):
-        store.check_writable(tmp_path / where)
+        check_writable(tmp_path / where)
 
 
 def test_proc_is_refused() -> None:
@@ -406,7 +408,7 @@ def test_proc_is_refused() -> None:
 
 
 def test_looking_whether_a_folder_can_be_written_leaves_no_trace(tmp_path: Path) -> None:
-    store.check_writable(tmp_path / "a" / "b")
+    check_writable(tmp_path / "a" / "b")
     assert_no_trace(tmp_path)
     assert store.save(full_run(), tmp_path / "a" / "b").path is not None
 
@@ -449,13 +451,13 @@ def test_killed_at_any_moment_of_a_save_nothing_half_written_is_seen(tmp_path: P
     moment, debris, deaths = 1, 0, 0
     while save_and_die(run, tmp_path, moment):
         assert_all_complete(tmp_path, run)
-        debris += any(tmp_path.glob(f"{store.STAGING}*"))
+        debris += any(tmp_path.glob(f"{STAGING}*"))
         deaths += 1
         moment += 1 + moment // 6
     assert debris > 3
     assert deaths > 15
     store.save(run, tmp_path)
-    assert not any(tmp_path.glob(f"{store.STAGING}*"))
+    assert not any(tmp_path.glob(f"{STAGING}*"))
 
 
 # Privacy

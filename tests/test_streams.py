@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from gradflow import depth_mixing, hyper, memory
 from gradflow.hyper import sinkhorn
+from gradflow.inputs import input_shape, state_shape
 from gradflow.readouts import READOUTS, Reduce
 from gradflow.records import LayerRecord
 from gradflow.saved import SavedBytes
 from gradflow.schemes import SCHEMES
 from gradflow.spec import StackSpec
-from gradflow.stack import build_block, input_shape, state_shape
+from gradflow.stack import build_block
 from gradflow.theory.describe import REASONS, describe
 from gradflow.theory.units import NoTheoryError
 from gradflow.walk import Network, loss_gradient, record_forward, vjp, walk

@@ -22,6 +22,7 @@ from gradflow.records import Run
 from gradflow.run_options import RunOptions
 from gradflow.shelf import PREFIX, shelf_in
 from gradflow.spec import StackSpec
+from gradflow.staging import STAGING
 from gradflow.sweep import Sweep, sweep
 from gradflow.timing import FakeClock, Pass
 
@@ -363,8 +364,8 @@ def test_debris_of_a_killed_save_goes(tmp_path: Path) -> None:
     stopped(tmp_path, Counting(stop=2))
     (shelf,) = tmp_path.glob(f"{PREFIX}*")
     for place in (tmp_path, shelf):
-        (place / f"{store.STAGING}killed").mkdir()
-        (place / f"{store.STAGING}killed" / "layers.csv").write_text("half")
+        (place / f"{STAGING}killed").mkdir()
+        (place / f"{STAGING}killed" / "layers.csv").write_text("half")
     damaged, _ = waits_for_times(tmp_path)
     (damaged / "layers.csv").write_text("")
     _, executor = run_sweep(tmp_path)
@@ -374,7 +375,7 @@ def test_debris_of_a_killed_save_goes(tmp_path: Path) -> None:
 
 def test_debris_goes_also_where_nothing_is_measured(tmp_path: Path) -> None:
     run_sweep(tmp_path)
-    (tmp_path / f"{store.STAGING}killed").mkdir()
+    (tmp_path / f"{STAGING}killed").mkdir()
     run_sweep(tmp_path)
     assert hidden(tmp_path) == []
 
@@ -455,7 +456,7 @@ def test_a_disk_without_room_for_the_shelf_is_one_error(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(store, "locked_folder", full)
+    monkeypatch.setattr("gradflow.shelf.locked_folder", full)
     with pytest.raises(MeasurementError, match="disk full"):
         run_sweep(tmp_path)
 

@@ -11,8 +11,8 @@ from problems import CPU, small
 from scipy.integrate import quad
 from scipy.stats import norm
 
+from gradflow.inputs import stream_shape
 from gradflow.spec import StackSpec
-from gradflow.stack import stream_shape
 from gradflow.tasks import SEPARATION, MarkovTask, PrototypeTask, prototype_floor, samples_of
 
 MARKOV = small("transformer", seq_len=32, batch_size=8, classes=6)

@@ -8,7 +8,8 @@ import math
 import pytest
 from records import layer_rows, run_of, spec_of
 
-from gradflow import compare_tables
+from gradflow.compare_formats import as_json, as_markdown
+from gradflow.compare_tables import depth_lines
 from gradflow.comparison import Comparison, compare
 from gradflow.records import Run
 from gradflow.trainable import TrainableDepth, trainable_depths
@@ -81,8 +82,8 @@ def test_designs_at_one_depth_say_nothing() -> None:
 def test_every_output_shows_it() -> None:
     shown = judged(exponential(20), exponential(40), exponential(80))
     line = "about 30, between 20 and 40"
-    assert line in compare_tables.depth_lines(shown)[0]
-    assert line in compare_tables.as_markdown(shown)
-    (stored,) = json.loads(compare_tables.as_json(shown))["trainable_depths"]
+    assert line in depth_lines(shown)[0]
+    assert line in as_markdown(shown)
+    (stored,) = json.loads(as_json(shown))["trainable_depths"]
     assert (stored["healthy"], stored["lost"]) == (20, 40)
-    assert "Trainable" not in compare_tables.as_markdown(judged(exponential(20)))
+    assert "Trainable" not in as_markdown(judged(exponential(20)))

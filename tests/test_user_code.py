@@ -516,7 +516,8 @@ def test_gradients_are_those_of_plain_autograd(tmp_path: Path) -> None:
         **TINY, norm="none", block=from_file(branch_file(tmp_path, made, returned=returned))
     )
     run = measure(spec, QUICK)
-    from gradflow.stack import CotangentLoss, input_batch
+    from gradflow.inputs import input_batch
+    from gradflow.losses import CotangentLoss
 
     x = input_batch(spec, 0, CPU).requires_grad_()
     streams = [x]

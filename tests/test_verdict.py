@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from records import layer_rows, spec_of
 from scipy import stats
 
+from gradflow.advice import ADVICE
 from gradflow.records import Summary
 from gradflow.run_options import RunOptions
 from gradflow.spec import StackSpec
-from gradflow.verdict import ADVICE, summarise
+from gradflow.verdict import summarise
 
 NAN, INF = math.nan, math.inf
 

@@ -37,10 +37,11 @@ from torch import Tensor
 
 from gradflow import RunOptions, measure, save
 from gradflow.errors import UsageError
+from gradflow.inputs import input_batch
 from gradflow.language import token_ids
 from gradflow.rebuilt import RebuiltBlocks
 from gradflow.spec import StackSpec, run_key
-from gradflow.stack import build_block, input_batch
+from gradflow.stack import build_block
 from gradflow.store import load
 from gradflow.theory import predict
 

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from claims.readings import CPU, slope
 from gradflow.blocks import Attention
+from gradflow.inputs import input_batch
 from gradflow.measurement import build_network
 from gradflow.norms import Norm
 from gradflow.spec import StackSpec
-from gradflow.stack import build_block, input_batch
+from gradflow.stack import build_block
 from gradflow.walk import Network, walk
 
 

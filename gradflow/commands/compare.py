@@ -200,10 +200,10 @@ def measure_grid(
         UsageError: a bad value.
         MeasurementError: no cell could be measured.
     """
-    from gradflow import store
+    from gradflow.staging import check_writable
 
     check_choice("--executor", how[0], EXECUTORS)
-    store.check_writable(out)
+    check_writable(out)
     with progress_bar(quiet) as progress:
         from gradflow.executors import make_executor
         from gradflow.sweep import sweep
@@ -285,11 +285,11 @@ def write_files(result: Comparison, targets: Targets) -> None:
     Raises:
         UsageError: a file cannot be written.
     """
-    from gradflow import compare_tables
+    from gradflow import compare_formats
 
     for name, target in targets.items():
         if target is not None:
-            write_text(target, getattr(compare_tables, f"as_{name}")(result))
+            write_text(target, getattr(compare_formats, f"as_{name}")(result))
 
 
 def show(result: Comparison) -> None:

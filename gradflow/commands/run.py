@@ -55,14 +55,15 @@ def run(
 def measure_and_store(given: dict[str, Any], out: Path, quiet: bool) -> Run:
     """A stored run of the given fields; bad values and a bad `out` are refused first."""
     spec, options = specification(given)
-    from gradflow import store
+    from gradflow.staging import check_writable, nearest_folder
+    from gradflow.store import save
 
-    store.check_writable(out)
+    check_writable(out)
     with progress_bar(quiet) as progress:
         from gradflow.measuring import measure_any
 
-        scratch = store.nearest_folder(out)
-        return store.save(measure_any(spec, options, progress=progress, scratch=scratch), out)
+        scratch = nearest_folder(out)
+        return save(measure_any(spec, options, progress=progress, scratch=scratch), out)
 
 
 def show(found: Run) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from gradflow.digests import classify
 from gradflow.environment import describe
 from gradflow.errors import MeasurementError
 from gradflow.findings import findings
@@ -20,7 +21,7 @@ from gradflow.model_spec import ModelSpec, Spec
 from gradflow.records import LayerRecord, ParamRecord, Run, Summary
 from gradflow.rows import log10
 from gradflow.run_options import RunOptions
-from gradflow.verdict import classify, summarise
+from gradflow.verdict import summarise
 from gradflow.watching.discovery import Place, unit_name
 from gradflow.watching.parameters import MISSING, Owned
 from gradflow.watching.tally import Columns, Key, Tally, in_order
