@@ -26,7 +26,7 @@ from gradflow.records import Summary
 from gradflow.spec import TRAINING as TRAINING_OPTIONS
 from gradflow.store import plain
 from gradflow.theory_words import theory_cell
-from gradflow.trainable import trainable_depths
+from gradflow.trainable import TrainableDepth, trainable_depths
 from gradflow.units import gib, milliseconds, number, rounded
 
 WIDTH = 80
@@ -323,8 +323,20 @@ def _bar(height: float) -> str:
 
 
 def rows_as_data(comparison: Comparison) -> list[dict[str, Any]]:
-    """One flat dictionary per run: identity, summary, ratios."""
-    return [_row_as_data(row, comparison.noise) for row in comparison.rows]
+    """One flat dictionary per run: identity, summary, ratios, depth that its design can have."""
+    depths = {each.design: each for each in trainable_depths(comparison)}
+    return [
+        _row_as_data(row, comparison.noise) | _depth_as_data(depths.get(row.design))
+        for row in comparison.rows
+    ]
+
+
+def _depth_as_data(found: TrainableDepth | None) -> dict[str, float | None]:
+    return {
+        "trainable_depth": found and found.depth,
+        "predicted_trainable_depth": found and found.predicted,
+        "predicted_trainable_depth_at_least": found and found.predicted_at_least,
+    }
 
 
 def _row_as_data(row: Row, noise: float) -> dict[str, Any]:
