@@ -24,12 +24,24 @@ from gradflow.model_spec import asked_for
 from gradflow.records import Summary
 from gradflow.run_options import TRAINING as TRAINING_OPTIONS
 from gradflow.store import plain
-from gradflow.trainable import trainable_depths
+from gradflow.trainable import TrainableDepth, trainable_depths
 
 
 def rows_as_data(comparison: Comparison) -> list[dict[str, Any]]:
-    """One flat dictionary per run: identity, summary, ratios."""
-    return [_row_as_data(row, comparison.noise) for row in comparison.rows]
+    """One flat dictionary per run: identity, summary, ratios, depth that its design can have."""
+    depths = {each.design: each for each in trainable_depths(comparison)}
+    return [
+        _row_as_data(row, comparison.noise) | _depth_as_data(depths.get(row.design))
+        for row in comparison.rows
+    ]
+
+
+def _depth_as_data(found: TrainableDepth | None) -> dict[str, float | None]:
+    return {
+        "trainable_depth": found.depth if found else None,
+        "predicted_trainable_depth": found.predicted if found else None,
+        "predicted_trainable_depth_at_least": found.predicted_at_least if found else None,
+    }
 
 
 def _row_as_data(row: Row, noise: float) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from gradflow.advice import advice
 from gradflow.digests import Finding, verdict_of
+from gradflow.errors import UsageError
 from gradflow.records import Summary
 from gradflow.run_options import RunOptions
 from gradflow.spec import StackSpec
@@ -100,26 +101,31 @@ def _nothing(verdict: str, told: str) -> Summary:
     )
 
 
-def healthy_reach(spec: StackSpec, options: RunOptions) -> Reach:
+def healthy_reach(spec: StackSpec, options: RunOptions, deepest: int = DEEPEST) -> Reach:
     """The depth up to which theory keeps the gradient in the healthy range, by bisection.
 
     Every depth that is tried is predicted anew, so an init that depends on the depth is no problem;
     that the gradient leaves the range once and for all is taken for granted.
+
+    Args:
+        spec: the network, of any depth.
+        options: the thresholds.
+        deepest: the largest depth that is tried.
     """
-    return _reach(replace(spec, depth=1), options.vanishing, options.exploding)
+    return _reach(replace(spec, depth=deepest), options.vanishing, options.exploding, deepest)
 
 
 @lru_cache(maxsize=1024)
-def _reach(spec: StackSpec, vanishing: float, exploding: float) -> Reach:
+def _reach(spec: StackSpec, vanishing: float, exploding: float, deepest: int) -> Reach:
     def healthy(depth: int) -> bool | None:
         try:
             return -vanishing <= total_decades(replace(spec, depth=depth)) <= exploding
-        except NoTheoryError:
+        except (NoTheoryError, UsageError):  # a scheme may not be defined on few layers
             return None
 
-    if healthy(DEEPEST):
-        return Reach(DEEPEST, at_least=True)
-    inside, outside = 0, DEEPEST
+    if healthy(deepest):
+        return Reach(deepest, at_least=True)
+    inside, outside = 0, deepest
     while outside - inside > 1:
         middle = round((max(inside, 1) * outside) ** 0.5)
         middle = min(max(middle, inside + 1), outside - 1)

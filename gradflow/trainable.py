@@ -1,4 +1,7 @@
-"""How deep a design can be: the depth at which its runs leave the healthy range. Torch-free."""
+"""How deep a design can be: where its runs leave the healthy range, and where theory does.
+
+Torch-free.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,10 @@ from itertools import groupby, takewhile
 from operator import attrgetter
 
 from gradflow.comparison import Comparison, Row
-from gradflow.records import Summary
+from gradflow.expected import MOST_UNITS, NOT_FINITE
+from gradflow.outlook import DEEPEST, Reach, healthy_reach
+from gradflow.records import Run, Summary
+from gradflow.spec import StackSpec
 from gradflow.units import rounded
 
 
@@ -23,12 +29,17 @@ class TrainableDepth:
         lost: the next deeper run, which is not healthy; None if there is none.
         depth: where the threshold is crossed: between the two by interpolation, beyond them by the
             trend of the nearest run; None where neither tells.
+        predicted: largest depth at which theory has the design healthy, 0 if at none; None without
+            theory.
+        predicted_at_least: it may be more, for theory or the search ends there.
     """
 
     design: str
     healthy: int | None
     lost: int | None
     depth: float | None
+    predicted: int | None = None
+    predicted_at_least: bool | None = None
 
     @property
     def source(self) -> str | None:
@@ -49,7 +60,15 @@ class TrainableDepth:
         else:
             between = f"between {self.healthy:,} and {self.lost:,}"
             found = f"{about}, {between}" if about else between
-        return f"{self.design}: {found}"
+        return f"{self.design}: {found}{self._theory}"
+
+    @property
+    def _theory(self) -> str:
+        if self.predicted is None:
+            return ""
+        if not self.predicted:
+            return "; by theory at no depth"
+        return f"; by theory {self.predicted:,}{' at least' if self.predicted_at_least else ''}"
 
 
 def trainable_depths(comparison: Comparison) -> list[TrainableDepth]:
@@ -68,7 +87,26 @@ def _of_design(rows: Sequence[Row]) -> TrainableDepth:
     else:
         depth = _by_trend((last or rows[0]).summary, last, lost)
     reached, missed = last.depth if last else None, lost.depth if lost else None
-    return TrainableDepth(rows[0].design, reached, missed, depth)
+    theory = _predicted([row.run for row in rows])
+    told = (theory.depth, theory.at_least) if theory else (None, None)
+    return TrainableDepth(rows[0].design, reached, missed, depth, *told)
+
+
+def _predicted(runs: Sequence[Run]) -> Reach | None:
+    """What theory says of a design; None where it says nothing of the runs themselves."""
+    run = runs[0]
+    if not any(map(_has_theory, runs)) or not isinstance(run.spec, StackSpec):
+        return None
+    if any(map(run.spec.is_stored, (run.spec.scheme, run.spec.block))):
+        return None  # a user's own, whose file was not loaded
+    most = min(runs[-1].spec.depth, MOST_UNITS // run.spec.units_per_block)
+    reach = healthy_reach(run.spec, run.options, max(DEEPEST, most))
+    return reach if reach.depth or not reach.at_least else None
+
+
+def _has_theory(run: Run) -> bool:
+    """Whether there is a prediction of its profile, comparable or not."""
+    return run.summary.theory_band is not None or run.summary.theory_reason == NOT_FINITE
 
 
 def _is_healthy(row: Row) -> bool:
