@@ -32,7 +32,7 @@ WORKER = """
 import json, resource, sys, time
 import torch
 torch.set_num_threads(1)
-import gradflow.commands.run, gradflow.measurement, gradflow.tables, rich.console, plotext
+import gradflow.commands.run, gradflow.measurement, gradflow.showing.tables, rich.console, plotext
 from gradflow.cli import run_app
 run_app(["run", "--depth", "2", "--no-timing", "--quiet", "--out", sys.argv[1] + "/warm-up"])
 wall, cpu = time.perf_counter(), time.process_time()

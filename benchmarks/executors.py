@@ -11,11 +11,11 @@ from time import perf_counter
 
 from side_by_side import Contest, shown, write_table
 
-from gradflow.executors import Serial
-from gradflow.grid import Cell
-from gradflow.processes import Processes
-from gradflow.run_options import RunOptions
-from gradflow.spec import StackSpec
+from gradflow.specs.grid import Cell
+from gradflow.specs.run_options import RunOptions
+from gradflow.specs.spec import StackSpec
+from gradflow.sweeps.cells import Serial
+from gradflow.sweeps.processes import Processes
 
 CELLS = [
     Cell(StackSpec(depth=24), RunOptions(device="cpu", seed=seed, timing=False))

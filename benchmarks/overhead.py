@@ -12,10 +12,10 @@ import tempfile
 import torch
 from side_by_side import Contest, shown, take_turns, write_table
 
+from gradflow.engine.timing import CpuClock, bare_pass, timed_pass
+from gradflow.engine.walk import Network, walk
 from gradflow.measurement import build_network
-from gradflow.spec import StackSpec
-from gradflow.timing import CpuClock, bare_pass, timed_pass
-from gradflow.walk import Network, walk
+from gradflow.specs.spec import StackSpec
 
 CPU = torch.device("cpu")
 CLOCK = CpuClock()
@@ -65,10 +65,10 @@ TOOL = "from gradflow.cli import main; main()"
 PEAK = """
 import sys, torch
 from gradflow.measurement import build_network
-from gradflow.memory import peak_bytes, reset_peak
-from gradflow.spec import StackSpec
-from gradflow.timing import CpuClock, bare_pass
-from gradflow.walk import walk
+from gradflow.engine.memory import peak_bytes, reset_peak
+from gradflow.specs.spec import StackSpec
+from gradflow.engine.timing import CpuClock, bare_pass
+from gradflow.engine.walk import walk
 spec = StackSpec(depth=200)
 network = build_network(spec, 0, torch.device("cpu"))
 reset_peak(network.x.device)

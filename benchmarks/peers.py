@@ -15,9 +15,9 @@ import torch
 from side_by_side import shown, take_turns, write_table
 from torch import nn
 
+from gradflow.engine.walk import Network, walk
 from gradflow.measurement import build_network
-from gradflow.spec import StackSpec
-from gradflow.walk import Network, walk
+from gradflow.specs.spec import StackSpec
 
 SPEC = StackSpec(depth=24, width=256)
 ROUNDS = 11

@@ -26,12 +26,12 @@ from pathlib import Path
 
 from side_by_side import write_table
 
-from gradflow.environment import describe
-from gradflow.records import LayerRecord, Run
-from gradflow.run_options import RunOptions
-from gradflow.spec import StackSpec
-from gradflow.store import about, save
-from gradflow.verdict import summarise
+from gradflow.engine.environment import describe
+from gradflow.judging.verdict import summarise
+from gradflow.runs.records import LayerRecord, Run
+from gradflow.runs.store import about, save
+from gradflow.specs.run_options import RunOptions
+from gradflow.specs.spec import StackSpec
 
 DEPTH = 200
 # Tables that differ; the other runs get copies of them.

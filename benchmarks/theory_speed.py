@@ -16,9 +16,9 @@ from functools import partial
 
 from side_by_side import write_table
 
-from gradflow.grid import DEFAULT_GRID, expand
-from gradflow.outlook import outlook
-from gradflow.spec import StackSpec
+from gradflow.judging.outlook import outlook
+from gradflow.specs.grid import DEFAULT_GRID, expand
+from gradflow.specs.spec import StackSpec
 from gradflow.theory import predict
 
 ROUNDS = 3

@@ -10,25 +10,25 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gradflow.measurement import measure as measure
-    from gradflow.records import Run as Run
-    from gradflow.run_options import RunOptions as RunOptions
-    from gradflow.spec import StackSpec as StackSpec
-    from gradflow.store import load as load
-    from gradflow.store import save as save
-    from gradflow.user_code import from_file as from_file
+    from gradflow.runs.records import Run as Run
+    from gradflow.runs.store import load as load
+    from gradflow.runs.store import save as save
+    from gradflow.specs.run_options import RunOptions as RunOptions
+    from gradflow.specs.spec import StackSpec as StackSpec
+    from gradflow.specs.user_code import from_file as from_file
     from gradflow.watching import watch as watch
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "measure": "gradflow.measurement",
-    "Run": "gradflow.records",
-    "RunOptions": "gradflow.run_options",
-    "StackSpec": "gradflow.spec",
-    "load": "gradflow.store",
-    "save": "gradflow.store",
+    "Run": "gradflow.runs.records",
+    "RunOptions": "gradflow.specs.run_options",
+    "StackSpec": "gradflow.specs.spec",
+    "load": "gradflow.runs.store",
+    "save": "gradflow.runs.store",
     "watch": "gradflow.watching",
-    "from_file": "gradflow.user_code",
+    "from_file": "gradflow.specs.user_code",
 }
 
 __all__ = [

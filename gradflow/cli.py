@@ -22,7 +22,7 @@ from gradflow.commands.report import report
 from gradflow.commands.run import run
 from gradflow.commands.schemes import schemes
 from gradflow.errors import EXIT_INTERRUPTED, EXIT_OK, GradflowError
-from gradflow.fields import check_choice
+from gradflow.specs.fields import check_choice
 
 
 class Commands(TyperGroup):

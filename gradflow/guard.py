@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from gradflow.errors import UsageError
-from gradflow.gate import Bounds, judge
-from gradflow.one_pass import called, projection, untouched
-from gradflow.records import LayerRecord, Run
-from gradflow.tables import place
+from gradflow.judging.gate import Bounds, judge
+from gradflow.models.one_pass import called, projection, untouched
+from gradflow.runs.records import LayerRecord, Run
+from gradflow.showing.tables import place
 from gradflow.watching import watch
 
 COLUMNS = ("unit", "log10_grad_norm", "log10_param_grad_norm")

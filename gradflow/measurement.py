@@ -11,14 +11,9 @@ from time import perf_counter
 
 import torch
 
-from gradflow.collect import Tables
-from gradflow.cost import with_times
-from gradflow.environment import describe, resolve_device
-from gradflow.errors import MeasurementError
-from gradflow.expected import with_theory
-from gradflow.inputs import input_batch
-from gradflow.losses import build_loss
-from gradflow.memory import (
+from gradflow.engine.collect import Tables
+from gradflow.engine.environment import describe, resolve_device
+from gradflow.engine.memory import (
     available_bytes,
     is_out_of_memory,
     least_bytes,
@@ -27,20 +22,25 @@ from gradflow.memory import (
     peak_bytes,
     reset_peak,
 )
-from gradflow.outcome import summary_of
-from gradflow.plan import Plan
-from gradflow.rebuilt import RebuiltBlocks
-from gradflow.recipe import as_trained
-from gradflow.records import LayerRecord, ParamRecord, Run, StepRecord, Timing, first_step
-from gradflow.run_options import RunOptions
-from gradflow.spec import StackSpec
-from gradflow.spool import Spool
-from gradflow.stack import Block, build_block, build_stack
-from gradflow.tape import Network, visits
-from gradflow.timing import Clock, clock_for, stack_timer, take_times
-from gradflow.training import train_stack
-from gradflow.verdict import summarise
-from gradflow.walk import walk
+from gradflow.engine.plan import Plan
+from gradflow.engine.rebuilt import RebuiltBlocks
+from gradflow.engine.tape import Network, visits
+from gradflow.engine.timing import Clock, clock_for, stack_timer, take_times
+from gradflow.engine.walk import walk
+from gradflow.errors import MeasurementError
+from gradflow.judging.cost import with_times
+from gradflow.judging.expected import with_theory
+from gradflow.judging.outcome import summary_of
+from gradflow.judging.verdict import summarise
+from gradflow.learning.training import train_stack
+from gradflow.networks.inputs import input_batch
+from gradflow.networks.losses import build_loss
+from gradflow.networks.stack import Block, build_block, build_stack
+from gradflow.runs.records import LayerRecord, ParamRecord, Run, StepRecord, Timing, first_step
+from gradflow.runs.spool import Spool
+from gradflow.specs.recipe import as_trained
+from gradflow.specs.run_options import RunOptions
+from gradflow.specs.spec import StackSpec
 
 MOST_CALLS = 1000
 

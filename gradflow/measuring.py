@@ -6,14 +6,14 @@ from pathlib import Path
 
 import torch
 
+from gradflow.engine.memory import footprint, make_plan, resident_bytes
+from gradflow.engine.timing import Timer, stack_timer
 from gradflow.measurement import Progress, build_timed, measure
-from gradflow.memory import footprint, make_plan, resident_bytes
-from gradflow.model_request import ModelRequest
-from gradflow.model_runs import measure_model, model_bytes, model_timer
-from gradflow.records import Run
-from gradflow.run_options import RunOptions
-from gradflow.spec import StackSpec
-from gradflow.timing import Timer, stack_timer
+from gradflow.models.model_runs import measure_model, model_bytes, model_timer
+from gradflow.runs.records import Run
+from gradflow.specs.model_request import ModelRequest
+from gradflow.specs.run_options import RunOptions
+from gradflow.specs.spec import StackSpec
 
 
 def measure_any(

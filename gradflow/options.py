@@ -17,13 +17,13 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 
 from gradflow.errors import UsageError
-from gradflow.fields import flag
-from gradflow.model_request import ModelRequest
-from gradflow.ranges import expand_range
-from gradflow.run_options import RunOptions
-from gradflow.spec import StackSpec
-from gradflow.stack_fields import SIZES
-from gradflow.user_code import from_file, is_reference
+from gradflow.specs.fields import flag
+from gradflow.specs.model_request import ModelRequest
+from gradflow.specs.ranges import expand_range
+from gradflow.specs.run_options import RunOptions
+from gradflow.specs.spec import StackSpec
+from gradflow.specs.stack_fields import SIZES
+from gradflow.specs.user_code import from_file, is_reference
 
 PANELS = {StackSpec: "Stack", ModelRequest: "Model", RunOptions: "Measurement"}
 METAVARS = {"input": "SIZES|NAME", "layers": "PATTERN", "set": "NAME=VALUE"}

@@ -45,8 +45,8 @@ def assert_gradient_flow(
     """
     __tracebackhide__ = True
     from gradflow.commands.check import check_bounds
-    from gradflow.gate import Bounds
     from gradflow.guard import Baseline, guard
+    from gradflow.judging.gate import Bounds
 
     bounds = Bounds(max_decades, no_nonfinite=True)
     check_bounds(bounds, rtol)

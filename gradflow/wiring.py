@@ -72,7 +72,7 @@ class Wiring:
         kinds: kind of norm at a place, where it is not the stack's own.
         alpha: of the pointwise kinds dyt and derf.
         gains: factors on the standard deviation of the branch's matrices, by name; 0 = zero.
-        unit: the class of unit in `gradflow.stack.UNITS`; `template` computes the equation above.
+        unit: the class in `networks.stack.UNITS`; `template` computes the equation above.
         settings: what the other classes need.
     """
 

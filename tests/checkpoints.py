@@ -11,10 +11,10 @@ from problems import CPU
 from safetensors.torch import save_file
 from torch import Tensor
 
+from gradflow.engine.walk import walk
 from gradflow.measurement import build_network
-from gradflow.records import LayerRecord, ParamRecord
-from gradflow.spec import StackSpec
-from gradflow.walk import walk
+from gradflow.runs.records import LayerRecord, ParamRecord
+from gradflow.specs.spec import StackSpec
 
 D, HEADS, KV, C, HIDDEN, VOCABULARY, DEPTH = 8, 4, 2, 6, 12, 11, 2
 CONFIG: dict[str, Any] = {

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradflow.spec import StackSpec
-from gradflow.walk import Network
+from gradflow.engine.walk import Network
+from gradflow.specs.spec import StackSpec
 
 GROUPS = 8
 

@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 
-from gradflow.block_kinds import BLOCKS, NORM_KINDS, POINTWISE
+from gradflow.engine.walk import Network, walk
 from gradflow.errors import UsageError
-from gradflow.inputs import input_batch
-from gradflow.losses import build_loss
-from gradflow.records import LayerRecord, ParamRecord
-from gradflow.spec import StackSpec
-from gradflow.stack import build_stack
-from gradflow.stack_fields import LOSSES, NORMS, SHORTCUTS
-from gradflow.walk import Network, walk
+from gradflow.networks.inputs import input_batch
+from gradflow.networks.losses import build_loss
+from gradflow.networks.stack import build_stack
+from gradflow.runs.records import LayerRecord, ParamRecord
+from gradflow.specs.block_kinds import BLOCKS, NORM_KINDS, POINTWISE
+from gradflow.specs.spec import StackSpec
+from gradflow.specs.stack_fields import LOSSES, NORMS, SHORTCUTS
 
 CPU = torch.device("cpu")
 

@@ -8,10 +8,10 @@ from typing import Any, get_args, get_type_hints
 
 from hypothesis import strategies as st
 
-from gradflow.records import LayerRecord, ParamRecord, Record, Run, StepRecord, TimeRecord
-from gradflow.run_options import RunOptions
-from gradflow.spec import StackSpec
-from gradflow.verdict import summarise
+from gradflow.judging.verdict import summarise
+from gradflow.runs.records import LayerRecord, ParamRecord, Record, Run, StepRecord, TimeRecord
+from gradflow.specs.run_options import RunOptions
+from gradflow.specs.spec import StackSpec
 
 ENVIRONMENT: dict[str, Any] = {
     "start_utc": "2026-01-02T03:04:05+00:00",

@@ -28,8 +28,8 @@ from oracle import (
 )
 from torch import Tensor
 
-from gradflow.spec import StackSpec
-from gradflow.walk import Network
+from gradflow.engine.walk import Network
+from gradflow.specs.spec import StackSpec
 
 EPS = 1e-5
 N = 4  # streams of hyper-connections

@@ -10,12 +10,12 @@ import torch
 from problems import CPU, MODERN, PROBLEMS, STACKS, name, network, retyped, small
 from torch import Tensor
 
-from gradflow.block_kinds import ACTIVATIONS, BLOCKS
-from gradflow.inputs import input_batch
-from gradflow.rotary import rotate
-from gradflow.spec import StackSpec
-from gradflow.stack import Block, build_block
-from gradflow.walk import Network, walk
+from gradflow.engine.walk import Network, walk
+from gradflow.networks.inputs import input_batch
+from gradflow.networks.rotary import rotate
+from gradflow.networks.stack import Block, build_block
+from gradflow.specs.block_kinds import ACTIVATIONS, BLOCKS
+from gradflow.specs.spec import StackSpec
 
 IDENTITIES = tuple(
     spec for spec in STACKS if spec.shortcut == "residual" and spec.norm in {"none", "pre"}

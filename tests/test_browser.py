@@ -15,11 +15,12 @@ from browser import Page, browser, chromium
 from PIL import Image
 from records import ENVIRONMENT, layer_rows, run_of, spec_of
 
-from gradflow import report, store
-from gradflow.chart_theme import DARK, LIGHT
-from gradflow.charts import CHARTS
-from gradflow.reading import read_results
-from gradflow.run_options import RunOptions
+from gradflow.runs import store
+from gradflow.runs.reading import read_results
+from gradflow.showing import report
+from gradflow.showing.chart_theme import DARK, LIGHT
+from gradflow.showing.charts import CHARTS
+from gradflow.specs.run_options import RunOptions
 
 pytestmark = [
     pytest.mark.slow,

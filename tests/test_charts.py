@@ -19,16 +19,16 @@ from hypothesis import strategies as st
 from PIL import Image
 from records import layer_rows, run_of, spec_of
 
-from gradflow import store
-from gradflow.chart_parts import power_of_ten
-from gradflow.chart_rows import FAR, ends, tables
-from gradflow.chart_theme import DARK, LIGHT, SHAPES, WIDTH
-from gradflow.charts import CHARTS, picture
-from gradflow.overview import in_order
-from gradflow.reading import read_results
-from gradflow.records import LayerRecord
-from gradflow.run_options import RunOptions
-from gradflow.spec import StackSpec
+from gradflow.judging.overview import in_order
+from gradflow.runs import store
+from gradflow.runs.reading import read_results
+from gradflow.runs.records import LayerRecord
+from gradflow.showing.chart_parts import power_of_ten
+from gradflow.showing.chart_rows import FAR, ends, tables
+from gradflow.showing.chart_theme import DARK, LIGHT, SHAPES, WIDTH
+from gradflow.showing.charts import CHARTS, picture
+from gradflow.specs.run_options import RunOptions
+from gradflow.specs.spec import StackSpec
 
 PAGE_DARK = "#15181d"
 TIMES = {"forward_s": 1e-3, "forward_s_iqr": 1e-4, "backward_s": 2e-3, "backward_s_iqr": 1e-4}

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from records import ENVIRONMENT, layer_rows, run_of, spec_of
 from test_compare_cli import FILES, corrupt
 
-from gradflow import store
-from gradflow.records import Run
+from gradflow.runs import store
+from gradflow.runs.records import Run
 
 
 @pytest.fixture

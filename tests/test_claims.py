@@ -22,8 +22,8 @@ from claims.readings import branch_share, collapse_order, records
 from torch.nn import functional as F  # noqa: N812 (torch's own convention)
 
 from gradflow.markdown import escaped
-from gradflow.records import LayerRecord
-from gradflow.spec import StackSpec
+from gradflow.runs.records import LayerRecord
+from gradflow.specs.spec import StackSpec
 from gradflow.theory import predict
 
 RESULTS = Path(__file__).parent.parent / "results" / "theory"

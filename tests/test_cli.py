@@ -21,11 +21,12 @@ import pytest
 from commandline import PROGRAM, TINY, CommandLine, finish, start
 
 import gradflow
-from gradflow import measurement, store
+from gradflow import measurement
 from gradflow.cli import app
 from gradflow.errors import EXIT_INTERRUPTED
+from gradflow.runs import store
 
-HEAVY = ("torch", "pandas", "altair", "scipy", "numpy", "rich.console", "gradflow.walk")
+HEAVY = ("torch", "pandas", "altair", "scipy", "numpy", "rich.console", "gradflow.engine.walk")
 
 
 @pytest.fixture
@@ -50,7 +51,7 @@ def test_a_run_is_shown_and_stored(cli: CommandLine) -> None:
 def test_warnings_go_to_stderr_in_a_line_each(
     cli: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gradflow.cost.NOISY_SPREAD", -1.0)
+    monkeypatch.setattr("gradflow.judging.cost.NOISY_SPREAD", -1.0)
     for more in ([], ["--json"], ["--quiet"]):
         done = cli.run(*more)
         noisy = [line for line in done.err.splitlines() if "timings vary" in line]
@@ -212,7 +213,7 @@ def test_a_terminal_without_unicode_is_no_error(tmp_path: Path) -> None:
 # Ctrl-C
 
 
-@pytest.mark.parametrize("where", ["gradflow.measurement.walk", "gradflow.store.publish"])
+@pytest.mark.parametrize("where", ["gradflow.measurement.walk", "gradflow.runs.store.publish"])
 def test_ctrl_c_exits_130_and_leaves_nothing(
     cli: CommandLine, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:

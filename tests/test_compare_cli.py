@@ -15,8 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from records import ENVIRONMENT, run_of, spec_of
 
-from gradflow import executors, store
-from gradflow.records import Run, TimeRecord
+from gradflow.runs import store
+from gradflow.runs.records import Run, TimeRecord
+from gradflow.sweeps import cells
 
 GRID = (
     *("--block", "mlp", "--width", "4", "--batch-size", "2", "--device", "cpu"),
@@ -100,14 +101,14 @@ def test_short_words_for_the_shortcut(
 def test_a_cell_that_fails_is_named_and_the_others_are_shown(
     gradflow: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measure = executors.measure_any
+    measure = cells.measure_any
 
     def fail(spec: object, options: object) -> Run:
         if spec == spec_of(depth=2, width=4, batch_size=2, norm="none"):
             raise RuntimeError("it broke\nin many lines")
         return measure(spec, options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(executors, "measure_any", fail)
+    monkeypatch.setattr(cells, "measure_any", fail)
     found = grid(gradflow, "--json", "rows.json")
     title = "residual mlp, no norm, depth 2"
     assert found.err.splitlines() == [
@@ -132,7 +133,7 @@ def test_where_no_cell_can_be_measured_there_is_no_table(
     def fail(*_: object) -> None:
         raise RuntimeError("it broke")
 
-    monkeypatch.setattr(executors, "measure_any", fail)
+    monkeypatch.setattr(cells, "measure_any", fail)
     found = grid(gradflow)
     assert (found.code, found.out) == (3, "")
     assert found.err.splitlines()[-1].startswith("gradflow: no cell could be measured")

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from records import ENVIRONMENT, layer_rows, run_of, spec_of
 from rich.console import Console
 
-from gradflow.compare_columns import cost_columns, gradient_columns, ratio_cell, sparkline
-from gradflow.compare_formats import as_csv, as_json, as_markdown, rows_as_data
-from gradflow.compare_layout import table
-from gradflow.compare_tables import comparison_view
-from gradflow.comparison import Comparison, Ratio, compare
-from gradflow.records import Run, TimeRecord
-from gradflow.spec import StackSpec
+from gradflow.judging.comparison import Comparison, Ratio, compare
+from gradflow.runs.records import Run, TimeRecord
+from gradflow.showing.compare_columns import cost_columns, gradient_columns, ratio_cell, sparkline
+from gradflow.showing.compare_formats import as_csv, as_json, as_markdown, rows_as_data
+from gradflow.showing.compare_layout import table
+from gradflow.showing.compare_tables import comparison_view
+from gradflow.specs.spec import StackSpec
 
 HERE = ENVIRONMENT | {"sweep": "s1", "matmul_precision": "highest"}
 

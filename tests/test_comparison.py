@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from records import ENVIRONMENT, layer_rows, run_of, spec_of
 from scipy.special import stdtrit
 
-from gradflow.comparison import Comparison, Ratio, compare, mean_profile, time_ratio
-from gradflow.records import Run, TimeRecord
-from gradflow.run_options import RunOptions
-from gradflow.spec import StackSpec
+from gradflow.judging.comparison import Comparison, Ratio, compare, mean_profile, time_ratio
+from gradflow.runs.records import Run, TimeRecord
+from gradflow.specs.run_options import RunOptions
+from gradflow.specs.spec import StackSpec
 
 HERE = ENVIRONMENT | {"torch": "2.13.0", "matmul_precision": "highest", "sweep": "s1"}
 BOTH = ("forward_s", "backward_s")

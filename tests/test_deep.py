@@ -17,15 +17,15 @@ from commandline import CommandLine, finish, start
 from problems import small
 
 from gradflow import measurement as measuring
-from gradflow import store
+from gradflow.engine.timing import FakeClock
 from gradflow.measurement import measure
-from gradflow.records import Run
-from gradflow.run_options import RunOptions
-from gradflow.spec import StackSpec
-from gradflow.spool import Spool
-from gradflow.staging import STAGING
-from gradflow.tables import end_rows, run_view
-from gradflow.timing import FakeClock
+from gradflow.runs import store
+from gradflow.runs.records import Run
+from gradflow.runs.spool import Spool
+from gradflow.runs.staging import STAGING
+from gradflow.showing.tables import end_rows, run_view
+from gradflow.specs.run_options import RunOptions
+from gradflow.specs.spec import StackSpec
 
 # Options, and the policy that they lead to.
 POLICIES: dict[str, tuple[dict[str, Any], tuple[str, bool]]] = {

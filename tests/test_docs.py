@@ -11,14 +11,14 @@ import pytest
 import typer
 
 import gradflow
-from gradflow.architectures import ARCHITECTURES
-from gradflow.block_kinds import BLOCKS
 from gradflow.cli import app
-from gradflow.fields import flag
-from gradflow.records import TABLES, Summary, columns
-from gradflow.run_options import RunOptions
-from gradflow.shapes import SHAPES
-from gradflow.spec import StackSpec
+from gradflow.runs.records import TABLES, Summary, columns
+from gradflow.specs.architectures import ARCHITECTURES
+from gradflow.specs.block_kinds import BLOCKS
+from gradflow.specs.fields import flag
+from gradflow.specs.run_options import RunOptions
+from gradflow.specs.shapes import SHAPES
+from gradflow.specs.spec import StackSpec
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 COLUMNS = [(table, name) for table, record in TABLES.items() for name in columns(record)]

@@ -14,10 +14,11 @@ from commandline import CommandLine
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gradflow import errors, memory
-from gradflow.block_kinds import ACTIVATIONS, BLOCKS, NORM_KINDS
+from gradflow import errors
 from gradflow.cli import app
-from gradflow.stack_fields import DTYPES, INITS, LOSSES, NORMS, SHORTCUTS
+from gradflow.engine import memory
+from gradflow.specs.block_kinds import ACTIVATIONS, BLOCKS, NORM_KINDS
+from gradflow.specs.stack_fields import DTYPES, INITS, LOSSES, NORMS, SHORTCUTS
 
 USAGE, FAILED = 2, 3
 COMMANDS = [command.callback.__name__ for command in app.registered_commands if command.callback]

@@ -15,15 +15,16 @@ import psutil
 import pytest
 import torch
 
-from gradflow import executors, processes
 from gradflow.errors import MeasurementError, UsageError
-from gradflow.executors import Outcome, Serial, make_executor
-from gradflow.grid import Cell
-from gradflow.processes import Processes
-from gradflow.record_files import write_records
-from gradflow.records import LayerRecord, ParamRecord
-from gradflow.run_options import RunOptions
-from gradflow.spec import StackSpec
+from gradflow.runs.record_files import write_records
+from gradflow.runs.records import LayerRecord, ParamRecord
+from gradflow.specs.grid import Cell
+from gradflow.specs.run_options import RunOptions
+from gradflow.specs.spec import StackSpec
+from gradflow.sweeps import cells, processes
+from gradflow.sweeps.cells import Outcome, Serial
+from gradflow.sweeps.executors import make_executor
+from gradflow.sweeps.processes import Processes
 
 OPTIONS = RunOptions(device="cpu", seeds=2, timing=False)
 
@@ -121,7 +122,7 @@ def test_any_error_becomes_an_outcome(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(executors, "measure_any", fail)
+    monkeypatch.setattr(cells, "measure_any", fail)
     (outcome,) = Serial().outcomes([tiny()])
     assert (outcome.run, outcome.error) == (None, text)
 
@@ -133,20 +134,20 @@ def test_what_ends_the_program_is_not_caught(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(executors, "measure_any", fail)
+    monkeypatch.setattr(cells, "measure_any", fail)
     with pytest.raises(error):
         list(Serial().outcomes([tiny()]))
 
 
 def test_one_thread_while_a_cell_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    measure = executors.measure_any
+    measure = cells.measure_any
 
     def spy(*args: Any) -> Any:
         seen.append(torch.get_num_threads())
         return measure(*args)
 
-    monkeypatch.setattr(executors, "measure_any", spy)
+    monkeypatch.setattr(cells, "measure_any", spy)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:

@@ -16,16 +16,16 @@ from commandline import CommandLine
 from records import layer_rows, run_of, spec_of
 
 from gradflow import measure, save
-from gradflow.expected import NOT_FINITE, with_theory
-from gradflow.outlook import DEEPEST, NO_THEORY, Reach, healthy_reach, outlook
-from gradflow.overview import sentence
-from gradflow.records import LayerRecord, Run, Summary
-from gradflow.run_options import RunOptions
-from gradflow.spec import StackSpec
-from gradflow.store import load
-from gradflow.tables import profile, verdict_lines
+from gradflow.judging.expected import NOT_FINITE, with_theory
+from gradflow.judging.outlook import DEEPEST, NO_THEORY, Reach, healthy_reach, outlook
+from gradflow.judging.overview import sentence
+from gradflow.judging.theory_words import agrees, theory_cell, theory_sentence
+from gradflow.runs.records import LayerRecord, Run, Summary
+from gradflow.runs.store import load
+from gradflow.showing.tables import profile, verdict_lines
+from gradflow.specs.run_options import RunOptions
+from gradflow.specs.spec import StackSpec
 from gradflow.theory import predict, total_decades
-from gradflow.theory_words import agrees, theory_cell, theory_sentence
 
 SPEC = spec_of(width=64, activation="gelu", batch_size=32)
 TOLD = predict(SPEC)

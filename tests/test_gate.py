@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from records import ENVIRONMENT, layer_rows, run_of, spec_of
 
 from gradflow.errors import BaselineError
-from gradflow.gate import Bounds, against_baseline, judge
-from gradflow.records import LayerRecord, ParamRecord, Run
-from gradflow.run_options import RunOptions
+from gradflow.judging.gate import Bounds, against_baseline, judge
+from gradflow.runs.records import LayerRecord, ParamRecord, Run
+from gradflow.specs.run_options import RunOptions
 
 ANYTHING = Bounds()
 GENEROUS = Bounds(max_decades=1e9, min_gain=0.0, max_gain=1e9, no_nonfinite=True)

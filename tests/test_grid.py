@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradflow.block_kinds import BLOCK_OPTIONS, BLOCKS
 from gradflow.errors import UsageError
-from gradflow.grid import DEFAULT_GRID, Cell, expand
-from gradflow.run_options import TRAINING, RunOptions
-from gradflow.spec import StackSpec
+from gradflow.specs.block_kinds import BLOCK_OPTIONS, BLOCKS
+from gradflow.specs.grid import DEFAULT_GRID, Cell, expand
+from gradflow.specs.run_options import TRAINING, RunOptions
+from gradflow.specs.spec import StackSpec
 
 Lists = Mapping[str, Sequence[Any]]
 

@@ -12,14 +12,14 @@ import pytest
 import torch
 from commandline import CommandLine
 
-from gradflow import store
 from gradflow.errors import MeasurementError, UsageError
-from gradflow.hugging_face import changes, resolve
-from gradflow.model_request import ModelRequest
-from gradflow.model_runs import measure_model
-from gradflow.model_spec import ModelSpec
-from gradflow.records import Run
-from gradflow.run_options import RunOptions
+from gradflow.models.hugging_face import changes, resolve
+from gradflow.models.model_runs import measure_model
+from gradflow.runs import store
+from gradflow.runs.records import Run
+from gradflow.specs.model_request import ModelRequest
+from gradflow.specs.model_spec import ModelSpec
+from gradflow.specs.run_options import RunOptions
 
 pytestmark = pytest.mark.slow  # transformers takes seconds to import
 transformers = pytest.importorskip("transformers")

@@ -12,13 +12,13 @@ from problems import CPU, network, small
 from scipy import stats as laws
 from torch import Tensor, nn
 
-from gradflow.initial import generator_seed
-from gradflow.inputs import input_batch
-from gradflow.losses import build_loss
-from gradflow.spec import StackSpec
-from gradflow.stack import build_block
-from gradflow.stack_fields import INITS
-from gradflow.walk import walk
+from gradflow.engine.walk import walk
+from gradflow.networks.initial import generator_seed
+from gradflow.networks.inputs import input_batch
+from gradflow.networks.losses import build_loss
+from gradflow.networks.stack import build_block
+from gradflow.specs.spec import StackSpec
+from gradflow.specs.stack_fields import INITS
 
 DEPTH = 6
 # Wide enough that a variance is known to some percent.

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from commandline import TINY, finish, start
 
-from gradflow import store
+from gradflow.runs import store
 
 pytestmark = pytest.mark.slow
 

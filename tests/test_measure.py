@@ -15,16 +15,17 @@ import torch
 from problems import small
 
 import gradflow
-from gradflow import environment, memory, store
 from gradflow import measurement as measuring
-from gradflow.block_kinds import BLOCKS
+from gradflow.engine import environment, memory
+from gradflow.engine.timing import FakeClock
 from gradflow.errors import MeasurementError, UsageError
 from gradflow.measurement import build_network, measure
-from gradflow.records import TIMING_COLUMNS, Run
-from gradflow.run_options import RunOptions
-from gradflow.spec import StackSpec
-from gradflow.stack_fields import DTYPES
-from gradflow.timing import FakeClock
+from gradflow.runs import store
+from gradflow.runs.records import TIMING_COLUMNS, Run
+from gradflow.specs.block_kinds import BLOCKS
+from gradflow.specs.run_options import RunOptions
+from gradflow.specs.spec import StackSpec
+from gradflow.specs.stack_fields import DTYPES
 
 SMALL = small("transformer", depth=2)
 CPU = torch.device("cpu")

@@ -18,14 +18,14 @@ import user_models
 from commandline import CommandLine
 from torch import Tensor, nn
 
-from gradflow import store
+from gradflow.engine.timing import FakeClock
 from gradflow.errors import UsageError
-from gradflow.model_request import ModelRequest
-from gradflow.model_runs import measure_model
-from gradflow.model_spec import ModelSpec
-from gradflow.records import Run
-from gradflow.run_options import RunOptions
-from gradflow.timing import FakeClock
+from gradflow.models.model_runs import measure_model
+from gradflow.runs import store
+from gradflow.runs.records import Run
+from gradflow.specs.model_request import ModelRequest
+from gradflow.specs.model_spec import ModelSpec
+from gradflow.specs.run_options import RunOptions
 
 SIZES = {"input": "5,6", "dtype": "float64"}
 OPTIONS = RunOptions(timing=False, raw_range=True, device="cpu")

@@ -12,13 +12,13 @@ from zoo import WIDTH, Residual, Words, chain
 
 import gradflow
 from gradflow.errors import UsageError
-from gradflow.gate import Bounds, against_baseline, judge
-from gradflow.model_spec import ModelSpec, spec_from_json
-from gradflow.naming import names, shared
-from gradflow.reading import read_results
-from gradflow.records import Run
-from gradflow.report import page
-from gradflow.spec import StackSpec
+from gradflow.judging.gate import Bounds, against_baseline, judge
+from gradflow.judging.naming import names, shared
+from gradflow.runs.reading import read_results
+from gradflow.runs.records import Run
+from gradflow.showing.report import page
+from gradflow.specs.model_spec import ModelSpec, spec_from_json
+from gradflow.specs.spec import StackSpec
 
 
 def spec(**fields: object) -> ModelSpec:

@@ -12,10 +12,10 @@ from checkpoints import spec_of
 from problems import CPU
 from torch import Tensor
 
-from gradflow.language import token_ids
+from gradflow.engine.walk import walk
 from gradflow.measurement import build_network
-from gradflow.spec import StackSpec
-from gradflow.walk import walk
+from gradflow.networks.language import token_ids
+from gradflow.specs.spec import StackSpec
 
 pytestmark = pytest.mark.slow  # transformers takes seconds to import
 

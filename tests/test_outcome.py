@@ -12,23 +12,23 @@ import vl_convert
 from records import layer_rows, run_of, spec_of
 from rich.console import Console
 
-from gradflow import store
-from gradflow.chart_rows import tables
-from gradflow.chart_theme import picture_of
-from gradflow.charts import CHARTS
-from gradflow.compare_formats import as_markdown
-from gradflow.compare_tables import comparison_view
-from gradflow.comparison import compare
-from gradflow.html_page import charts_of
-from gradflow.outcome import combine, judge, running_mean, summary_of
-from gradflow.overview import in_order, markdown_table
-from gradflow.reading import read_results
-from gradflow.records import LayerRecord, Run, StepRecord
-from gradflow.report import page
-from gradflow.run_options import RunOptions
-from gradflow.tables import run_view
-from gradflow.training_charts import TRAINING_CHARTS
-from gradflow.verdict import summarise
+from gradflow.judging.comparison import compare
+from gradflow.judging.outcome import combine, judge, running_mean, summary_of
+from gradflow.judging.overview import in_order, markdown_table
+from gradflow.judging.verdict import summarise
+from gradflow.runs import store
+from gradflow.runs.reading import read_results
+from gradflow.runs.records import LayerRecord, Run, StepRecord
+from gradflow.showing.chart_rows import tables
+from gradflow.showing.chart_theme import picture_of
+from gradflow.showing.charts import CHARTS
+from gradflow.showing.compare_formats import as_markdown
+from gradflow.showing.compare_tables import comparison_view
+from gradflow.showing.html_page import charts_of
+from gradflow.showing.report import page
+from gradflow.showing.tables import run_view
+from gradflow.showing.training_charts import TRAINING_CHARTS
+from gradflow.specs.run_options import RunOptions
 
 # Floor 1 and chance 3: the gap is 2, so 1.2 closes nine tenths of it and 2.8 one tenth.
 FLOOR, CHANCE = 1.0, 3.0

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gradflow.engine.plan import Footprint, Plan, choose
 from gradflow.errors import UsageError
-from gradflow.plan import Footprint, Plan, choose
-from gradflow.run_options import RunOptions
+from gradflow.specs.run_options import RunOptions
 from gradflow.units import size_in_bytes
 
 KIB, MIB = 1 << 10, 1 << 20

@@ -9,13 +9,13 @@ import pytest
 import torch
 from problems import CPU, SIZES, STACKS, name, network, retyped, small
 
-from gradflow.block_kinds import BLOCKS
-from gradflow.rebuilt import RebuiltBlocks
+from gradflow.engine.rebuilt import RebuiltBlocks
+from gradflow.engine.tape import Network, Tape, record_backward, visits
+from gradflow.engine.walk import walk
+from gradflow.networks.stack import build_block
 from gradflow.schemes import SCHEMES
-from gradflow.spec import StackSpec
-from gradflow.stack import build_block
-from gradflow.tape import Network, Tape, record_backward, visits
-from gradflow.walk import walk
+from gradflow.specs.block_kinds import BLOCKS
+from gradflow.specs.spec import StackSpec
 
 SPANS = {"boundaries": (1,), "segments": (2,), "nested": (3, 1), "thrice": (4, 2, 1), "one": (9,)}
 
@@ -105,19 +105,19 @@ def test_one_module_plays_all_layers_of_a_kind(monkeypatch: pytest.MonkeyPatch) 
         next(made)
         return build(*args)
 
-    monkeypatch.setattr("gradflow.rebuilt.build_block", counted)
+    monkeypatch.setattr("gradflow.engine.rebuilt.build_block", counted)
     numbers(spec, rebuilt(spec, alive=3), (3,))
     assert next(made) == 3
 
 
 def test_layers_of_different_kinds_never_share_a_module(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = small("mlp", depth=4)
-    monkeypatch.setattr("gradflow.rebuilt.layer_kind", lambda _, layer: layer % 2)
+    monkeypatch.setattr("gradflow.engine.rebuilt.layer_kind", lambda _, layer: layer % 2)
     blocks = RebuiltBlocks(spec, 0, CPU)
     assert blocks[0] is blocks[2]
     assert blocks[1] is blocks[3]
     assert blocks[0] is not blocks[1]
-    monkeypatch.setattr("gradflow.rebuilt.layer_kind", lambda _, layer: layer)
+    monkeypatch.setattr("gradflow.engine.rebuilt.layer_kind", lambda _, layer: layer)
     many = RebuiltBlocks(retyped(spec, depth=100), 0, CPU)
     assert len({id(block) for block in map(many.__getitem__, range(100))}) > 2
     assert len(many._modules) == 8
@@ -150,7 +150,7 @@ def test_no_more_graphs_live_than_a_span_has() -> None:
             alive.discard(id(self))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gradflow.tape.Tape", Watched)
+        patch.setattr("gradflow.engine.tape.Tape", Watched)
         most = max(len(alive) for _ in record_backward(network(spec), (4,)))
         all_of_them = max(len(alive) for _ in record_backward(network(spec)))
     assert 4 <= most <= 5
@@ -164,7 +164,7 @@ def test_rows_are_complete_wherever_the_chunks_end(
     """Chunks of four rows against one that holds all."""
     spec = small("transformer", depth=depth)
     plain = numbers(spec, network(spec))
-    monkeypatch.setattr("gradflow.collect.CHUNK_UNITS", 4)
+    monkeypatch.setattr("gradflow.engine.collect.CHUNK_UNITS", 4)
     assert numbers(spec, network(spec)) == plain
 
 
@@ -175,8 +175,8 @@ def test_rows_that_wait_on_a_device_are_the_same(
     """As on CUDA: nothing is read before the pass is over."""
     spec = small("transformer", depth=9, loss=loss)
     plain = numbers(spec, network(spec))
-    monkeypatch.setattr("gradflow.collect.CHUNK_UNITS", 4)
-    monkeypatch.setattr("gradflow.collect.is_at_hand", lambda _: False)
+    monkeypatch.setattr("gradflow.engine.collect.CHUNK_UNITS", 4)
+    monkeypatch.setattr("gradflow.engine.collect.is_at_hand", lambda _: False)
     found = walk(spec, 0, rebuilt(spec), spans=(3, 1))
     assert len(found.tables.layers) == 0
     assert repr((found.records(), found.loss.item())) == plain

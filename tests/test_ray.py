@@ -16,11 +16,11 @@ import pytest
 from commandline import CommandLine
 from test_executors import NO_GPU, TOO_LARGE, in_bytes, tiny
 
-from gradflow.cluster import Ray
-from gradflow.environment import without_path
+from gradflow.engine.environment import without_path
 from gradflow.errors import UsageError
-from gradflow.executors import Outcome, Serial
-from gradflow.grid import Cell
+from gradflow.specs.grid import Cell
+from gradflow.sweeps.cells import Outcome, Serial
+from gradflow.sweeps.cluster import Ray
 
 pytest.importorskip("ray")
 

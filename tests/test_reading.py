@@ -18,14 +18,14 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from records import layer_rows, run_of, spec_of
 
-from gradflow import profiles, store
-from gradflow.chart_rows import ends, tables
 from gradflow.errors import UsageError
-from gradflow.overview import in_order, markdown_table, summary_view
-from gradflow.reading import LONGEST_TEXT, clean, read_results
-from gradflow.records import LayerRecord, Run
-from gradflow.run_options import RunOptions
-from gradflow.spec import StackSpec
+from gradflow.judging.overview import in_order, markdown_table, summary_view
+from gradflow.runs import profiles, store
+from gradflow.runs.reading import LONGEST_TEXT, clean, read_results
+from gradflow.runs.records import LayerRecord, Run
+from gradflow.showing.chart_rows import ends, tables
+from gradflow.specs.run_options import RunOptions
+from gradflow.specs.spec import StackSpec
 
 in_one_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 NAN, INF = math.nan, math.inf

@@ -21,19 +21,21 @@ from PIL import Image
 from records import ENVIRONMENT, layer_rows, run_of, spec_of
 from rich.console import Console
 
-from gradflow import overview, report, store
-from gradflow.chart_rows import Runs, tables
-from gradflow.chart_theme import WIDTH
-from gradflow.charts import CHARTS
 from gradflow.cli import run_app
 from gradflow.errors import UsageError
-from gradflow.html_page import Shown, words
-from gradflow.naming import names, shared
-from gradflow.overview import answer, designs_through, in_order, sentence, times
-from gradflow.reading import Results, read_results
-from gradflow.records import Summary
-from gradflow.report import Limits, pick, selection
-from gradflow.run_options import RunOptions
+from gradflow.judging import overview
+from gradflow.judging.naming import names, shared
+from gradflow.judging.overview import answer, designs_through, in_order, sentence, times
+from gradflow.runs import store
+from gradflow.runs.reading import Results, read_results
+from gradflow.runs.records import Summary
+from gradflow.showing import report
+from gradflow.showing.chart_rows import Runs, tables
+from gradflow.showing.chart_theme import WIDTH
+from gradflow.showing.charts import CHARTS
+from gradflow.showing.html_page import Shown, words
+from gradflow.showing.report import Limits, pick, selection
+from gradflow.specs.run_options import RunOptions
 
 NASTY = "</script><script>alert(1)</script><!-- \"'&]]> ünï ∂ \u2028 \U0001f600"
 

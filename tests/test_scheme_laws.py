@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from problems import network
 
-from gradflow.records import LayerRecord
+from gradflow.engine.walk import walk
+from gradflow.runs.records import LayerRecord
 from gradflow.schemes import SCHEMES
-from gradflow.spec import StackSpec
+from gradflow.specs.spec import StackSpec
 from gradflow.theory.predict import predict
-from gradflow.walk import walk
 from gradflow.wiring import Place
 
 SEEDS = range(3)

@@ -12,10 +12,10 @@ import pytest
 from commandline import CommandLine
 from user_files import scheme_file
 
-from gradflow.block_kinds import BLOCKS
-from gradflow.scheme_pages import constants
+from gradflow.runs.store import load, run_folders
 from gradflow.schemes import SCHEMES
-from gradflow.store import load, run_folders
+from gradflow.showing.scheme_pages import constants
+from gradflow.specs.block_kinds import BLOCKS
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 HEAVY = ("torch", "pandas", "polars", "altair", "scipy")

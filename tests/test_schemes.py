@@ -21,14 +21,14 @@ from test_walk import (
 )
 from torch import Tensor
 
-from gradflow.block_kinds import BLOCKS
+from gradflow.engine.walk import Network, loss_gradient, record_forward, vjp, walk
 from gradflow.errors import UsageError
-from gradflow.inputs import input_batch
-from gradflow.losses import build_loss
+from gradflow.networks.inputs import input_batch
+from gradflow.networks.losses import build_loss
+from gradflow.networks.stack import build_block
 from gradflow.schemes import SCHEMES
-from gradflow.spec import StackSpec
-from gradflow.stack import build_block
-from gradflow.walk import Network, loss_gradient, record_forward, vjp, walk
+from gradflow.specs.block_kinds import BLOCKS
+from gradflow.specs.spec import StackSpec
 from gradflow.wiring import Place, Wiring
 
 NAMES = tuple(scheme_oracle.EQUATIONS)

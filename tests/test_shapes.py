@@ -15,13 +15,13 @@ from test_spec import assert_one_line
 from user_files import scheme_file
 
 from gradflow.errors import UsageError
-from gradflow.grid import expand
-from gradflow.naming import word
-from gradflow.shapes import SHAPES
-from gradflow.spec import StackSpec
-from gradflow.stack import Block
+from gradflow.judging.naming import word
+from gradflow.networks.stack import Block
+from gradflow.specs.grid import expand
+from gradflow.specs.shapes import SHAPES
+from gradflow.specs.spec import StackSpec
+from gradflow.specs.user_code import from_file
 from gradflow.theory import predict
-from gradflow.user_code import from_file
 
 
 def untied(spec: StackSpec) -> int:

@@ -15,12 +15,12 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from problems import CELLS, cell
 
-from gradflow.block_kinds import ACTIVATIONS, BLOCKS, NORM_KINDS
 from gradflow.errors import UsageError
-from gradflow.run_options import RunOptions
-from gradflow.shapes import SHAPES
-from gradflow.spec import StackSpec, run_key
-from gradflow.stack_fields import DTYPES, INITS, LOSSES, NORMS, SHORTCUTS
+from gradflow.specs.block_kinds import ACTIVATIONS, BLOCKS, NORM_KINDS
+from gradflow.specs.run_options import RunOptions
+from gradflow.specs.shapes import SHAPES
+from gradflow.specs.spec import StackSpec, run_key
+from gradflow.specs.stack_fields import DTYPES, INITS, LOSSES, NORMS, SHORTCUTS
 
 NAMES = {
     "block": tuple(BLOCKS),
@@ -323,8 +323,8 @@ def test_the_key_names_the_numbers_and_not_how_they_are_timed() -> None:
 
 def test_the_key_is_the_same_in_another_process() -> None:
     code = (
-        "from gradflow.run_options import RunOptions\n"
-        "from gradflow.spec import StackSpec, run_key\n"
+        "from gradflow.specs.run_options import RunOptions\n"
+        "from gradflow.specs.spec import StackSpec, run_key\n"
         "print(run_key(StackSpec(), RunOptions()))"
     )
     keys = {

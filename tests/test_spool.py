@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from records import records_of
 
-from gradflow import spool
-from gradflow.records import LayerRecord, ParamRecord, TimeRecord
-from gradflow.spool import Spool
+from gradflow.runs import spool
+from gradflow.runs.records import LayerRecord, ParamRecord, TimeRecord
+from gradflow.runs.spool import Spool
 
 times = st.lists(records_of(TimeRecord), max_size=12)
 

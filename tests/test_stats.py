@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gradflow import stats
-from gradflow.rows import log10, scaled
+from gradflow.engine.rows import log10, scaled
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 NAN, INF = math.nan, math.inf

@@ -24,13 +24,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from records import ENVIRONMENT, RUNS, layer_rows, records_of, run_of, spec_of
 
-from gradflow import store
-from gradflow.environment import without_path
+from gradflow.engine.environment import without_path
 from gradflow.errors import MeasurementError, RunFolderError, UsageError
-from gradflow.record_files import write_records
-from gradflow.records import TABLES, LayerRecord, ParamRecord, Run, StepRecord, TimeRecord, columns
-from gradflow.run_options import RunOptions
-from gradflow.staging import STAGING, check_writable, staging
+from gradflow.runs import store
+from gradflow.runs.record_files import write_records
+from gradflow.runs.records import (
+    TABLES,
+    LayerRecord,
+    ParamRecord,
+    Run,
+    StepRecord,
+    TimeRecord,
+    columns,
+)
+from gradflow.runs.staging import STAGING, check_writable, staging
+from gradflow.specs.run_options import RunOptions
 
 PARAM = ParamRecord(0, 0, 1, "mlp", "branch.linear.weight", "8x8", 64, 1.0, 0.5, -0.3, 0)
 TIME = TimeRecord(0, 1, "mlp", 1e-5, 2e-5)

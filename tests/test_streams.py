@@ -14,18 +14,19 @@ from problems import CPU, network, retyped
 from test_walk import assert_layers, assert_params, cells, unit_by_unit, whole_graph
 from torch import Tensor, nn
 
-from gradflow import depth_mixing, hyper, memory
-from gradflow.hyper import sinkhorn
-from gradflow.inputs import input_shape, state_shape
-from gradflow.readouts import READOUTS, Reduce
-from gradflow.records import LayerRecord
-from gradflow.saved import SavedBytes
+from gradflow.engine import memory
+from gradflow.engine.saved import SavedBytes
+from gradflow.engine.walk import Network, loss_gradient, record_forward, vjp, walk
+from gradflow.networks import depth_mixing, hyper
+from gradflow.networks.hyper import sinkhorn
+from gradflow.networks.inputs import input_shape, state_shape
+from gradflow.networks.readouts import READOUTS, Reduce
+from gradflow.networks.stack import build_block
+from gradflow.runs.records import LayerRecord
 from gradflow.schemes import SCHEMES
-from gradflow.spec import StackSpec
-from gradflow.stack import build_block
+from gradflow.specs.spec import StackSpec
 from gradflow.theory.describe import REASONS, describe
 from gradflow.theory.units import NoTheoryError
-from gradflow.walk import Network, loss_gradient, record_forward, vjp, walk
 from gradflow.wiring import Place, Wiring
 
 NAMES = tuple(stream_oracle.EQUATIONS)

@@ -13,18 +13,20 @@ from typing import Any
 
 import pytest
 
-from gradflow import rounds, store, timing
+from gradflow.engine import timing
+from gradflow.engine.timing import FakeClock, Pass
 from gradflow.errors import MeasurementError, UsageError
-from gradflow.executors import Outcome, Serial
-from gradflow.grid import Cell, expand
 from gradflow.measurement import measure
-from gradflow.records import Run
-from gradflow.run_options import RunOptions
-from gradflow.shelf import PREFIX, shelf_in
-from gradflow.spec import StackSpec
-from gradflow.staging import STAGING
-from gradflow.sweep import Sweep, sweep
-from gradflow.timing import FakeClock, Pass
+from gradflow.runs import store
+from gradflow.runs.records import Run
+from gradflow.runs.staging import STAGING
+from gradflow.specs.grid import Cell, expand
+from gradflow.specs.run_options import RunOptions
+from gradflow.specs.spec import StackSpec
+from gradflow.sweeps import rounds
+from gradflow.sweeps.cells import Outcome, Serial
+from gradflow.sweeps.shelf import PREFIX, shelf_in
+from gradflow.sweeps.sweep import Sweep, sweep
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -456,7 +458,7 @@ def test_a_disk_without_room_for_the_shelf_is_one_error(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("gradflow.shelf.locked_folder", full)
+    monkeypatch.setattr("gradflow.sweeps.shelf.locked_folder", full)
     with pytest.raises(MeasurementError, match="disk full"):
         run_sweep(tmp_path)
 

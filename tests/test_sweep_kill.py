@@ -15,8 +15,8 @@ import psutil
 import pytest
 from commandline import PROGRAM, Outcome, finish
 
-from gradflow import store
-from gradflow.shelf import PREFIX
+from gradflow.runs import store
+from gradflow.sweeps.shelf import PREFIX
 
 pytestmark = pytest.mark.slow
 

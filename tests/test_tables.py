@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from records import layer_rows, run_of, spec_of
 from rich.console import Console, RenderableType
 
-from gradflow.records import LayerRecord, Run, TimeRecord
-from gradflow.tables import (
+from gradflow.runs.records import LayerRecord, Run, TimeRecord
+from gradflow.showing.tables import (
     cost_lines,
     layer_table,
     mean_rows,

@@ -11,9 +11,15 @@ from problems import CPU, small
 from scipy.integrate import quad
 from scipy.stats import norm
 
-from gradflow.inputs import stream_shape
-from gradflow.spec import StackSpec
-from gradflow.tasks import SEPARATION, MarkovTask, PrototypeTask, prototype_floor, samples_of
+from gradflow.learning.tasks import (
+    SEPARATION,
+    MarkovTask,
+    PrototypeTask,
+    prototype_floor,
+    samples_of,
+)
+from gradflow.networks.inputs import stream_shape
+from gradflow.specs.spec import StackSpec
 
 MARKOV = small("transformer", seq_len=32, batch_size=8, classes=6)
 IMAGES = small("conv", image_size=4, batch_size=8, classes=5)

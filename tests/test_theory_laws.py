@@ -11,8 +11,8 @@ import torch
 from problems import measure, network
 from torch import Tensor
 
-from gradflow.spec import StackSpec
-from gradflow.walk import walk
+from gradflow.engine.walk import walk
+from gradflow.specs.spec import StackSpec
 
 SEEDS = range(5)
 

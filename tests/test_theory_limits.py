@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from gradflow.spec import StackSpec
+from gradflow.specs.spec import StackSpec
 from gradflow.theory import (
     Head,
     NoTheoryError,

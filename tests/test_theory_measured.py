@@ -12,12 +12,12 @@ import pytest
 from numpy.typing import NDArray
 from problems import CPU, measure
 
-from gradflow.block_kinds import NORM_KINDS
 from gradflow.errors import UsageError
-from gradflow.initial import bias_std, weight_std
-from gradflow.spec import StackSpec
-from gradflow.stack import build_block
-from gradflow.stack_fields import INITS, NORMS, SHORTCUTS
+from gradflow.networks.initial import bias_std, weight_std
+from gradflow.networks.stack import build_block
+from gradflow.specs.block_kinds import NORM_KINDS
+from gradflow.specs.spec import StackSpec
+from gradflow.specs.stack_fields import INITS, NORMS, SHORTCUTS
 from gradflow.theory import Prediction, describe, predict
 from gradflow.theory.describe import weights
 

@@ -12,7 +12,7 @@ import torch
 from numpy.polynomial.hermite_e import hermegauss
 from numpy.typing import NDArray
 
-from gradflow.blocks import PHI
+from gradflow.networks.blocks import PHI
 from gradflow.theory.attention import excess, excess_array, scatter
 from gradflow.theory.describe import ALIKE
 from gradflow.theory.kernels import PAIRS

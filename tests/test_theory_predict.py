@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from gradflow.blocks import PHI
-from gradflow.spec import StackSpec
+from gradflow.networks.blocks import PHI
+from gradflow.specs.spec import StackSpec
 from gradflow.theory import (
     Head,
     Prediction,

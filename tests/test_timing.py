@@ -12,12 +12,8 @@ import torch
 from problems import network, small
 from records import layer_rows, run_of, spec_of
 
-from gradflow import timing
-from gradflow.cost import with_times
-from gradflow.records import Run, TimeRecord, Timing
-from gradflow.run_options import RunOptions
-from gradflow.spec import StackSpec
-from gradflow.timing import (
+from gradflow.engine import timing
+from gradflow.engine.timing import (
     Clock,
     CpuClock,
     FakeClock,
@@ -28,7 +24,11 @@ from gradflow.timing import (
     take_times,
     timed_pass,
 )
-from gradflow.walk import Network
+from gradflow.engine.walk import Network
+from gradflow.judging.cost import with_times
+from gradflow.runs.records import Run, TimeRecord, Timing
+from gradflow.specs.run_options import RunOptions
+from gradflow.specs.spec import StackSpec
 
 MLP = small("mlp")
 TRANSFORMER = small("transformer")

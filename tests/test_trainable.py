@@ -11,17 +11,17 @@ from dataclasses import replace
 import pytest
 from records import layer_rows, run_of, spec_of
 
-from gradflow.compare_formats import as_csv, as_json, as_markdown, rows_as_data
-from gradflow.compare_tables import depth_lines
-from gradflow.comparison import Comparison, compare
 from gradflow.errors import UsageError
-from gradflow.expected import NOT_FINITE, TRAINED, with_theory
-from gradflow.outlook import Reach, healthy_reach
-from gradflow.records import LayerRecord, Run
-from gradflow.run_options import RunOptions
-from gradflow.spec import StackSpec
+from gradflow.judging.comparison import Comparison, compare
+from gradflow.judging.expected import NOT_FINITE, TRAINED, with_theory
+from gradflow.judging.outlook import Reach, healthy_reach
+from gradflow.judging.trainable import TrainableDepth, trainable_depths
+from gradflow.runs.records import LayerRecord, Run
+from gradflow.showing.compare_formats import as_csv, as_json, as_markdown, rows_as_data
+from gradflow.showing.compare_tables import depth_lines
+from gradflow.specs.run_options import RunOptions
+from gradflow.specs.spec import StackSpec
 from gradflow.theory import predict, total_decades
-from gradflow.trainable import TrainableDepth, trainable_depths
 
 
 def run(depth: int, profile: list[float], **options: str) -> Run:

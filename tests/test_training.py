@@ -15,13 +15,13 @@ from problems import CPU, small
 from torch import Tensor, nn
 
 from gradflow.errors import UsageError
+from gradflow.learning.tasks import build_task
+from gradflow.learning.training import Problem, TaskNetwork, learning_rate, train, train_stack
 from gradflow.measurement import measure
-from gradflow.recipe import as_trained
-from gradflow.records import Run
-from gradflow.run_options import TRAINING, RunOptions
-from gradflow.spec import StackSpec, run_key
-from gradflow.tasks import build_task
-from gradflow.training import Problem, TaskNetwork, learning_rate, train, train_stack
+from gradflow.runs.records import Run
+from gradflow.specs.recipe import as_trained
+from gradflow.specs.run_options import TRAINING, RunOptions
+from gradflow.specs.spec import StackSpec, run_key
 
 Pair = tuple[Tensor, Tensor]
 STACKS = {

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from commandline import CommandLine
 
-from gradflow import store, training
-from gradflow.outcome import summary_of
-from gradflow.training import TaskNetwork
+from gradflow.judging.outcome import summary_of
+from gradflow.learning import training
+from gradflow.learning.training import TaskNetwork
+from gradflow.runs import store
 
 TRAIN = ("--steps", "3", "--every", "2", "--lr", "0.01", "--no-timing")
 GRID = ("--block", "mlp", "--width", "16", "--batch-size", "4", "--depth", "1", "--no-timing")

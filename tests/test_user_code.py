@@ -16,22 +16,24 @@ import torch
 from commandline import CommandLine
 from user_files import LINEAR, branch_file, scheme_file, write
 
-from gradflow import from_file, measure, user_code
-from gradflow.blocks import BRANCHES
+from gradflow import from_file, measure
 from gradflow.errors import UsageError, closest_first
-from gradflow.executors import make_executor, measure_cell
-from gradflow.grid import Cell, expand
-from gradflow.naming import names
-from gradflow.norms import Norm
-from gradflow.reading import read_results
-from gradflow.records import LayerRecord, Run
-from gradflow.run_options import RunOptions
-from gradflow.spec import StackSpec
-from gradflow.stack import build_block
-from gradflow.store import load, save
+from gradflow.judging.naming import names
+from gradflow.networks.blocks import BRANCHES
+from gradflow.networks.norms import Norm
+from gradflow.networks.stack import build_block
+from gradflow.runs.reading import read_results
+from gradflow.runs.records import LayerRecord, Run
+from gradflow.runs.store import load, save
+from gradflow.specs import user_code
+from gradflow.specs.grid import Cell, expand
+from gradflow.specs.run_options import RunOptions
+from gradflow.specs.spec import StackSpec
+from gradflow.specs.user_schemes import INSIDE, MATRICES
+from gradflow.sweeps.cells import measure_cell
+from gradflow.sweeps.executors import make_executor
 from gradflow.theory.describe import describe
 from gradflow.theory.units import NoTheoryError
-from gradflow.user_schemes import INSIDE, MATRICES
 from gradflow.wiring import Wiring
 
 CPU = torch.device("cpu")
@@ -441,7 +443,8 @@ def test_a_scheme_scales_a_users_layers_by_their_names(tmp_path: Path) -> None:
 
 
 def test_a_branch_of_gradflows_layers_is_the_built_in_one(tmp_path: Path) -> None:
-    own = write(tmp_path / "own.py", "from gradflow.blocks import Ffn as Base\nclass MyFfn(Base):\n"
+    own = write(tmp_path / "own.py", "from gradflow.networks.blocks import Ffn as Base\n"
+                "class MyFfn(Base):\n"
                 "    options = ('ffn_mult',)", "MyFfn")  # fmt: skip
     run = measured(block=from_file(own), ffn_mult=3, norm="post")
     assert numbers(run) == numbers(measured(block="ffn", ffn_mult=3, norm="post"))
@@ -516,8 +519,8 @@ def test_gradients_are_those_of_plain_autograd(tmp_path: Path) -> None:
         **TINY, norm="none", block=from_file(branch_file(tmp_path, made, returned=returned))
     )
     run = measure(spec, QUICK)
-    from gradflow.inputs import input_batch
-    from gradflow.losses import CotangentLoss
+    from gradflow.networks.inputs import input_batch
+    from gradflow.networks.losses import CotangentLoss
 
     x = input_batch(spec, 0, CPU).requires_grad_()
     streams = [x]

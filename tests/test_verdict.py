@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from records import layer_rows, spec_of
 from scipy import stats
 
-from gradflow.advice import ADVICE
-from gradflow.records import Summary
-from gradflow.run_options import RunOptions
-from gradflow.spec import StackSpec
-from gradflow.verdict import summarise
+from gradflow.judging.advice import ADVICE
+from gradflow.judging.verdict import summarise
+from gradflow.runs.records import Summary
+from gradflow.specs.run_options import RunOptions
+from gradflow.specs.spec import StackSpec
 
 NAN, INF = math.nan, math.inf
 

@@ -14,11 +14,11 @@ from problems import MODERN, PROBLEMS, STACKS, measure, name, network, retyped, 
 from torch import Tensor, nn
 
 from gradflow import stats
-from gradflow.block_kinds import ACTIVATIONS, BLOCKS
-from gradflow.records import LayerRecord, ParamRecord, columns
-from gradflow.spec import StackSpec
-from gradflow.stack_fields import LOSSES
-from gradflow.walk import Network, loss_gradient, record_forward, vjp, walk
+from gradflow.engine.walk import Network, loss_gradient, record_forward, vjp, walk
+from gradflow.runs.records import LayerRecord, ParamRecord, columns
+from gradflow.specs.block_kinds import ACTIVATIONS, BLOCKS
+from gradflow.specs.spec import StackSpec
+from gradflow.specs.stack_fields import LOSSES
 
 TOLERANCE = {"float64": 1e-9, "float32": 1e-4}
 

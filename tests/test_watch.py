@@ -19,8 +19,8 @@ from zoo import WIDTH, ZOO, Animal, InPlace, Output, Residual, chain
 
 import gradflow
 from gradflow.errors import MeasurementError, UsageError
-from gradflow.records import LayerRecord
-from gradflow.spec import StackSpec
+from gradflow.runs.records import LayerRecord
+from gradflow.specs.spec import StackSpec
 from gradflow.watching import Flow
 from gradflow.watching.passes import Pass, Tap
 

@@ -13,7 +13,7 @@ from zoo import WIDTH, Dict, Residual, Tuple, chain
 
 import gradflow
 from gradflow.errors import MeasurementError
-from gradflow.records import LayerRecord
+from gradflow.runs.records import LayerRecord
 from gradflow.watching import Flow
 
 NUMBERS = ("act_rms", "act_cos", "grad_norm", "gain", "identity_share", "param_grad_norm")

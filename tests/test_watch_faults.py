@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import gradflow
-from gradflow.records import Run
+from gradflow.runs.records import Run
 
 WIDTH, DEPTH, PLACE = 32, 6, 3
 NAME = f"blocks.{PLACE}"

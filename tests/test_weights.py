@@ -36,13 +36,13 @@ from test_spec import assert_one_line
 from torch import Tensor
 
 from gradflow import RunOptions, measure, save
+from gradflow.engine.rebuilt import RebuiltBlocks
 from gradflow.errors import UsageError
-from gradflow.inputs import input_batch
-from gradflow.language import token_ids
-from gradflow.rebuilt import RebuiltBlocks
-from gradflow.spec import StackSpec, run_key
-from gradflow.stack import build_block
-from gradflow.store import load
+from gradflow.networks.inputs import input_batch
+from gradflow.networks.language import token_ids
+from gradflow.networks.stack import build_block
+from gradflow.runs.store import load
+from gradflow.specs.spec import StackSpec, run_key
 from gradflow.theory import predict
 
 

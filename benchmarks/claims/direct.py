@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from claims.readings import CPU, slope
-from gradflow.blocks import Attention
-from gradflow.inputs import input_batch
+from gradflow.engine.walk import Network, walk
 from gradflow.measurement import build_network
-from gradflow.norms import Norm
-from gradflow.spec import StackSpec
-from gradflow.stack import build_block
-from gradflow.walk import Network, walk
+from gradflow.networks.blocks import Attention
+from gradflow.networks.inputs import input_batch
+from gradflow.networks.norms import Norm
+from gradflow.networks.stack import build_block
+from gradflow.specs.spec import StackSpec
 
 
 class SharedCotangent(nn.Module):

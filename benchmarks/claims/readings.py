@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from gradflow.engine.walk import walk
 from gradflow.measurement import build_network
-from gradflow.records import LayerRecord, ParamRecord
-from gradflow.spec import StackSpec
-from gradflow.walk import walk
+from gradflow.runs.records import LayerRecord, ParamRecord
+from gradflow.specs.spec import StackSpec
 
 CPU = torch.device("cpu")
 Profile = NDArray[np.float64]

@@ -14,8 +14,8 @@ from gradflow.errors import FindingError, UsageError
 from gradflow.options import with_fields
 
 if TYPE_CHECKING:
-    from gradflow.gate import Bounds, Judgement
-    from gradflow.records import Run
+    from gradflow.judging.gate import Bounds, Judgement
+    from gradflow.runs.records import Run
 
 # Asked of every run where no bound and no baseline is given.
 DEFAULT_DECADES = 3.0
@@ -49,7 +49,7 @@ def check(
     quiet: Quiet = False,
 ) -> None:
     """Hold runs against bounds or a baseline; with options instead of runs: measure, then judge."""
-    from gradflow.gate import Bounds, load_baseline
+    from gradflow.judging.gate import Bounds, load_baseline
 
     given |= shortcut(residual, plain)
     if bool(runs) == bool(given):
@@ -102,7 +102,7 @@ def _wanted(runs: list[str] | None, given: dict[str, Any], out: Path, quiet: boo
 
         return [measure_and_store({"timing": False} | given, out, quiet)]
     from gradflow.commands.compare import matching
-    from gradflow.store import load
+    from gradflow.runs.store import load
 
     # A gate must not pass because a run could not be read: here the error ends the command.
     return [load(folder) for folder in dict.fromkeys(p for word in runs for p in matching(word))]
@@ -113,7 +113,7 @@ def _name(run: Run) -> str:
 
 
 def _judge(run: Run, bounds: Bounds, baseline: Run | None, rtol: float) -> Judgement:
-    from gradflow.gate import against_baseline, judge
+    from gradflow.judging.gate import against_baseline, judge
 
     found = judge(run, bounds)
     return found if baseline is None else found + against_baseline(run, baseline, rtol)

@@ -25,16 +25,16 @@ from gradflow.commands.common import (
 )
 from gradflow.commands.theory import TheoryOnly, predict_grid
 from gradflow.errors import MeasurementError, RunFolderError, UsageError
-from gradflow.fields import check_choice
-from gradflow.grid import DEFAULT_GRID, EXECUTORS, Cell, Grid, expand
 from gradflow.options import with_fields
-from gradflow.specification import MODEL_FIELDS, STACK_FIELDS
+from gradflow.specs.fields import check_choice
+from gradflow.specs.grid import DEFAULT_GRID, EXECUTORS, Cell, Grid, expand
+from gradflow.specs.specification import MODEL_FIELDS, STACK_FIELDS
 from gradflow.units import count
 
 if TYPE_CHECKING:
-    from gradflow.comparison import Comparison
-    from gradflow.records import Run
-    from gradflow.sweep import Sweep
+    from gradflow.judging.comparison import Comparison
+    from gradflow.runs.records import Run
+    from gradflow.sweeps.sweep import Sweep
 
 # Cells take turns, so drift hits all alike and fewer repeats will do.
 REPEATS = 3
@@ -101,7 +101,7 @@ def compare(
         done = measure_grid(grid, out, (executor, workers, address), fresh=fresh, quiet=quiet)
         found = [done.runs.get(cell) for cell in grid.cells]
         chosen, failures = choose_reference(found, reference), failure_lines(done.failures)
-    from gradflow.comparison import compare as side_by_side
+    from gradflow.judging.comparison import compare as side_by_side
 
     result = side_by_side([run for run in found if run], chosen, noise, failures)
     write_files(result, targets)
@@ -135,7 +135,7 @@ def load_runs(patterns: list[str]) -> list[Run]:
     Raises:
         UsageError: a pattern matches nothing, or nothing can be read.
     """
-    from gradflow.store import load
+    from gradflow.runs.store import load
 
     found: list[Run] = []
     for folder in dict.fromkeys(path for pattern in patterns for path in matching(pattern)):
@@ -200,13 +200,13 @@ def measure_grid(
         UsageError: a bad value.
         MeasurementError: no cell could be measured.
     """
-    from gradflow.staging import check_writable
+    from gradflow.runs.staging import check_writable
 
     check_choice("--executor", how[0], EXECUTORS)
     check_writable(out)
     with progress_bar(quiet) as progress:
-        from gradflow.executors import make_executor
-        from gradflow.sweep import sweep
+        from gradflow.sweeps.executors import make_executor
+        from gradflow.sweeps.sweep import sweep
 
         executor = make_executor(how[0], len(grid.cells), how[1], how[2])
         done = sweep(grid.cells, out, executor, fresh=fresh, progress=progress)
@@ -263,7 +263,7 @@ def choose_reference(runs: Sequence[Run | None], wanted: str | None) -> Run:
 
 
 def _reference_folder(runs: Sequence[Run | None], folder: Path) -> Run | None:
-    from gradflow.store import load
+    from gradflow.runs.store import load
 
     for run in runs:
         if run and run.path and run.path.resolve() == folder.resolve():
@@ -285,7 +285,7 @@ def write_files(result: Comparison, targets: Targets) -> None:
     Raises:
         UsageError: a file cannot be written.
     """
-    from gradflow import compare_formats
+    from gradflow.showing import compare_formats
 
     for name, target in targets.items():
         if target is not None:
@@ -296,6 +296,6 @@ def show(result: Comparison) -> None:
     """The tables on stdout."""
     from rich.console import Console
 
-    from gradflow.compare_tables import comparison_view
+    from gradflow.showing.compare_tables import comparison_view
 
     Console(highlight=False).print(comparison_view(result))

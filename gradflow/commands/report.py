@@ -29,8 +29,9 @@ def report(
     quiet: Quiet = False,
 ) -> None:
     """Make one page of the stored runs: verdicts, charts, environment; measures nothing."""
-    from gradflow import overview, report
-    from gradflow.reading import read_results
+    from gradflow.judging import overview
+    from gradflow.runs.reading import read_results
+    from gradflow.showing import report
 
     page = results / "report.html" if out is None else out
     found = read_results(results)

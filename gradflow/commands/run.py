@@ -20,10 +20,10 @@ from gradflow.commands.common import (
 )
 from gradflow.commands.theory import TheoryOnly, predict_run
 from gradflow.options import with_fields
-from gradflow.specification import specification
+from gradflow.specs.specification import specification
 
 if TYPE_CHECKING:
-    from gradflow.records import Run
+    from gradflow.runs.records import Run
 
 
 @with_fields()
@@ -55,8 +55,8 @@ def run(
 def measure_and_store(given: dict[str, Any], out: Path, quiet: bool) -> Run:
     """A stored run of the given fields; bad values and a bad `out` are refused first."""
     spec, options = specification(given)
-    from gradflow.staging import check_writable, nearest_folder
-    from gradflow.store import save
+    from gradflow.runs.staging import check_writable, nearest_folder
+    from gradflow.runs.store import save
 
     check_writable(out)
     with progress_bar(quiet) as progress:
@@ -70,7 +70,7 @@ def show(found: Run) -> None:
     """Table, profile and verdict on stdout."""
     from rich.console import Console
 
-    from gradflow.tables import run_view
+    from gradflow.showing.tables import run_view
 
     console = Console()
     console.print(run_view(found))
@@ -79,7 +79,7 @@ def show(found: Run) -> None:
 
 def as_json(found: Run) -> str:
     """One JSON object: run, spec, summary, verdict."""
-    from gradflow.store import about
+    from gradflow.runs.store import about
 
     content = about(found)
     shown = {

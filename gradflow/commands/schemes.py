@@ -22,7 +22,7 @@ def schemes(name: Name = None, *, depth: Depth = None, json: Json = None) -> Non
     check_target(json)
     if depth is not None and depth < 1:
         raise UsageError("--depth is a whole number of at least 1", depth, "use --depth 1 or more")
-    from gradflow import scheme_pages as pages
+    from gradflow.showing import scheme_pages as pages
 
     depths = pages.DEPTHS if depth is None else (depth,)
     found = None if name is None else pages.look_up(name)

@@ -9,10 +9,10 @@ import typer
 
 from gradflow.commands.common import Targets, write_text
 from gradflow.errors import UsageError
-from gradflow.grid import Grid
-from gradflow.run_options import RunOptions
-from gradflow.spec import StackSpec
-from gradflow.specification import Asked, specification
+from gradflow.specs.grid import Grid
+from gradflow.specs.run_options import RunOptions
+from gradflow.specs.spec import StackSpec
+from gradflow.specs.specification import Asked, specification
 
 TheoryOnly = Annotated[
     bool, typer.Option("--theory-only", help="predict without measuring; store nothing")
@@ -21,8 +21,8 @@ TheoryOnly = Annotated[
 
 def predict_run(given: dict[str, Any], target: str | None, *, quiet: bool) -> None:
     """What `run --theory-only` does."""
-    from gradflow import outlook_tables
-    from gradflow.outlook import outlook
+    from gradflow.judging.outlook import outlook
+    from gradflow.showing import outlook_tables
 
     found = outlook(*_stack(*specification(given)))
     if target is not None:
@@ -34,8 +34,8 @@ def predict_run(given: dict[str, Any], target: str | None, *, quiet: bool) -> No
 
 def predict_grid(grid: Grid, targets: Targets, *, quiet: bool) -> None:
     """What `compare --theory-only` does."""
-    from gradflow import outlook_tables
-    from gradflow.outlook import outlook
+    from gradflow.judging.outlook import outlook
+    from gradflow.showing import outlook_tables
 
     found = [outlook(*_stack(cell.spec, cell.options)) for cell in grid.cells]
     for name, target in targets.items():

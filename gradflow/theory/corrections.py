@@ -10,7 +10,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from gradflow.block_kinds import GROUPS
+from gradflow.specs.block_kinds import GROUPS
 from gradflow.theory.kernels import PAIRS
 from gradflow.theory.moments import ACTIVATIONS
 from gradflow.theory.units import Shape

@@ -1,6 +1,7 @@
-"""The `Stack` of a `StackSpec`: the variances that `gradflow.initial` gives its weights.
+"""The `Stack` of a `StackSpec`: the variances that `gradflow.networks.initial` gives its weights.
 
-`gradflow.initial.weight_std` is the same rule as code that needs torch; a test holds them together.
+`networks.initial.weight_std` is the same rule as code that needs torch; a test holds them
+together.
 """
 
 from __future__ import annotations
@@ -8,9 +9,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from gradflow.spec import StackSpec
+from gradflow.specs.spec import StackSpec
+from gradflow.specs.user_code import is_user_name
 from gradflow.theory.units import EPS, Head, NoTheoryError, Shape, Stack, Unit, Weights
-from gradflow.user_code import is_user_name
 from gradflow.wiring import Wiring
 
 RECTIFIERS = ("relu", "gelu", "gelu-tanh", "silu")
@@ -39,7 +40,7 @@ def weights(
 
 
 def _scale(spec: StackSpec, fan_in: int, fan_out: int, *, feeds: bool, output: bool) -> float:
-    """Variance times fan_in at gain 1; sources in `gradflow.initial`."""
+    """Variance times fan_in at gain 1; sources in `gradflow.networks.initial`."""
     if spec.weight_var is not None:
         return spec.weight_var
     if spec.init == "normal":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from gradflow.spec import StackSpec
+from gradflow.specs.spec import StackSpec
 from gradflow.theory.layouts import Layout
 from gradflow.theory.maths import Array
 from gradflow.theory.moments import ACTIVATIONS

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gradflow.spec import StackSpec
+from gradflow.specs.spec import StackSpec
 from gradflow.theory.attention import excess, excess_array, scatter
 from gradflow.theory.describe import describe
 from gradflow.theory.layouts import CausalTokens, Exchangeable, Layout, Moments

@@ -15,11 +15,11 @@ from rich.console import Console, Group
 from rich.text import Text
 from torch import nn
 
-from gradflow import store
 from gradflow.errors import UsageError
-from gradflow.records import Run
-from gradflow.run_options import RunOptions
-from gradflow.tables import run_view
+from gradflow.runs import store
+from gradflow.runs.records import Run
+from gradflow.showing.tables import run_view
+from gradflow.specs.run_options import RunOptions
 from gradflow.watching.discovery import find_layers
 from gradflow.watching.parameters import ParameterWatch, owned_parameters
 from gradflow.watching.passes import Pass

@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from gradflow.digests import classify
-from gradflow.environment import describe
+from gradflow.engine.environment import describe
+from gradflow.engine.rows import log10
 from gradflow.errors import MeasurementError
-from gradflow.findings import findings
-from gradflow.model_spec import ModelSpec, Spec
-from gradflow.records import LayerRecord, ParamRecord, Run, Summary
-from gradflow.rows import log10
-from gradflow.run_options import RunOptions
-from gradflow.verdict import summarise
+from gradflow.judging.digests import classify
+from gradflow.judging.findings import findings
+from gradflow.judging.verdict import summarise
+from gradflow.runs.records import LayerRecord, ParamRecord, Run, Summary
+from gradflow.specs.model_spec import ModelSpec, Spec
+from gradflow.specs.run_options import RunOptions
 from gradflow.watching.discovery import Place, unit_name
 from gradflow.watching.parameters import MISSING, Owned
 from gradflow.watching.tally import Columns, Key, Tally, in_order

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradflow.rows import log10
+from gradflow.engine.rows import log10
 from gradflow.watching.meter import FORWARD, GRADIENT, Pool
 from gradflow.watching.parameters import COLUMNS, MISSING
 from gradflow.watching.passes import Call, Pass, Tap

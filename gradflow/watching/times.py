@@ -15,8 +15,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from gradflow.records import Timing
-from gradflow.timing import Clock, Pass, summarise
+from gradflow.engine.timing import Clock, Pass, summarise
+from gradflow.runs.records import Timing
 from gradflow.watching.discovery import Place, unit_name
 from gradflow.watching.recorder import in_backward
 from gradflow.watching.streams import stream_of

@@ -1,0 +1,114 @@
+"""What a run was measured on: versions, device, number formats, code. No host name, no path."""
+
+from __future__ import annotations
+
+import platform
+import re
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import PurePath
+from typing import Any
+
+import torch
+
+import gradflow
+from gradflow.errors import UsageError
+from gradflow.specs.model_request import ModelRequest
+from gradflow.specs.model_spec import Spec, asked_for
+
+LIBRARY = "transformers"
+
+
+def resolve_device(name: str, dtype: str) -> torch.device:
+    """The device that `--device` names; `auto` is CUDA where there is one.
+
+    Raises:
+        UsageError: no such device here, or it cannot compute in this dtype.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise UsageError("--device is auto, cpu, cuda or cuda:N", name, "use --device auto")
+    device = torch.device(name)
+    if device.type == "cuda":
+        _check_cuda(device)
+    try:
+        torch.ones(2, 2, dtype=getattr(torch, dtype), device=device).mm(
+            torch.ones(2, 2, dtype=getattr(torch, dtype), device=device)
+        )
+    except RuntimeError:
+        rule = f"{device} computes in --dtype"
+        raise UsageError(rule, dtype, "use --dtype float32") from None
+    return device
+
+
+def _check_cuda(device: torch.device) -> None:
+    count = torch.cuda.device_count()
+    if count == 0:
+        rule = "--device cuda needs a GPU that torch can use"
+        raise UsageError(rule, "none", "use --device cpu")
+    if (device.index or 0) >= count:
+        raise UsageError(f"--device cuda:N has N below {count}", str(device), "use --device cuda:0")
+
+
+def describe(spec: Spec | ModelRequest, device: torch.device) -> dict[str, Any]:
+    """The environment as it is written to `run.json`."""
+    return {
+        "gradflow": gradflow.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": device.type,
+        "device_name": _device_name(device),
+        "threads": torch.get_num_threads(),
+        "dtype": spec.dtype,
+        "matmul_precision": torch.get_float32_matmul_precision(),
+        "tf32": torch.backends.cuda.matmul.allow_tf32,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "git": _git(),
+        "argv": [without_path(word) for word in sys.argv],
+        **library(spec),
+    }
+
+
+def library(spec: Spec | ModelRequest) -> dict[str, str]:
+    """The version of the library that builds the model, where one does."""
+    asked = asked_for(spec)
+    if isinstance(asked, ModelRequest) and asked.is_from_library:
+        return {LIBRARY: version(LIBRARY)}
+    return {}
+
+
+def without_path(word: str) -> str:
+    """A word of the command line with absolute paths, of a list too, cut to their last part."""
+    head, equals, tail = word.partition("=")
+    if not equals or PurePath(word).is_absolute():
+        head, equals, tail = "", "", word
+    parts = (PurePath(p).name if PurePath(p).is_absolute() else p for p in tail.split(","))
+    return head + equals + ",".join(parts)
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:  # noqa: PTH123 (a stream of lines)
+            return next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _git() -> dict[str, Any] | None:
+    """Commit of the working directory, and whether tracked files differ from it."""
+    try:
+        commit = _git_output("rev-parse", "HEAD").strip()
+        changed = _git_output("status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"commit": commit, "dirty": bool(changed)}
+
+
+def _git_output(*words: str) -> str:
+    done = subprocess.run(["git", *words], capture_output=True, text=True, timeout=2, check=True)
+    return done.stdout

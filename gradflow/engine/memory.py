@@ -1,0 +1,177 @@
+"""Memory of the machine: what is free, what a stack needs, and the peak of a measurement."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import resource
+import sys
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import torch
+
+from gradflow.engine.plan import Footprint, Plan, choose
+from gradflow.engine.saved import SavedBytes
+from gradflow.errors import MeasurementError, UsageError
+from gradflow.networks.inputs import input_shape, stream_shape
+from gradflow.networks.stack import Block, build_block, layer_kind
+from gradflow.specs.fields import flag
+from gradflow.specs.run_options import RunOptions
+from gradflow.specs.spec import StackSpec
+from gradflow.units import gib
+
+_STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+_CGROUP = Path("/sys/fs/cgroup")
+# Samples that stand for the whole batch in the estimate; batchnorm needs two.
+_FEW = 2
+# Parameters, their gradients, two moments of the optimizer, and the values before an update.
+_TRAINED_COPIES = 5
+# Bytes that Python and torch take for a module with its parameters, and for what stays of a unit.
+_MODULE, _ROW = 3 << 10, 48
+
+
+def available_bytes(device: torch.device) -> int:
+    """Bytes that can still be had: of the GPU, or of the host within its container's limit."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free
+    return min(psutil.virtual_memory().available, _cgroup_room())
+
+
+def _cgroup_room() -> int:
+    try:
+        limit = (_CGROUP / "memory.max").read_text().strip()
+        used = int((_CGROUP / "memory.current").read_text())
+    except (OSError, ValueError):
+        return sys.maxsize
+    return sys.maxsize if limit == "max" else max(0, int(limit) - used)
+
+
+def footprint(spec: StackSpec, seed: int, device: torch.device) -> Footprint:
+    """Bytes of a layer: its parameters, what autograd keeps for its backward, its stream.
+
+    Measured on one block and a few samples, because one layer and its batch may already be too
+    much; where layers are of several kinds, on the first and the last. A state of several streams
+    may grow: there the second layer and the last are averaged.
+    """
+    few = replace(spec, batch_size=min(_FEW, int(spec.batch_size or 1)))
+    scale = int(spec.batch_size or 1) / int(few.batch_size or 1)
+    ends = (min(2, spec.depth), spec.depth) if spec.has_streams else (1, spec.depth)
+    kinds = {layer_kind(spec, layer): layer for layer in ends}
+    layers = ends if spec.has_streams else tuple(kinds.values())
+    blocks = [build_block(few, seed, layer, device) for layer in layers]
+    kept = [_kept(few, layer, block) for layer, block in zip(layers, blocks, strict=True)]
+    itemsize = int(getattr(torch, spec.dtype).itemsize)
+    streams = sum(spec.streams(layer, spec.units_per_block - 1) for layer in ends) / 2
+    return Footprint(
+        parameters=max(map(_parameter_bytes, blocks)),
+        objects=max(_MODULE * len(list(block.modules())) for block in blocks),
+        graph=int((sum(kept) / len(kept) if spec.has_streams else max(kept)) * scale),
+        stream=int(streams * math.prod(stream_shape(spec)) * itemsize),
+        rows=_ROW * spec.units_per_block,
+    )
+
+
+def _kept(spec: StackSpec, layer: int, block: Block) -> int:
+    """What autograd keeps for the backward of one layer, its inputs among it."""
+    saved, like = SavedBytes(), next(block.parameters())
+    inputs = (like.new_ones(input_shape(spec, layer, u)) for u in range(spec.units_per_block))
+    return sum(saved.of(unit, x) for unit, x in zip(block.units, inputs, strict=True))
+
+
+def _parameter_bytes(block: Block) -> int:
+    return sum(p.nbytes for p in block.parameters())
+
+
+def resident_bytes(size: Footprint, layers: int) -> int:
+    """Parameters of so many layers, and what autograd keeps of all of them."""
+    return layers * (size.parameters + size.graph)
+
+
+def least_bytes(spec: StackSpec) -> int:
+    """A bound from below that allocates nothing: one layer, and the fewest streams."""
+    shapes = [s for part in Block(spec).modules() for s in getattr(part, "shapes", {}).values()]
+    last = spec.units_per_block - 1
+    ends = [spec.streams(layer, last) for layer in (1, spec.depth)]  # a state grows by equal steps
+    rows = math.prod(stream_shape(spec)) // spec.width
+    stream = math.prod(stream_shape(spec)) * sum(ends) // 2
+    head = spec.classes * (spec.width + rows) if spec.loss == "ce" else 0
+    streams = stream * max(spec.units_per_block, math.isqrt(spec.depth))
+    numbers = sum(map(math.prod, shapes)) + streams + head
+    size = int(getattr(torch, spec.dtype).itemsize)
+    return numbers * size + _ROW * spec.units_per_block * spec.depth
+
+
+def make_plan(spec: StackSpec, options: RunOptions, device: torch.device) -> Plan:
+    """The memory policy; refuses a stack that cannot fit before the system kills the process.
+
+    Raises:
+        MeasurementError: more is needed than is available, or allowed.
+    """
+    free = available_bytes(device)
+    limit = options.memory_limit_bytes
+    room = free if limit is None else min(free, limit)
+    least = least_bytes(spec)
+    if least > room:
+        raise out_of_memory(least, room, spec, options)
+    size = footprint(spec, options.seed, device)
+    if options.steps:
+        options, size = _for_training(options, size)
+    plan, fits = choose(spec.depth, size, options, free)
+    if not fits:
+        raise out_of_memory(plan.needed, room, spec, options)
+    return plan
+
+
+def _for_training(options: RunOptions, size: Footprint) -> tuple[RunOptions, Footprint]:
+    """All layers and graphs at once; gradients, the optimizer's two moments, the values before."""
+    if options.keep not in ("auto", "graph") or options.rebuild:
+        rule = "training keeps the whole stack"
+        raise UsageError(rule, "--keep or --rebuild", "leave them out, or --steps")
+    kept = replace(options, keep="graph", rebuild=False)
+    return kept, replace(size, parameters=_TRAINED_COPIES * size.parameters)
+
+
+def out_of_memory(needed: int, room: int, spec: StackSpec, options: RunOptions) -> MeasurementError:
+    """The error that says how much is needed and which options lower it."""
+    sizes = ("depth", "batch_size", "seq_len", "image_size", "ffn_mult", "width")
+    lower = ", ".join(flag(name) for name in sizes if getattr(spec, name) is not None)
+    policy = ", or leave --keep and --rebuild to gradflow" if options.is_policy_given else ""
+    limited = options.memory_limit_bytes is not None and room >= options.memory_limit_bytes
+    return MeasurementError(
+        f"out of memory: this stack needs at least {gib(needed)}, {gib(room)} are "
+        f"{'allowed' if limited else 'free'}; lower {lower}{policy}"
+    )
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch failed to allocate, on CUDA or on the host."""
+    text = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in text
+
+
+def reset_peak(device: torch.device) -> None:
+    """Begin a new high-water mark, where the system allows it."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with suppress(AttributeError, OSError):  # glibc's: what was freed before counts as in use
+        ctypes.CDLL(None).malloc_trim(0)
+    with suppress(OSError):
+        _CLEAR_REFS.write_text("5")
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Largest memory in use: allocated on the GPU, or resident in the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        lines = _STATUS.read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

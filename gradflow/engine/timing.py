@@ -1,0 +1,239 @@
+"""Seconds per unit, in passes of their own that carry no statistics.
+
+Timed passes and bare passes (the same network, forward + backward by torch alone) take turns, so
+that drift of the machine hits both alike; the sum over units is then held against the bare pass.
+On CUDA the marks are events in the stream: nothing waits for the device inside a pass.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from time import perf_counter
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from gradflow.engine.tape import Network, record_forward
+from gradflow.engine.walk import loss_gradient, vjp
+from gradflow.runs.records import TimeRecord, Timing
+from gradflow.specs.run_options import RunOptions
+
+# Forward and backward seconds of each unit, first to last.
+Pass = tuple[list[float], list[float]]
+
+
+class Clock(Protocol):
+    """Marks moments and tells the seconds between them, once the work is done."""
+
+    def mark(self) -> Any:
+        """A moment in the order of the work issued so far."""
+
+    def seconds(self, marks: Sequence[Any]) -> list[float]:
+        """Seconds from each mark to the next; may wait for the device."""
+
+
+class CpuClock:
+    """Wall time of work that is done when the call returns."""
+
+    def mark(self) -> float:
+        """Seconds of the monotonic clock."""
+        return perf_counter()
+
+    def seconds(self, marks: Sequence[float]) -> list[float]:
+        """Differences of neighbours."""
+        return [after - before for before, after in pairwise(marks)]
+
+
+class CudaClock:
+    """Events in the current CUDA stream."""
+
+    def mark(self) -> torch.cuda.Event:
+        """An event behind all work issued so far."""
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch's stubs
+        event.record()
+        return event
+
+    def seconds(self, marks: Sequence[torch.cuda.Event]) -> list[float]:
+        """Waits for the last event, then reads them all."""
+        marks[-1].synchronize()
+        return [before.elapsed_time(after) / 1e3 for before, after in pairwise(marks)]
+
+
+class FakeClock:
+    """A clock for tests: every mark comes a scripted time after the one before.
+
+    Args:
+        steps: seconds between marks, repeated for ever.
+    """
+
+    def __init__(self, steps: Sequence[float]) -> None:
+        self._steps, self._count, self._now = list(steps), 0, 0.0
+
+    def mark(self) -> float:
+        """The scripted time, moved on by one step."""
+        self._now += self._steps[self._count % len(self._steps)]
+        self._count += 1
+        return self._now
+
+    def seconds(self, marks: Sequence[float]) -> list[float]:
+        """Differences of neighbours."""
+        return CpuClock().seconds(marks)
+
+
+def clock_for(device: torch.device) -> Clock:
+    """The clock that fits the device."""
+    return CudaClock() if device.type == "cuda" else CpuClock()
+
+
+@dataclass(frozen=True)
+class Timer:
+    """How one network is timed.
+
+    Attributes:
+        timed: one pass: what it found, and the seconds of the whole.
+        bare: seconds of the same pass by torch alone.
+        summary: a `Timing` of what `timed` returned, pass by pass, and `bare`; None where no unit
+            could be timed.
+    """
+
+    timed: Callable[[Clock], tuple[Any, float]]
+    bare: Callable[[Clock], float]
+    summary: Callable[[Sequence[tuple[Any, float]], Sequence[float]], Timing | None]
+
+
+def take_times(
+    timer: Timer, options: RunOptions, clock: Clock, tick: Callable[[], None] = lambda: None
+) -> Timing | None:
+    """Time forward and backward of every unit.
+
+    One warm-up of each kind, then timed and bare passes in turn, until there are
+    `options.repeats` of them and `options.time_budget` seconds are spent.
+
+    Args:
+        timer: of the network.
+        options: `repeats` and `time_budget`.
+        clock: real or fake.
+        tick: called after each pair of passes.
+    """
+    passes: list[tuple[Any, float]] = []
+    bare: list[float] = []
+    spent = 0.0
+    with collector_paused():
+        timer.timed(clock)
+        timer.bare(clock)
+        while len(passes) < options.repeats or spent < options.time_budget:
+            passes.append(timer.timed(clock))
+            bare.append(timer.bare(clock))
+            spent += passes[-1][1] + bare[-1]
+            tick()
+    return timer.summary(passes, bare)
+
+
+def stack_timer(network: Network) -> Timer:
+    """Times a stack; its parameters' `.grad` are None afterwards."""
+
+    def timed(clock: Clock) -> tuple[Pass, float]:
+        found = timed_pass(network, clock)
+        return found, sum(map(sum, found))
+
+    names = unit_names(network)  # and not the network: it may have to go before the summary
+
+    def summary(passes: Sequence[tuple[Pass, float]], bare: Sequence[float]) -> Timing:
+        return summarise(names, [units for units, _ in passes], bare)
+
+    return Timer(timed, partial(bare_pass, network), summary)
+
+
+def timed_pass(network: Network, clock: Clock) -> Pass:
+    """Forward and backward seconds of each unit, first to last, in one pass."""
+    tapes = []
+    marks = [clock.mark()]
+    for tape in record_forward(network):
+        tapes.append(tape)
+        marks.append(clock.mark())
+    forward = marks
+    _, g = loss_gradient(network.loss, tapes[-1].y)
+    marks = [clock.mark()]
+    while tapes:
+        parts, _ = vjp(tapes.pop(), g)
+        g = parts[0] if len(parts) == 1 else parts[0] + parts[1]
+        marks.append(clock.mark())
+    return clock.seconds(forward), clock.seconds(marks)[::-1]
+
+
+def bare_pass(network: Network, clock: Clock) -> float:
+    """Seconds of one forward + backward through the whole stack by torch alone."""
+    marks = [clock.mark()]
+    y = network.x.detach().requires_grad_()
+    for block in network.blocks:
+        y = block(y)
+    network.loss(y).backward()
+    marks.append(clock.mark())
+    for block in network.blocks:
+        block.zero_grad()
+    network.loss.zero_grad()
+    return clock.seconds(marks)[0]
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """No garbage collection inside: it would strike single units at random."""
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def unit_names(network: Network) -> list[tuple[int, str]]:
+    """Layer and name of each unit, first to last."""
+    layers = network.layers or range(1, len(network.blocks) + 1)
+    return [
+        (layer, unit.name)
+        for layer, block in zip(layers, network.blocks, strict=True)
+        for unit in block.units
+    ]
+
+
+def summarise(
+    units: Sequence[tuple[int, str]],
+    passes: Sequence[Pass],
+    bare: Sequence[float] = (),
+    totals: Sequence[float] = (),
+) -> Timing:
+    """Medians and interquartile ranges over repeated passes.
+
+    Args:
+        units: layer and name of each, as `unit_names` gives them.
+        passes: what `timed_pass` gave, repeat by repeat.
+        bare: what `bare_pass` gave, where there were any.
+        totals: seconds of the whole passes, where units are a part of them only.
+    """
+    table = np.array(passes)  # repeats x (forward, backward) x units
+    low, median, high = np.percentile(table, (25, 50, 75), axis=0)
+    iqr = high - low
+    total_low, total, total_high = np.percentile(totals or table.sum(axis=(1, 2)), (25, 50, 75))
+    rows = np.stack((median[0], iqr[0], median[1], iqr[1]), axis=1).tolist()
+    return Timing(
+        units=tuple((f, fi, b, bi) for f, fi, b, bi in rows),
+        repeats=tuple(_records(units, passes)),
+        total_s=float(total),
+        bare_s=float(np.median(bare)) if bare else None,
+        bare_iqr_s=float(np.subtract(*np.percentile(bare, (75, 25)))) if bare else None,
+        spread=float((total_high - total_low) / total),
+    )
+
+
+def _records(names: Sequence[tuple[int, str]], passes: Sequence[Pass]) -> Iterator[TimeRecord]:
+    for repeat, (forward, backward) in enumerate(passes):
+        for (layer, unit), f, b in zip(names, forward, backward, strict=True):
+            yield TimeRecord(repeat, layer, unit, f, b)

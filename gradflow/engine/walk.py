@@ -1,0 +1,183 @@
+"""The engine for built stacks: forward unit by unit, then one VJP per unit backward.
+
+A vector-Jacobian product is linear in the cotangent. So between units the cotangent is multiplied
+by a power of two that brings its norm to [0.5, 1), and the exponent is carried beside it: nothing
+is rounded, and a gradient of 10^-3000 is measured as such in float32. Shortcut and branch get
+two leaves for the same x, so one VJP gives both parts of dL/dx. Parameter gradients are reduced
+to norms and freed at once, and rows leave for their tables as the walk goes back: what is in memory
+does not grow with the depth, but for a few numbers per unit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gradflow.engine.collect import Activations, Collector, Tables
+from gradflow.engine.rows import Row
+from gradflow.engine.saved import SavedBytes
+from gradflow.engine.tape import Network as Network
+from gradflow.engine.tape import Tape as Tape
+from gradflow.engine.tape import Tick, record_backward
+from gradflow.engine.tape import record_forward as record_forward
+from gradflow.runs.records import LayerRecord, ParamRecord
+from gradflow.specs.spec import StackSpec
+from gradflow.stats import Sums, grad_norm, gradient_sums, part_sums
+
+# 2^126 and 2^-126 are normal numbers in float32, in which torch multiplies narrower formats too.
+LARGEST_SHIFT = 126
+
+
+@dataclass(frozen=True)
+class Walk:
+    """What one pass over one seed found; its last rows may still be on the device."""
+
+    loss: Tensor
+    tables: Tables
+    collector: Collector
+
+    def finish(self) -> None:
+        """Put what is left into the tables; waits for the device."""
+        self.collector.finish()
+
+    def records(self) -> tuple[list[LayerRecord], list[ParamRecord]]:
+        """All rows of `layers.csv` and `params.csv`; waits for the device."""
+        self.finish()
+        return list(self.tables.layers), list(self.tables.params)
+
+
+def walk(
+    spec: StackSpec,
+    seed: int,
+    network: Network,
+    *,
+    spans: Sequence[int] = (),
+    raw_range: bool = False,
+    tables: Tables | None = None,
+    tick: Tick = lambda: None,
+) -> Walk:
+    """Measure one seed of a stack.
+
+    Args:
+        spec: what `network` was built from.
+        seed: written into the records.
+        network: its gradients are not stored anywhere.
+        spans: which streams are kept, see `tape.record_backward`; the numbers do not depend on it.
+        raw_range: leave the cotangent as the number format has it.
+        tables: where the rows go; new ones if None.
+        tick: called once per layer that is computed, forward or back, for progress.
+    """
+    tables = tables or Tables()
+    tokens = spec.kind.domain == "tokens"
+    collector = Collector(seed, tables, tokens=tokens)
+    activations = Activations(tokens=tokens)
+    saved = SavedBytes()
+    activations.see(network.x)
+
+    def see(tape: Tape) -> None:
+        activations.see(tape.y.detach())
+        saved.of(tape.unit, tape.x_branch)
+
+    tapes = record_backward(network, spans, see, tick)
+    top = [next(tapes)]
+    loss, g = loss_gradient(network.loss, top[0].y)
+    way = _Way(activations, saved, raw_range=raw_range, tick=tick)
+    for row in way.back(_chained(top, tapes), g):
+        collector.add(row)
+    return Walk(loss, tables, collector)
+
+
+def _chained(first: list[Tape], rest: Iterator[Tape]) -> Iterator[Tape]:
+    """All tapes, none of them held here once it is used."""
+    while first:
+        yield first.pop()
+    yield from rest
+
+
+def loss_gradient(loss: nn.Module, y: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss at y_D, and its gradient there."""
+    leaf = y.detach().requires_grad_()
+    value = loss(leaf)
+    (g,) = torch.autograd.grad(value, leaf)
+    # Memory of its own: a sum over streams gives one gradient to all of them.
+    return value.detach(), g.contiguous()
+
+
+def vjp(tape: Tape, g: Tensor) -> tuple[list[Tensor], list[Tensor | None]]:
+    """dL/dx by its parts, in the order of `tape.leaves`, and dL/dparameters; frees the graph."""
+    leaves = tape.leaves
+    inputs = [*leaves, *tape.unit.weights]
+    # d(y . g)/dx is the VJP. Given as a `grad_outputs`, g would cost an import of sympy: 0.4 s.
+    product = torch.dot(tape.y.reshape(-1), g.reshape(-1))
+    grads = torch.autograd.grad(product, inputs, allow_unused=True)
+    parts = [torch.zeros_like(x) if d is None else d for x, d in zip(leaves, grads, strict=False)]
+    return parts, list(grads[len(leaves) :])
+
+
+def rescale(g: Tensor, size: Tensor) -> tuple[Tensor, Tensor | int]:
+    """g * 2^-e with its norm in [0.5, 1), in place and exact, and e.
+
+    Zero, infinite and NaN gradients stay as they are. On CUDA, where the norm cannot be read
+    without waiting, one step goes no further than 2^126; the units below go on from there.
+    """
+    if size.device.type == "cpu":
+        value = size.item()
+        shift = math.frexp(value)[1] if math.isfinite(value) else 0
+        # In two steps, because 2^-shift itself may lie outside the number format.
+        first = max(-LARGEST_SHIFT, min(LARGEST_SHIFT, shift))
+        for step in (first, shift - first):
+            g = g.mul_(2.0**-step) if step else g
+        return g, shift
+    # frexp gives size = m * 2^e, so m / size is 2^-e without rounding.
+    mantissa, exponent = torch.frexp(size)
+    scale = (mantissa / size).clamp(2.0**-LARGEST_SHIFT, 2.0**LARGEST_SHIFT)
+    return g.mul_(torch.nan_to_num(scale, nan=1.0)), exponent.clamp(-LARGEST_SHIFT, LARGEST_SHIFT)
+
+
+@dataclass(frozen=True)
+class _Way:
+    """What the way back needs beside the tapes."""
+
+    activations: Activations
+    saved: SavedBytes
+    raw_range: bool
+    tick: Tick
+
+    def back(self, tapes: Iterable[Tape], g: Tensor) -> Iterator[Row]:
+        """Rows from the last unit down to the input; each graph is freed once it has been used."""
+        # What is not a tensor on CUDA would have to be sent there.
+        on_cpu = g.device.type == "cpu"
+        exponent = 0 if on_cpu else torch.zeros((), dtype=torch.int32, device=g.device)
+        layer = None
+        for tape in tapes:
+            if layer not in (None, tape.layer):
+                self.tick()
+            layer = tape.layer
+            sums = self.activations.pop() | gradient_sums(g) | {"exponent": exponent}
+            if not self.raw_range:
+                g, shift = rescale(g, torch.as_tensor(sums["grad_norm"]))
+                exponent = exponent + shift
+            row, g = self._through(tape, sums, g)
+            yield row
+        self.tick()
+        sums = self.activations.pop() | gradient_sums(g) | {"exponent": exponent}
+        yield Row(0, "input", g.shape, sums, {})
+
+    def _through(self, tape: Tape, sums: Sums, g: Tensor) -> tuple[Row, Tensor]:
+        """The row of a unit, and the gradient below it."""
+        parts, grads = vjp(tape, g)
+        row = Row(
+            tape.layer,
+            tape.unit.name,
+            tape.y.shape,
+            sums,
+            part_sums(*parts) if len(parts) == 2 else {},
+            self.saved.of(tape.unit, tape.x_branch),
+            tape.unit.infos,
+            [None if d is None else grad_norm(d) for d in grads],
+        )
+        return row, parts[0] if len(parts) == 1 else parts[0] + parts[1]

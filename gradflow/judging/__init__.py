@@ -1,0 +1,1 @@
+"""From records to answers: verdicts, comparisons, gates, and what theory says. Torch-free."""

@@ -1,0 +1,103 @@
+"""Times put into a run: columns, summary, what observing cost, and warnings. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+
+from gradflow.runs.records import LayerRecord, Run, Summary, Timing
+from gradflow.runs.spool import Spool
+
+# Above these the run carries a warning that names the remedy.
+NOISY_SPREAD = 0.10
+RECONCILED = 0.10
+
+
+def with_times(run: Run, timing: Timing, statistics_s: float | None = None) -> Run:
+    """The run with its times, for the seed that was timed: the first.
+
+    Args:
+        run: measured without times.
+        timing: of the same network.
+        statistics_s: median seconds that a statistics pass spent on the timed layers.
+    """
+    return replace(
+        run,
+        layer_records=_with_columns(run.layer_records, timing),
+        time_records=timing.repeats,
+        summary=_with_cost(run.summary, run.spec.depth, timing),
+        overhead=_overhead(timing, statistics_s),
+        warnings=(*run.warnings, *_warnings(timing, run.spec.depth)),
+    )
+
+
+def _with_columns(rows: Sequence[LayerRecord], timing: Timing) -> Sequence[LayerRecord]:
+    if isinstance(rows, Spool):
+        return rows.map(lambda records: _timed_rows(records, timing))
+    return list(_timed_rows(rows, timing))
+
+
+def _timed_rows(rows: Iterable[LayerRecord], timing: Timing) -> Iterator[LayerRecord]:
+    places = [(row.layer, row.unit) for row in timing.repeats if row.repeat == 0]
+    units = dict(zip(places, timing.units, strict=True))
+    for row in rows:
+        times = units.pop((row.layer, row.unit), None)
+        if times is None:
+            yield row
+            continue
+        forward, forward_iqr, backward, backward_iqr = times
+        yield replace(
+            row,
+            forward_s=forward,
+            forward_s_iqr=forward_iqr,
+            backward_s=backward,
+            backward_s_iqr=backward_iqr,
+        )
+
+
+def _with_cost(summary: Summary, depth: int, timing: Timing) -> Summary:
+    share = depth / timing.layers
+    forward = sum(f for f, _, _, _ in timing.units) * share
+    backward = sum(b for _, _, b, _ in timing.units) * share
+    return replace(
+        summary,
+        forward_s=forward,
+        backward_s=backward,
+        forward_s_per_layer=forward / depth,
+        backward_s_per_layer=backward / depth,
+    )
+
+
+def _overhead(timing: Timing, statistics_s: float | None) -> dict[str, float] | None:
+    """What observing cost in this run, and how far the unit times add up."""
+    if timing.bare_s is None or timing.bare_iqr_s is None or statistics_s is None:
+        return None
+    return {
+        "statistics_pass_s": statistics_s,
+        "bare_pass_s": timing.bare_s,
+        "bare_pass_iqr_s": timing.bare_iqr_s,
+        "timed_pass_s": timing.total_s,
+        "statistics_over_bare": statistics_s / timing.bare_s,
+        "timed_over_bare": timing.total_s / timing.bare_s,
+    }
+
+
+def _warnings(timing: Timing, depth: int) -> Iterator[str]:
+    if timing.layers < depth:
+        yield (
+            f"times are those of {timing.layers} of {depth:,} layers, evenly spread; "
+            "totals are their mean times the depth"
+        )
+    if timing.spread > NOISY_SPREAD:
+        yield (
+            f"timings vary by {timing.spread:.0%} between repeats: close other programs, "
+            "or raise --repeats or --time-budget"
+        )
+    if timing.bare_s is None:
+        return
+    gap = timing.total_s / timing.bare_s - 1
+    if abs(gap) > RECONCILED:
+        yield (
+            f"unit times add up to {1 + gap:.0%} of the bare pass: units are too small to time "
+            "one by one, or the machine is busy; raise --batch-size or --repeats"
+        )

@@ -1,0 +1,256 @@
+"""The gate of `gradflow check`: bounds and baselines that a run keeps or breaks. Torch-free.
+
+Zero is not success: a gradient that is exactly zero, missing or not finite never passes, whatever
+the bounds are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from gradflow.errors import BaselineError, RunFolderError
+from gradflow.runs.records import LayerRecord, Run
+from gradflow.runs.store import load
+from gradflow.specs.spec import run_key
+
+# Reasons of one kind that are listed one by one; the rest is counted.
+SHOWN = 3
+# A GPU draws other random numbers than a CPU, so its weights are others.
+SAME_NETWORK = ("device", "dtype")
+# These move gradients by rounding only; that is what a tolerance is for, so they are only said.
+SAID = ("device_name", "gradflow", "torch", "threads", "matmul_precision")
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Limits that hold for every seed; None is no limit.
+
+    Attributes:
+        max_decades: on |log10(|g_input| / |g_output|)|.
+        min_gain: on the gain of every unit, as is `max_gain`.
+        no_nonfinite: no NaN or infinity in any activation, gradient or parameter gradient.
+    """
+
+    max_decades: float | None = None
+    min_gain: float | None = None
+    max_gain: float | None = None
+    no_nonfinite: bool = False
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is asked for."""
+        return self == Bounds()
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What was compared, and the reasons why it does not pass."""
+
+    compared: tuple[str, ...]
+    reasons: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether there is no reason against it."""
+        return not self.reasons
+
+    def __add__(self, other: Judgement) -> Judgement:
+        """Both together; what both have to say is said once."""
+        return Judgement(
+            tuple(dict.fromkeys(self.compared + other.compared)),
+            tuple(dict.fromkeys(self.reasons + other.reasons)),
+        )
+
+
+def judge(run: Run, bounds: Bounds) -> Judgement:
+    """Hold a run against bounds."""
+    found = _arrives(run)
+    if bounds.max_decades is not None:
+        found += _decades(run, bounds.max_decades)
+    if bounds.min_gain is not None or bounds.max_gain is not None:
+        low = 0.0 if bounds.min_gain is None else bounds.min_gain
+        high = math.inf if bounds.max_gain is None else bounds.max_gain
+        found += _gains(run, low, high)
+    if bounds.no_nonfinite:
+        found += Judgement(("no NaN or infinity in any layer",), tuple(_nonfinite(run)))
+    return found
+
+
+def against_baseline(run: Run, baseline: Run, rtol: float) -> Judgement:
+    """Hold every gradient norm of a run against those of a baseline.
+
+    Raises:
+        BaselineError: the baseline measured something else.
+    """
+    _check_comparable(run, baseline)
+    pairs = list(zip(run.first_records, baseline.first_records, strict=True))
+    limit = math.log10(1 + rtol)
+    reasons = [
+        *_shortened(_apart(pairs, "|g|", "log10_grad_norm", limit)),
+        *_shortened(_apart(pairs, "|dW|", "log10_param_grad_norm", limit)),
+    ]
+    what = f"gradient norms at {len(pairs)} places, each within {rtol:g} of the baseline"
+    elsewhere = [f"  beside a baseline with {line}" for line in _differences(run, baseline, SAID)]
+    return _arrives(run) + Judgement((what, *elsewhere), tuple(reasons))
+
+
+def load_baseline(path: Path) -> Run:
+    """The baseline run.
+
+    Raises:
+        BaselineError: it is missing or cannot be read.
+    """
+    try:
+        return load(path)
+    except RunFolderError as error:
+        raise BaselineError(f"no baseline: {error}") from None
+
+
+def _check_comparable(run: Run, baseline: Run) -> None:
+    differing = [*_other_settings(run, baseline), *_differences(run, baseline, SAME_NETWORK)]
+    if differing or run_key(run.spec, run.options) != run_key(baseline.spec, baseline.options):
+        raise BaselineError(
+            f"the baseline measured another network: {', '.join(differing)}; "
+            "measure a baseline with the same options"
+        )
+    places = [[(row.seed, row.layer, row.unit) for row in r.first_records] for r in (run, baseline)]
+    if places[0] != places[1]:
+        raise BaselineError("the rows of the baseline are those of other units; measure it anew")
+
+
+def _other_settings(run: Run, baseline: Run) -> Iterator[str]:
+    mine, theirs = (_settings(r) for r in (run, baseline))
+    for name, value in mine.items():
+        if value != theirs[name]:
+            yield f"{name} {theirs[name]} there, {value} here"
+
+
+def _differences(run: Run, baseline: Run, keys: Sequence[str]) -> Iterator[str]:
+    for key in keys:
+        mine, theirs = run.environment.get(key), baseline.environment.get(key)
+        if mine != theirs:
+            yield f"{key.replace('_', ' ')} {theirs} there, {mine} here"
+
+
+def _settings(run: Run) -> dict[str, object]:
+    options = run.options
+    numbers = {"seed": options.seed, "seeds": options.seeds, "raw_range": options.raw_range}
+    return run.spec.to_json() | numbers
+
+
+def _seeds(run: Run) -> Iterator[tuple[str, list[LayerRecord]]]:
+    """Every seed, or every step of it where there are several, and its rows."""
+    judged = [r for r in run.layer_records if r.layer > 0 or run.spec.input_has_gradient]
+    for seed in run.options.all_seeds:
+        rows = [row for row in judged if row.seed == seed]
+        steps = dict.fromkeys(row.step for row in rows)
+        if len(steps) < 2:
+            yield str(seed), rows
+        for step in steps if len(steps) > 1 else ():
+            yield f"{seed}, step {step}", [row for row in rows if row.step == step]
+
+
+def _arrives(run: Run) -> Judgement:
+    """A finite gradient that is not zero, at every unit of every seed and at its parameters."""
+    reasons: list[str] = []
+    trained = {(row.seed, row.layer, row.unit) for row in run.param_records}
+    wanted = run.spec.depth * run.spec.units_per_block + run.spec.input_has_gradient
+    for seed, rows in _seeds(run):
+        if len(rows) != wanted:
+            reasons.append(f"seed {seed}: {len(rows)} of {wanted} places have a gradient")
+        reasons += _shortened(_lost_gradients(rows))
+        reasons += _shortened(_lost_parameters(rows, trained))
+    what = f"a finite gradient, not zero, at {wanted} places in each of {run.options.seeds} seeds"
+    return Judgement((what,), tuple(reasons))
+
+
+def _lost_gradients(rows: Sequence[LayerRecord]) -> Iterator[str]:
+    for row in rows:
+        if fault := _fault(row.log10_grad_norm) or ("NaN or infinity" if row.nonfinite else ""):
+            yield f"{_place(row)}: gradient is {fault}"
+
+
+def _lost_parameters(
+    rows: Sequence[LayerRecord], trained: set[tuple[int, int, str]]
+) -> Iterator[str]:
+    for row in rows:
+        has_any = row.param_norm is not None or (row.seed, row.layer, row.unit) in trained
+        if has_any and (fault := _fault(row.log10_param_grad_norm)):
+            yield f"{_place(row)}: gradient of the parameters is {fault}"
+
+
+def _fault(decades: float | None) -> str:
+    """What is wrong with a gradient, by the logarithm of its norm; empty if nothing is."""
+    if decades is None:
+        return "missing"
+    if decades == -math.inf:
+        return "zero"
+    return "" if math.isfinite(decades) else "NaN or infinity"
+
+
+def _place(row: LayerRecord) -> str:
+    step = f", step {row.step}" if row.step else ""
+    return f"seed {row.seed}{step}, layer {row.layer} ({row.unit})"
+
+
+def _decades(run: Run, limit: float) -> Judgement:
+    reasons, found = [], []
+    for seed, rows in _seeds(run):
+        ends = [row.log10_grad_norm for row in (rows[0], rows[-1])] if rows else [None, None]
+        if ends[0] is None or ends[1] is None:
+            continue  # `_arrives` has said so
+        found.append(abs(ends[0] - ends[1]))
+        if not found[-1] <= limit:  # NaN breaks the bound, too
+            total = ends[0] - ends[1]
+            reasons.append(f"seed {seed}: {total:+.2f} decades from output to input")
+    worst = f", found {max(found):.2f}" if found else ""
+    what = f"decades between output and input, at most {limit:g}{worst}"
+    return Judgement((what,), tuple(_shortened(reasons)))
+
+
+def _gains(run: Run, low: float, high: float) -> Judgement:
+    units = [row for row in run.first_records if row.layer > 0]
+    found = [row.gain for row in units if row.gain is not None]
+    reasons = (
+        f"{_place(row)}: gain is {'missing' if row.gain is None else f'{row.gain:.4g}'}"
+        for row in units
+        if row.gain is None or not low <= row.gain <= high
+    )
+    seen = f", found {min(found):.4g} to {max(found):.4g}" if found else ""
+    what = f"gain of every unit, {low:g} to {high:g}{seen}"
+    return Judgement((what,), tuple(_shortened(reasons)))
+
+
+def _nonfinite(run: Run) -> Iterator[str]:
+    yield from _shortened(
+        f"{_place(row)}: NaN or infinity"
+        for row in run.layer_records
+        if row.nonfinite or not all(map(_finite, (row.act_max_abs, row.act_rms, row.gain)))
+    )
+
+
+def _finite(value: float | None) -> bool:
+    return value is None or math.isfinite(value)
+
+
+def _apart(
+    pairs: Sequence[tuple[LayerRecord, LayerRecord]], name: str, column: str, limit: float
+) -> Iterator[str]:
+    for row, base in pairs:
+        mine, theirs = getattr(row, column), getattr(base, column)
+        if mine is None and theirs is None:
+            continue
+        if mine is None or theirs is None or not abs(mine - theirs) <= limit:
+            values = ["none" if v is None else f"10^{v:.4f}" for v in (mine, theirs)]
+            yield f"{_place(row)}: {name} {values[0]}, baseline {values[1]}"
+
+
+def _shortened(reasons: Iterable[str]) -> Iterator[str]:
+    """The first few reasons of one kind, and how many more there are."""
+    every = list(reasons)
+    yield from every[:SHOWN]
+    if len(every) > SHOWN:
+        yield f"... and {len(every) - SHOWN} more like the last"

@@ -1,0 +1,179 @@
+"""Short names for runs: only the words in which they differ, so that legends stay readable."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
+
+from gradflow.runs.records import Summary
+from gradflow.specs.model_request import without_digest
+from gradflow.specs.model_spec import Spec, asked_for
+from gradflow.specs.run_options import RunOptions
+from gradflow.specs.spec import StackSpec
+from gradflow.specs.user_code import shown
+
+# Depth is an axis of its own, and these three always stand in a name where they differ.
+LEADING = ("like", "weights", "shortcut", "block", "norm")
+DECISIVE = ("like", "weights", "block", "norm", "scheme")
+ASKED = ("set", "input", "layers", "width", "batch_size", "seq_len", "image_size")
+MEASURED = ("seed", "seeds", "raw_range", "steps", "optimizer", "lr", "warmup")
+DEVICE = "device"
+OTHERS = (
+    *(field.name for field in fields(StackSpec) if field.name not in (*LEADING, "depth")),
+    *("set", "input", "layers"),
+    *MEASURED,
+    DEVICE,
+)
+WORDS: dict[str, Callable[[Any], str]] = {
+    "norm": lambda norm: "no norm" if norm == "none" else f"{norm}-norm",
+    "norm_kind": str,
+    "activation": str,
+    "init": lambda init: f"{init} init",
+    "dtype": str,
+    "loss": lambda loss: f"{loss} loss",
+    "causal": lambda _: "causal",
+    "qk_norm": lambda _: "qk-norm",
+    "gated": lambda _: "gated",
+    "bias": lambda bias: f"bias {bias}",
+    "scheme": shown,
+    "set": str,
+    "input": lambda value: f"input {without_digest(value)}",
+    "seeds": lambda seeds: f"{seeds} seeds",
+    "raw_range": lambda _: "raw range",
+    "steps": lambda steps: f"{steps} steps",
+    "optimizer": str,
+    "lr": lambda lr: f"lr {lr:g}",
+    DEVICE: str,
+}
+# Said only where they are not so: nobody looks for these words in a name.
+UNSAID = {
+    "gain": 1.0,
+    "dtype": "float32",
+    "loss": "cotangent",
+    "causal": False,
+    "qk_norm": False,
+    "norm_eps": 1e-5,
+    "rope": 0.0,
+    "gated": False,
+    "bias": "all",
+    "seeds": 1,
+    "raw_range": False,
+    "steps": 0,
+    "warmup": 0,
+}
+
+
+class Described(Protocol):
+    """What words about a run are made from; whole runs have it, and those of a report."""
+
+    @property
+    def spec(self) -> Spec: ...
+    @property
+    def options(self) -> RunOptions: ...
+    @property
+    def summary(self) -> Summary: ...
+    @property
+    def environment(self) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Name:
+    """What a run is called: its design, which runs of other depths share, and its depth.
+
+    Runs of one design and depth are counted by `copy`.
+    """
+
+    design: str
+    depth: int
+    copy: int = 1
+
+    @property
+    def without_depth(self) -> str:
+        """For tables in which the depth has a column of its own."""
+        return self.design if self.copy == 1 else f"{self.design} (#{self.copy})"
+
+    @property
+    def run(self) -> str:
+        """The whole name."""
+        copy = "" if self.copy == 1 else f" (#{self.copy})"
+        return f"{self.design}, depth {self.depth}{copy}"
+
+
+def names(runs: Sequence[Described]) -> list[Name]:
+    """A name for each run, all different."""
+    words = [name for name in OTHERS if _differs(runs, name)]
+    with_block = len({run.spec.block for run in runs}) > 1
+    called = _called(runs)
+    seen = Counter[tuple[str, int]]()
+    found = []
+    for run in runs:
+        design = _value(run, "scheme") or _value(run, "shortcut")
+        # A model has neither: it is its own design.
+        block = run.spec.block if with_block or not design else None
+        leading = [called[str(name)] for name in (design, block) if name]
+        place = _design(run, words, leading), run.spec.depth
+        seen[place] += 1
+        found.append(Name(*place, seen[place]))
+    return found
+
+
+def _called(runs: Sequence[Described]) -> dict[str, str]:
+    """What schemes and blocks are called: with the digest only where it tells two files apart."""
+    known = {str(_value(run, n)) for run in runs for n in ("scheme", "shortcut", "block")}
+    often = Counter(map(shown, known))
+    return {name: shown(name) if often[shown(name)] == 1 else name for name in known}
+
+
+def shared(runs: Sequence[Described]) -> str:
+    """The settings that all runs have in common, in words."""
+    both = ("depth", *LEADING, *OTHERS)
+    common = [n for n in both if len({_value(run, n) for run in runs}) == 1]
+    if "loss" in common and runs[0].spec.loss != "ce":
+        common.remove("classes")
+    words = [word(n, _value(runs[0], n)) for n in common]
+    return ", ".join(w for w in words if w)
+
+
+def word(name: str, value: object) -> str:
+    """A setting in words; empty where it is not set, or not worth a word."""
+    if value is None or (name in UNSAID and value == UNSAID[name]):
+        return ""
+    if name in WORDS:
+        return WORDS[name](value)
+    plain = name.replace("_", " ")
+    return shown(str(value)) if name in LEADING else f"{plain} {value}"
+
+
+def _design(run: Described, words: Sequence[str], leading: Sequence[str]) -> str:
+    model = _value(run, "weights") or _value(run, "like")
+    norm = "" if _value(run, "scheme") else word("norm", _value(run, "norm"))
+    rest = [word(name, _value(run, name)) for name in words if name != "scheme"]
+    parts = [model, " ".join(leading), norm, *rest, *_departures(run, words)]
+    return ", ".join(filter(None, parts))
+
+
+def _departures(run: Described, words: Sequence[str]) -> list[str]:
+    """Parts of the scheme that options replaced, but for those that `words` name."""
+    parts = (run.summary.departures or "").split("; ")
+    named = tuple(f"{word.replace('_', ' ')} " for word in words)
+    return [f"with {part}" for part in parts if part and not part.startswith(named)]
+
+
+def _value(run: Described, name: str) -> Any:
+    if name == DEVICE:
+        return str(run.environment.get(DEVICE))
+    if name in ASKED:
+        return getattr(asked_for(run.spec), name, None)
+    return getattr(run.options if name in MEASURED else run.spec, name, None)
+
+
+def _differs(runs: Sequence[Described], name: str) -> bool:
+    """Whether a setting says more than those whose defaults set many others."""
+    found: dict[tuple[object, ...], object] = {}
+    return any(
+        found.setdefault(tuple(_value(run, n) for n in DECISIVE), _value(run, name))
+        != _value(run, name)
+        for run in runs
+    )

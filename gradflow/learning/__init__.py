@@ -1,0 +1,1 @@
+"""Training on tasks with a known optimum."""

@@ -1,0 +1,312 @@
+"""What a `ModelRequest` names, built: a model, its batches, and its loss."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from inspect import signature
+from itertools import count, repeat
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812 (torch's own convention)
+from torch import Tensor, nn
+
+from gradflow.errors import UsageError
+from gradflow.learning.tasks import MarkovTask, PrototypeTask, Samples, Task
+from gradflow.models.hugging_face import Build, as_inputs, inputs, resolve, tokens
+from gradflow.models.one_pass import called, projection, real_output
+from gradflow.specs.located import Located, load, users_own
+from gradflow.specs.model_request import ModelRequest, without_digest
+from gradflow.specs.run_options import RunOptions
+
+# Classes of the built-in tasks, as for stacks.
+CLASSES = 10
+
+
+@dataclass(frozen=True)
+class Example:
+    """One batch of a model.
+
+    Attributes:
+        given: one tensor, a tuple or list of arguments, or a mapping of names to them.
+        target: labels or values of the output, where there are any.
+    """
+
+    given: Any
+    target: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that can be measured.
+
+    Attributes:
+        model: on its device, in its number format, in training mode.
+        batches: endless; every call begins anew.
+        loss: a scalar, from the model and one of its batches.
+        task: the source of the batches where it is a built-in one, whose floor is known.
+    """
+
+    model: nn.Module
+    batches: Callable[[], Iterator[Example]]
+    loss: Callable[[nn.Module, Example], Tensor]
+    task: Task | None = None
+
+
+def build_subject(
+    request: ModelRequest, seed: int, device: torch.device, options: RunOptions
+) -> Subject:
+    """Model, batches and loss of one seed; all of torch's, numpy's and Python's numbers follow it.
+
+    Raises:
+        UsageError: something of the user's does not run, or is not what it has to be.
+    """
+    seed_all(seed)
+    dtype = getattr(torch, request.dtype)
+    build = resolve(request) if request.is_from_library else None
+    with users_own(without_digest(request.model)):
+        model = build.model() if build else _own_model(request)
+        model = model.to(device, dtype).train()
+    move = partial(moved, device=device, dtype=dtype)
+    loss = partial(loss_of, kind=request.loss, seed=seed)
+    if isinstance(request.input, Located):
+        batches = partial(_users_batches, load(request.input), request, move)
+        return Subject(model, batches, loss)
+    given = move(inputs(build, request, seed) if build else own_input(model, request, seed))
+    if not options.steps:
+        return Subject(model, lambda: repeat(Example(given)), loss)
+    return _trained(Subject(model, lambda: repeat(Example(given)), loss), build, request, seed)
+
+
+def seed_all(seed: int) -> None:
+    """Set every generator that a model's own code may draw from."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 (the user's code may use it)
+    random.seed(seed)
+
+
+def moved(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """Every tensor in it on the device, and those with a point in the number format."""
+    if isinstance(value, Tensor):
+        return value.to(device, dtype if value.is_floating_point() else None)
+    if isinstance(value, Mapping):
+        return {name: moved(item, device, dtype) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        items = [moved(item, device, dtype) for item in value]
+        return tuple(items) if isinstance(value, tuple) else items
+    return value
+
+
+def own_input(model: nn.Module, request: ModelRequest, seed: int) -> Tensor:
+    """Standard normal numbers; token ids where the first thing with parameters embeds them."""
+    assert request.shape is not None
+    source = torch.Generator().manual_seed(seed)
+    symbols = vocabulary(model)
+    if symbols is not None:
+        return torch.randint(symbols, request.shape, generator=source)
+    return torch.randn(request.shape, generator=source)
+
+
+def vocabulary(model: nn.Module) -> int | None:
+    """Symbols of the embedding that is the model's first part with parameters of its own."""
+    for part in model.modules():
+        if part is not model and next(part.parameters(recurse=False), None) is not None:
+            return part.num_embeddings if isinstance(part, nn.Embedding) else None
+    return None
+
+
+def loss_of(model: nn.Module, example: Example, kind: str, seed: int) -> Tensor:
+    """The scalar whose gradient is measured.
+
+    cotangent: <c, y> with a random c of norm 1 and y the first floating tensor of the output.
+    mse, ce: against the target, or against random values or labels. own: the model's own loss.
+
+    Raises:
+        UsageError: the output has none, or its shape and the target's do not go together.
+    """
+    output = called(model, example.given)
+    if kind == "cotangent":
+        return projection(output, seed)
+    if kind == "own":
+        return own_loss(output)
+    y = real_output(output)
+    source = torch.Generator().manual_seed(seed)
+    if kind == "mse":
+        target = (
+            torch.randn(y.shape, generator=source) if example.target is None else example.target
+        )
+        return F.mse_loss(y, target.to(y))
+    return cross_entropy(y, example.target, source)
+
+
+def own_loss(output: Any) -> Tensor:
+    """What the output calls its loss, or the output itself where it is a scalar.
+
+    Raises:
+        UsageError: there is no such thing.
+    """
+    found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", output)
+    if not isinstance(found, Tensor) or found.numel() != 1 or not found.requires_grad:
+        rule = "--loss own is a scalar that the model returns, by itself or as .loss"
+        raise UsageError(rule, type(output).__name__, "give it what it needs for that with --input")
+    return found.reshape(())
+
+
+def cross_entropy(y: Tensor, labels: Tensor | None, source: torch.Generator) -> Tensor:
+    """Mean over all labels; classes lie on the last axis of tokens, on the second of images.
+
+    Args:
+        y: (B, K), (B, T, K) or (B, K, H, W).
+        labels: all axes of y but that of the classes; random ones if None.
+        source: of random labels.
+
+    Raises:
+        UsageError: the shapes do not go together.
+    """
+    shapes = {y.ndim - 1: y.shape[:-1], 1: y.shape[:1] + y.shape[2:]}
+    axis = 1 if y.ndim == 4 else y.ndim - 1
+    if labels is not None:
+        fitting = [place for place in (axis, *shapes) if shapes.get(place) == labels.shape]
+        if not fitting:
+            got = f"output {tuple(y.shape)}, labels {tuple(labels.shape)}"
+            rule = "labels have the shape of the output less its classes"
+            raise UsageError(rule, got, "give pairs (input, labels), or another --loss")
+        axis = fitting[0]
+    else:
+        labels = torch.randint(y.shape[axis], shapes[axis], generator=source)
+    return F.cross_entropy(y.movedim(axis, -1).flatten(0, -2), labels.flatten().to(y.device))
+
+
+def _own_model(request: ModelRequest) -> nn.Module:
+    """What the user's function returns; sizes and settings are its arguments."""
+    assert isinstance(request.model, Located)
+    thing = load(request.model)
+    named = {name: getattr(request, name) for name in ("depth", "width")}
+    given = {name: value for name, value in named.items() if value is not None} | request.settings
+    shown = without_digest(request.model)
+    if isinstance(thing, nn.Module):
+        if given:
+            rule = f"{shown} is a model already, and takes no settings"
+            raise UsageError(rule, ", ".join(given), "name a function or a class that builds it")
+        return thing
+    if not callable(thing):
+        rule = "--model names a function or a class that builds a model"
+        raise UsageError(rule, type(thing).__name__, "name another")
+    _check_arguments(thing, given, shown)
+    model = thing(**given)
+    if not isinstance(model, nn.Module):
+        rule = f"{shown} returns an nn.Module"
+        raise UsageError(rule, type(model).__name__, "return the model")
+    return model
+
+
+def _check_arguments(thing: Callable[..., Any], given: dict[str, Any], shown: str) -> None:
+    try:
+        signature(thing).bind(**given)
+    except TypeError as error:
+        rule = f"{shown} takes what --depth, --width and --set give"
+        raise UsageError(rule, str(error), "add the parameter, or leave the option out") from None
+
+
+def _users_batches(
+    thing: Any, request: ModelRequest, move: Callable[[Any], Any]
+) -> Iterator[Example]:
+    """The user's batches, from the start again when they end."""
+    shown = without_digest(str(request.input))
+    paired = request.loss in ("mse", "ce")
+    for epoch in count():
+        found = 0
+        for batch in _each(thing, shown):
+            found += 1
+            yield _example(move(batch), paired=paired)
+        if not found:
+            got = "none" if epoch == 0 else "none when it is called again"
+            raise UsageError(f"{shown} yields batches", got, "return a list or a new generator")
+
+
+def _each(thing: Any, shown: str) -> Iterator[Any]:
+    """One batch after the other: what is no iterable of batches is one batch itself."""
+    with users_own(shown):
+        made = thing() if callable(thing) else thing
+        single = isinstance(made, Tensor | Mapping | tuple) or not isinstance(made, Iterable)
+        source = iter([made] if single else made)
+    while True:
+        with users_own(shown):
+            try:
+                batch = next(source)
+            except StopIteration:
+                return
+        yield batch
+
+
+def _example(batch: Any, *, paired: bool) -> Example:
+    """A pair is input and target, where the loss takes one."""
+    if paired and isinstance(batch, list | tuple) and len(batch) == 2:
+        given, target = batch
+        if isinstance(target, Tensor):
+            return Example(given, target)
+    return Example(batch)
+
+
+def _trained(subject: Subject, build: Build | None, request: ModelRequest, seed: int) -> Subject:
+    """The subject on a built-in task that fits its input and its output.
+
+    Raises:
+        UsageError: there is none.
+    """
+    example = next(subject.batches())
+    x = _main(example.given)
+    if request.loss != "ce" or (build and _is_ids(x) and not build.is_causal):
+        rule = "training on a built-in task is that of classes, or of a causal model's next token"
+        got = f"--model {without_digest(request.model)} --loss {request.loss}"
+        raise UsageError(rule, got, "give batches: --input my_pkg.data:batches")
+    outputs = _classes(subject.model, example)
+    if _is_ids(x):
+        shape = (x.shape[0], tokens(build, request) if build else x.shape[1])
+        task: Task = MarkovTask(Samples(min(CLASSES, outputs), shape), x.device)
+    else:
+        classes = min(CLASSES, outputs, x.shape[1])
+        task = PrototypeTask(Samples(classes, tuple(x.shape), x.dtype), x.device)
+    return Subject(subject.model, partial(_task_batches, task, build, seed), subject.loss, task)
+
+
+def _task_batches(task: Task, build: Build | None, seed: int) -> Iterator[Example]:
+    for step in count():
+        batch = task.batch(seed, step)
+        ids = _is_ids(batch.x)
+        labels = batch.labels.view(batch.x.shape) if ids else batch.labels
+        given = batch.x if build is None else _named(build, batch.x)
+        yield Example(given, labels)
+
+
+def _named(build: Build, x: Tensor) -> dict[str, Tensor]:
+    return as_inputs(build, x) if _is_ids(x) else {str(build.model_class.main_input_name): x}
+
+
+def _main(given: Any) -> Tensor:
+    x = next(iter(given.values())) if isinstance(given, Mapping) else given
+    assert isinstance(x, Tensor)
+    return x
+
+
+def _is_ids(x: Tensor) -> bool:
+    return not x.is_floating_point()
+
+
+def _classes(model: nn.Module, example: Example) -> int:
+    """Numbers in the output for each sample or token.
+
+    Raises:
+        UsageError: its shape is not that of logits.
+    """
+    with torch.random.fork_rng():
+        y = real_output(called(model, example.given))
+    x = _main(example.given)
+    if y.shape[:-1] != (x.shape if _is_ids(x) else x.shape[:1]) or y.shape[-1] < 2:
+        rule = "training needs logits: (B, T, K) for tokens, (B, K) for other samples"
+        raise UsageError(rule, str(tuple(y.shape)), "give batches: --input my_pkg.data:batches")
+    return int(y.shape[-1])

@@ -1,0 +1,1 @@
+"""Blocks, norms, wirings and initial weights: from a spec to modules of torch."""

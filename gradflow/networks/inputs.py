@@ -1,0 +1,73 @@
+"""The input batch y_0, and the shapes of the stream."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gradflow.networks.initial import fill, generator
+from gradflow.networks.language import embedded_batch
+from gradflow.networks.ngpt import unit_norm
+from gradflow.networks.norms import norm_of_kind
+from gradflow.networks.slots import module_slots
+from gradflow.specs.spec import StackSpec
+
+
+def stream_shape(spec: StackSpec) -> tuple[int, ...]:
+    """Shape of y_0 ... y_D."""
+    batch = int(spec.batch_size or 1)
+    return {
+        "vectors": (batch, spec.width),
+        "tokens": (batch, int(spec.seq_len or 1), spec.width),
+        "images": (batch, spec.width, int(spec.image_size or 1), int(spec.image_size or 1)),
+    }[spec.kind.domain]
+
+
+def state_shape(spec: StackSpec, layer: int, unit: int) -> tuple[int, ...]:
+    """Shape of the output of unit number `unit` (from 0) of layer `layer` (from 1)."""
+    batch, *rest = stream_shape(spec)
+    streams = spec.streams(layer, unit)
+    return (batch, *rest) if streams == 1 else (batch, streams, *rest)
+
+
+def input_shape(spec: StackSpec, layer: int, unit: int) -> tuple[int, ...]:
+    """Shape of the input of that unit."""
+    if (layer, unit) == (1, 0):
+        return stream_shape(spec)
+    before = (layer, unit - 1) if unit else (layer - 1, spec.units_per_block - 1)
+    return state_shape(spec, *before)
+
+
+def input_batch(spec: StackSpec, seed: int, device: torch.device) -> Tensor:
+    """y_0: independent standard normal elements, scaled or normalised as the scheme has it.
+
+    Of a trained checkpoint: the embeddings of random tokens.
+    """
+    if spec.weights:
+        return embedded_batch(spec, spec.checkpoint, seed, device)
+    x = normal(spec, stream_shape(spec), generator(device, seed, "input"))
+    return scaled_input(spec, x).detach()
+
+
+def scaled_input(spec: StackSpec, x: Tensor) -> Tensor:
+    """x scaled or normalised as the scheme has it."""
+    if spec.scheme is None:
+        return x
+    scale = spec.recipe.input_scale(spec.depth)
+    return _normalised_input(spec, x if scale == 1 else x * scale)
+
+
+def _normalised_input(spec: StackSpec, x: Tensor) -> Tensor:
+    if spec.recipe.input_norm == "unit":
+        return unit_norm(x)
+    if spec.recipe.input_norm is None:
+        return x
+    norm = norm_of_kind(spec, str(spec.norm_kind), spec.width)
+    fill(list(module_slots(spec, norm)), spec, x.device, generator(x.device, 0, "input norm"))
+    return norm.requires_grad_(False)(x)
+
+
+def normal(spec: StackSpec, shape: tuple[int, ...], source: torch.Generator) -> Tensor:
+    """Standard normal elements in the number format of the spec."""
+    values = torch.empty(shape, device=source.device).normal_(generator=source)
+    return values.to(getattr(torch, spec.dtype))

@@ -1,0 +1,156 @@
+"""From a spec to a network: `build_block`, every layer with its weights.
+
+Layer l depends on (spec, seed, l) alone, never on torch's global generator or on the layers before
+it, so any layer can be replayed by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from dataclasses import replace
+from functools import lru_cache
+
+import torch
+from torch import nn
+
+from gradflow.networks.checkpoint import load_layer
+from gradflow.networks.depth_mixing import DenseUnit, DepthAttentionUnit
+from gradflow.networks.fixup import FixupUnit
+from gradflow.networks.hyper import HyperUnit, ManifoldUnit
+from gradflow.networks.initial import Weights, fill, generator
+from gradflow.networks.inputs import input_batch
+from gradflow.networks.ngpt import NgptUnit
+from gradflow.networks.profiled import AdminUnit, Profile
+from gradflow.networks.residual import Scale, Unit
+from gradflow.networks.slots import unit_slots
+from gradflow.networks.streams import B2tUnit, DualUnit, SiameseUnit, ValueResidualUnit
+from gradflow.networks.unit_kinds import HighwayUnit, NormformerUnit, PbRelaxUnit, StochasticUnit
+from gradflow.specs import user_code
+from gradflow.specs.fields import check_choice
+from gradflow.specs.spec import StackSpec
+
+# The template, and wirings of their own (`Wiring.unit`).
+UNITS: dict[str, type[Unit]] = {
+    "template": Unit,
+    "highway": HighwayUnit,
+    "stochastic": StochasticUnit,
+    "pb-relax": PbRelaxUnit,
+    "normformer": NormformerUnit,
+    "fixup": FixupUnit,
+    "admin": AdminUnit,
+    "ngpt": NgptUnit,
+    "b2t": B2tUnit,
+    "residual-dual": DualUnit,
+    "siamesenorm": SiameseUnit,
+    "hyper-connections": HyperUnit,
+    "mhc": ManifoldUnit,
+    "attnres": DepthAttentionUnit,
+    "denseformer": DenseUnit,
+    "value-residual": ValueResidualUnit,
+}
+
+
+class Block(nn.Sequential):
+    """One layer of the stack: its units in order."""
+
+    source: Weights
+
+    def __init__(self, spec: StackSpec, layer: int = 1) -> None:
+        wirings = [spec.wiring(layer, unit) for unit in range(spec.units_per_block)]
+        for wiring in wirings:
+            check_choice("unit of a Wiring", wiring.unit, tuple(UNITS))
+        named = zip(wirings, spec.kind.units, strict=True)
+        super().__init__(*(UNITS[wiring.unit](spec, wiring, name) for wiring, name in named))
+
+    @property
+    def units(self) -> Iterator[Unit]:
+        """The units, first to last."""
+        for unit in self:
+            assert isinstance(unit, Unit)
+            yield unit
+
+
+def layer_kind(spec: StackSpec, layer: int) -> Hashable:
+    """Layers of one kind differ in their drawn weights alone, so one module can play them all."""
+    if spec.scheme is None:
+        return spec
+    units = range(spec.units_per_block)
+    return (spec, *(repr(spec.wiring(layer, unit)) for unit in units))
+
+
+def build_block(spec: StackSpec, seed: int, layer: int, device: torch.device) -> Block:
+    """Layer `layer` (from 1) of the stack, with the weights of this seed or of the checkpoint."""
+    block = _draw_block(spec, seed, layer, device)
+    _set_found(block, spec, seed, layer, device)
+    for unit in block.units:
+        unit.seal()
+    return block
+
+
+def redraw(block: Block, spec: StackSpec, seed: int, layer: int, device: torch.device) -> None:
+    """Give a block the weights of another layer of its kind, in place."""
+    block.source.draw(generator(device, seed, "layer", layer))
+    for unit in block.units:
+        unit.settle(seed, layer)
+    _set_found(block, spec, seed, layer, device)
+    for unit in block.units:
+        unit.forget()
+
+
+def _draw_block(spec: StackSpec, seed: int, layer: int, device: torch.device) -> Block:
+    """What does not depend on a forward pass."""
+    block = Block(spec, layer)
+    if user_code.is_user_name(spec.block):  # whose modules may have buffers
+        block.to(device, getattr(torch, spec.dtype))
+    slots = [slot for unit in block.units for slot in unit_slots(spec, unit)]
+    block.source = fill(slots, spec, device, generator(device, seed, "layer", layer))
+    _share_scales(block)
+    for unit in block.units:
+        unit.settle(seed, layer)
+    return block
+
+
+def _set_found(block: Block, spec: StackSpec, seed: int, layer: int, device: torch.device) -> None:
+    """What no draw decides: a checkpoint, or a forward pass at initialisation."""
+    if spec.weights:
+        load_layer(spec.checkpoint, layer, block)
+    if spec.scheme and spec.recipe.profiled:
+        _set_omegas(block, _profile(spec, seed, device).omegas(layer))
+
+
+# Each layer of a stack asks for the same one; it holds one stream, so few are kept.
+@lru_cache(maxsize=2)
+def _profile(spec: StackSpec, seed: int, device: torch.device) -> Profile:
+    def draw(layer: int) -> list[Unit]:
+        return list(_draw_block(spec, seed, layer, device).units)
+
+    return Profile(draw, input_batch(spec, seed, device))
+
+
+def _set_omegas(block: Block, omegas: tuple[float, ...]) -> None:
+    for unit, omega in zip(block.units, omegas, strict=True):
+        assert isinstance(unit, AdminUnit)
+        unit.set_omega(omega)
+
+
+def _share_scales(block: Block) -> None:
+    """One parameter b for all units of a block, where the wiring says so."""
+    shared = [u.scale for u in block.units if isinstance(u.scale, Scale) and u.scale.is_shared]
+    for scale in shared[1:]:
+        scale.weight = shared[0].weight
+
+
+def rehearse(spec: StackSpec) -> None:
+    """One layer on two samples, on the CPU: shows what is wrong with a user's own block.
+
+    Raises:
+        UsageError: it breaks the interface.
+    """
+    few = replace(spec, batch_size=min(2, int(spec.batch_size or 1)))
+    device = torch.device("cpu")
+    build_block(few, 0, 1, device)(input_batch(few, 0, device))
+
+
+def build_stack(spec: StackSpec, seed: int, device: torch.device) -> list[Block]:
+    """All layers, resident."""
+    return [build_block(spec, seed, layer, device) for layer in range(1, spec.depth + 1)]

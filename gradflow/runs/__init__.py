@@ -1,0 +1,1 @@
+"""Records of a run, and their way to a folder and back."""

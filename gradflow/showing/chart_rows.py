@@ -1,0 +1,136 @@
+"""The tables that charts draw, made from results: units, depths, times, losses, heats (polars)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import inf
+from statistics import median
+
+import polars as pl
+
+from gradflow.judging.naming import Name
+from gradflow.runs.reading import Results, StoredRun
+
+# Symbols on a line; between them it is a line only.
+MARKS = 8
+DIGITS = 5
+# What reaches this many times farther than half of the runs do is left out of a picture.
+FAR = 4
+Runs = Sequence[tuple[StoredRun, Name]]
+
+
+def tables(results: Results, runs: Runs) -> dict[str, pl.DataFrame]:
+    """What the charts of these runs draw."""
+    return {
+        "units": units(results, runs),
+        "depths": depths(runs),
+        "times": times(results, runs),
+        "losses": losses(results, runs),
+        "heats": heats(results, runs),
+    }
+
+
+def units(results: Results, runs: Runs) -> pl.DataFrame:
+    """One row per run and unit, in the order of `runs`.
+
+    `mark` is where a line bears a symbol, `log10_act_rms` the logarithm of `act_rms`.
+    """
+    log_rms = pl.col("act_rms").log10()
+    place = pl.int_range(pl.len())
+    every = (pl.len() - 1) // MARKS + 1
+    return (
+        _named(runs)
+        .join(results.units.rename({"run": "number"}), on="number", maintain_order="left")
+        .with_columns(
+            log10_act_rms=pl.when(log_rms.is_finite()).then(log_rms),
+            mark=((place % every == 0) | (place == pl.len() - 1)).over("number"),
+        )
+        .drop("act_rms", "forward_s", "backward_s")
+        .with_columns(pl.selectors.float().round_sig_figs(DIGITS))
+    )
+
+
+def depths(runs: Runs) -> pl.DataFrame:
+    """One row per run: its depth and total gain, and the thresholds it was judged by."""
+    found = [
+        {
+            "depth": run.spec.depth,
+            "verdict": run.summary.verdict,
+            "total_log10_gain": run.summary.total_log10_gain,
+            "vanishing": -run.options.vanishing,
+            "exploding": run.options.exploding,
+        }
+        for run, _ in runs
+    ]
+    kinds = {"depth": pl.Int64, "verdict": pl.String}
+    floats = ("total_log10_gain", "vanishing", "exploding")
+    table = pl.DataFrame(found, schema=kinds | dict.fromkeys(floats, pl.Float64))
+    return pl.concat([_named(runs), table], how="horizontal").with_columns(
+        pl.col(floats).round_sig_figs(DIGITS)
+    )
+
+
+def times(results: Results, runs: Runs) -> pl.DataFrame:
+    """One row per run, kind of unit and direction: milliseconds, the median over the layers."""
+    seconds = {"forward": "forward_s", "backward": "backward_s"}
+    median = (
+        results.units.rename({"run": "number"})
+        .group_by("number", "unit", maintain_order=True)
+        .agg((pl.col(column).median() * 1e3).alias(name) for name, column in seconds.items())
+        .unpivot(list(seconds), index=["number", "unit"], variable_name="pass", value_name="ms")
+        .drop_nulls("ms")
+        .with_columns(pl.col("ms").round_sig_figs(DIGITS))
+    )
+    several = pl.col("unit").n_unique().over("number") > 1
+    bar = pl.when(several).then(pl.format("{}: {}", "run", "unit")).otherwise("run")
+    joined = _named(runs).join(median, on="number", maintain_order="left_right")
+    return joined.with_columns(bar=bar)
+
+
+def losses(results: Results, runs: Runs) -> pl.DataFrame:
+    """One row per trained run and step."""
+    found = results.losses.rename({"run": "number"})
+    joined = _named(runs).join(found, on="number", maintain_order="left_right")
+    return joined.with_columns(pl.selectors.float().round_sig_figs(DIGITS))
+
+
+def heats(results: Results, runs: Runs) -> pl.DataFrame:
+    """One row per trained run, layer and measured step; `bar` names run and layer."""
+    at_input = pl.when(pl.col("layer") == 0).then(pl.lit("input"))
+    layer = at_input.otherwise(pl.format("layer {}", "layer"))
+    found = results.heat.rename({"run": "number"})
+    joined = _named(runs).join(found, on="number", maintain_order="left_right")
+    with_bars = joined.with_columns(bar=pl.format("{}: {}", "run", layer))
+    return with_bars.with_columns(pl.selectors.float().round_sig_figs(DIGITS))
+
+
+def _named(runs: Runs) -> pl.DataFrame:
+    rows = [(run.number, name.run, name.design) for run, name in runs]
+    schema = {"number": pl.Int64, "run": pl.String, "design": pl.String}
+    return pl.DataFrame(rows, schema=schema, orient="row")
+
+
+def ends(
+    table: pl.DataFrame, columns: Sequence[str], near: float | None, seen: tuple[float, float]
+) -> tuple[float, float]:
+    """The ends of a vertical axis that leaves far-out runs outside.
+
+    A run is far out if its largest |value| is above both `near` and `FAR` times the median of the
+    runs. Where all are, or `near` is None, none is.
+
+    Args:
+        table: with a column `number`, which tells the runs.
+        columns: those that are drawn, the first one in every row in which others are.
+        near: a value that is never far out.
+        seen: values that are always in the picture.
+    """
+    low, high = pl.min_horizontal(columns).min(), pl.max_horizontal(columns).max()
+    rows = table.drop_nulls(columns[0]).group_by("number").agg(low=low, high=high)
+    spans = [(low, high, max(abs(low), abs(high))) for _, low, high in rows.iter_rows()]
+    reaches = [reach for _, _, reach in spans]
+    limit = inf if near is None or not spans else max(near, FAR * median(reaches))
+    inside = [span for span in spans if span[2] <= limit] or spans
+    return (
+        min([seen[0], *(low for low, _, _ in inside)]),
+        max([seen[1], *(high for _, high, _ in inside)]),
+    )

@@ -1,0 +1,1 @@
+"""What can be asked for: stacks, models, options and grids, validated before torch is imported."""

@@ -1,0 +1,177 @@
+"""The product of lists of options: which cells a sweep has, and which make no network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from itertools import product
+from typing import Any
+
+from gradflow.errors import UsageError
+from gradflow.specs import user_code
+from gradflow.specs.block_kinds import BLOCK_OPTIONS, block_kind
+from gradflow.specs.fields import check_choice, flag
+from gradflow.specs.model_request import ModelRequest, locate_model
+from gradflow.specs.run_options import TRAINING, RunOptions
+from gradflow.specs.spec import StackSpec, run_key
+from gradflow.specs.specification import STACK_FIELDS, Asked, specification
+from gradflow.specs.stack_fields import DEFAULT_BLOCK
+from gradflow.specs.user_schemes import scheme_named
+
+# What bare `gradflow compare` measures.
+DEFAULT_GRID: dict[str, list[Any]] = {
+    "shortcut": ["plain", "residual"],
+    "norm": ["none", "pre", "post"],
+    "depth": [12, 50, 200],
+}
+
+# Where cells are measured; the executors themselves need torch, so their names stand here.
+EXECUTORS = ("auto", "serial", "processes", "ray")
+
+MEASURING = {f.name for f in fields(RunOptions)}
+# Layers of a model that does not say how many it has.
+USUAL_DEPTH = 12
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One network of a sweep, with how it is measured.
+
+    Attributes:
+        spec: the network, or the model.
+        options: how it is measured.
+        code: names of the user's code in it, with what loads each in another process.
+    """
+
+    spec: Asked
+    options: RunOptions
+    code: tuple[tuple[str, str], ...] = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.spec, ModelRequest):  # whose names carry where they lie
+            object.__setattr__(self, "code", ())
+            return
+        names = [str(name) for name in (self.spec.scheme, self.spec.block)]
+        code = [(name, user_code.reference_of(name)) for name in names]
+        object.__setattr__(self, "code", tuple(pair for pair in code if pair[1]))
+
+    @property
+    def key(self) -> str:
+        """Names the numbers of this cell, as folders of runs do; devices and limits share it."""
+        return run_key(self.spec, self.options)
+
+    @property
+    def layers(self) -> int:
+        """How much work it is, in layers; of a model not more than a guess."""
+        return self.spec.depth or USUAL_DEPTH
+
+    @property
+    def is_lasting(self) -> bool:
+        """Whether a stored run stands for it: not where code decides that no digest covers."""
+        return isinstance(self.spec, StackSpec) or not self.spec.is_own
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The cells of a sweep in order.
+
+    Attributes:
+        cells: each once.
+        skipped: one line for each combination that is no network, with the rule.
+        notes: one line for each option that was left out where it does not apply.
+    """
+
+    cells: tuple[Cell, ...]
+    skipped: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def expand(lists: Mapping[str, Sequence[Any]]) -> Grid:
+    """Every combination of the lists; the last option varies fastest.
+
+    An option that a block does not have is left out of that block's cells, as is a norm kind where
+    there is no norm; cells that come out equal are one. Combinations that break a rule are named
+    with it.
+
+    Raises:
+        UsageError: no combination is a network, a name is unknown, or a measuring option breaks a
+            rule.
+    """
+    _check_names(lists)
+    cells: dict[Cell, None] = {}
+    refused: dict[str, UsageError] = {}
+    for values in product(*lists.values()):
+        chosen = dict(zip(lists, values, strict=True))
+        kept = {name: value for name, value in chosen.items() if not _idle(name, chosen)}
+        RunOptions(**{k: v for k, v in kept.items() if k in MEASURING})
+        try:
+            spec, options = specification(kept)
+        except UsageError as error:
+            refused.setdefault(f"{_spelled(kept, lists)}: {error.rule}", error)
+        else:
+            cells.setdefault(Cell(spec, options))
+    if not cells:
+        raise next(iter(refused.values()))
+    return Grid(tuple(cells), tuple(refused), tuple(_notes(lists)))
+
+
+def _check_names(lists: Mapping[str, Sequence[Any]]) -> None:
+    """A misspelt name is a mistake, not a combination to skip; so is a user's code that breaks."""
+    if "model" in lists:
+        for model in lists["model"]:
+            locate_model(model)
+        return
+    for name, values in lists.items():
+        for value in filter(user_code.is_user_name, values):
+            StackSpec(**{name: value})
+        choices = STACK_FIELDS[name].metadata["choices"] if name in STACK_FIELDS else ()
+        for value in values if choices else ():
+            if not user_code.is_user_name(value):
+                check_choice(flag(name), value, choices)
+
+
+def _idle(name: str, chosen: Mapping[str, Any]) -> bool:
+    """Whether an option means nothing beside the others."""
+    if name in TRAINING:
+        return not chosen.get("steps")
+    if "model" in chosen:
+        return False
+    if name == "norm_kind":
+        return chosen.get("norm") == "none" or not _has_norms(chosen)
+    return name in BLOCK_OPTIONS and name not in block_kind(_block(chosen)).options
+
+
+def _has_norms(chosen: Mapping[str, Any]) -> bool:
+    scheme = chosen.get("scheme")
+    return scheme is None or scheme_named(scheme).normalises
+
+
+def _block(chosen: Mapping[str, Any]) -> str:
+    scheme = None if {"like", "weights"} & chosen.keys() else chosen.get("scheme")
+    usual = DEFAULT_BLOCK if scheme is None else scheme_named(scheme).blocks[0]
+    return str(chosen.get("block", usual))
+
+
+def _notes(lists: Mapping[str, Sequence[Any]]) -> Iterator[str]:
+    """Which options were left out where."""
+    if 0 in lists.get("steps", [0]):
+        yield from (f"{flag(n)} does not apply to --steps 0" for n in lists if n in TRAINING)
+    if "model" not in lists:
+        for name in (n for n in lists if n not in TRAINING):
+            yield from _left_out(name, lists)
+
+
+def _left_out(name: str, lists: Mapping[str, Sequence[Any]]) -> Iterator[str]:
+    by_norm = ("norm", "scheme") if name == "norm_kind" else ("block", "scheme")
+    for decides in by_norm:
+        if decides == "scheme" and by_norm[0] in lists:
+            continue
+        usual = [DEFAULT_BLOCK] if decides == "block" and "scheme" not in lists else []
+        for value in lists.get(decides, usual):
+            if _idle(name, {decides: value}):
+                yield f"{flag(name)} does not apply to {flag(decides)} {value}"
+
+
+def _spelled(chosen: Mapping[str, Any], lists: Mapping[str, Sequence[Any]]) -> str:
+    varying = {name: chosen[name] for name in chosen if len(lists[name]) > 1} or chosen
+    return " ".join(f"{flag(n)} {user_code.shown(str(value))}" for n, value in varying.items())

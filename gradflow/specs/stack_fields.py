@@ -1,0 +1,204 @@
+"""The fields of a stack, each an option of the command line, and what follows from them.
+
+An option is added here. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from gradflow.schemes import Scheme
+from gradflow.specs import user_code
+from gradflow.specs.block_kinds import (
+    ACTIVATIONS,
+    BLOCK_OPTIONS,
+    BLOCKS,
+    DOMAINS,
+    NORM_KINDS,
+    BlockKind,
+    Domain,
+    block_kind,
+)
+from gradflow.specs.fields import option
+from gradflow.specs.pretrained import Pretrained
+from gradflow.specs.shapes import SHAPES
+from gradflow.specs.user_schemes import scheme_named
+from gradflow.wiring import Place, Wiring
+
+# Options of every block that a published shape fills in.
+SIZES: dict[str, Any] = {"depth": 12, "width": 128, "classes": 10, "norm_eps": 1e-5}
+
+DEFAULT_BLOCK = "transformer"
+SHORTCUTS = ("residual", "plain")
+NORMS = ("none", "pre", "post")
+BIASES = ("all", "qkv", "none")
+INITS = ("he", "xavier", "lecun", "normal", "gpt2", "orthogonal", "torch")
+LOSSES = ("cotangent", "mse", "ce")
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StackFields:
+    """The fields of one network with its input and loss, and how its units are made of them.
+
+    Options left at None are filled in by `StackSpec`; those that a block does not have stay None.
+    """
+
+    like: str | None = option(None, "a published shape, for what is not given", tuple(SHAPES))
+    weights: str | None = option(None, "folder of a trained checkpoint, for shape and values")
+    depth: int = option(None, "number of blocks (layers) (12)")
+    scheme: str | None = option(
+        None, "a published recipe: `gradflow schemes` lists them; or yours: my_scheme.py:SCHEME"
+    )
+    block: str | None = option(
+        None, "what one layer is (transformer); yours: my_block.py:MyBranch; known", tuple(BLOCKS)
+    )
+    shortcut: str | None = option(
+        None, "residual: y = x + f(x); plain: y = f(x) (residual)", SHORTCUTS
+    )
+    norm: str | None = option(None, "where a unit normalises (pre)", NORMS)
+    norm_kind: str | None = option(
+        None, "layernorm for tokens and vectors, batchnorm for images", NORM_KINDS
+    )
+    activation: str | None = option(None, "gelu for token blocks, relu for the others", ACTIVATIONS)
+    init: str | None = option(None, "rule for the initial weights (he)", INITS)
+    gain: float = option(1.0, "multiplies the standard deviation of every initial weight")
+    weight_var: float | None = option(None, "variance of the weights times fan_in")
+    bias_var: float | None = option(None, "variance of the biases (0 by default)")
+    norm_eps: float = option(None, "what norms add to the mean square (1e-5)")
+    width: int = option(None, "features, or channels, of the stream (128)")
+    heads: int | None = option(None, "attention heads (4)")
+    kv_heads: int | None = option(None, "heads of keys and values, shared in groups (as --heads)")
+    head_dim: int | None = option(None, "features of a head (--width over --heads)")
+    rope: float | None = option(None, "base of rotary positions; 0: none (0)")
+    causal: bool | None = option(None, "mask the future in attention")
+    qk_norm: bool | None = option(None, "normalise queries and keys, per head")
+    ffn_mult: int | None = option(None, "hidden width of an ffn over the width (4)")
+    ffn_width: int | None = option(None, "hidden width of an ffn, in place of --ffn-mult")
+    gated: bool | None = option(None, "ffn with a gate: down(phi(gate x) * up x)")
+    bias: str | None = option(None, "linear maps of token blocks that have one (all)", BIASES)
+    seq_len: int | None = option(None, "tokens in a sample (32)")
+    image_size: int | None = option(None, "pixels on a side (16)")
+    batch_size: int | None = option(None, "samples (8; 64 for mlp)")
+    loss: str = option(
+        "cotangent", "what puts the gradient in at the output; of a model also own", LOSSES
+    )
+    classes: int = option(None, "classes of the ce head (10)")
+    dtype: str = option("float32", "number format of the whole pass", DTYPES)
+
+    @staticmethod
+    def is_stored(name: str | None) -> bool:
+        """Whether it names a user's code that is not loaded: then the fields have its choices."""
+        return user_code.is_user_name(name) and not user_code.is_loaded(str(name))
+
+    @property
+    def kind(self) -> BlockKind:
+        """The entry of `BLOCKS`, or what a user's own block says of itself."""
+        if self.is_stored(self.block):
+            return _stored_kind(self)
+        return block_kind(str(self.block))
+
+    @property
+    def domain(self) -> Domain:
+        """The entry of `DOMAINS` for this block's stream."""
+        return DOMAINS[self.kind.domain]
+
+    @property
+    def has_shortcut(self) -> bool:
+        """Whether units add their input to their output."""
+        return self.shortcut == "residual"
+
+    @property
+    def units_per_block(self) -> int:
+        """Steps of the stream in one layer."""
+        return len(self.kind.units)
+
+    @property
+    def checkpoint(self) -> Pretrained:
+        """Where the weights are read from; only where `weights` is not None."""
+        assert isinstance(self.weights, Pretrained)
+        return self.weights
+
+    @property
+    def hidden(self) -> int:
+        """Hidden width of an ffn."""
+        return self.ffn_width or self.width * int(self.ffn_mult or 1)
+
+    @property
+    def head_size(self) -> int:
+        """Features of one attention head."""
+        return self.head_dim or self.width // int(self.heads or 1)
+
+    def has_bias(self, role: str) -> bool:
+        """Whether a linear map of attention or an ffn has a bias, by its name in the branch.
+
+        Keys have none unless rotated: softmax does not change when all logits of a row move
+        together, so the gradient would be zero.
+        """
+        if self.bias == "qkv":
+            return role in ("q", "k", "v")
+        return self.bias != "none" and (role != "k" or bool(self.rope))
+
+    @property
+    def recipe(self) -> Scheme:
+        """The scheme; only where `scheme` is not None, and a user's own once it is loaded."""
+        return scheme_named(str(self.scheme))
+
+    @property
+    def normalises(self) -> bool:
+        """Whether its units have norms."""
+        if self.is_stored(self.scheme):
+            return self.norm_kind is not None
+        return self.norm != "none" if self.scheme is None else self.recipe.normalises
+
+    @property
+    def has_final_norm(self) -> bool:
+        """Whether a head normalises the stream first, as nets with norms in the branch need it."""
+        return self.norm == "pre" if self.scheme is None else self.recipe.final_norm
+
+    @property
+    def readout(self) -> str | None:
+        """How several streams become the output; None: there is one."""
+        return None if self.scheme is None else self.recipe.readout
+
+    @property
+    def has_streams(self) -> bool:
+        """Whether units hand on a state of several streams."""
+        return self.streams(1, 0) > 1
+
+    def place(self, layer: int, unit: int) -> Place:
+        """Where unit number `unit` (from 0) of layer `layer` (from 1) stands."""
+        kinds = self.kind.units
+        return Place(self.depth, layer, unit, len(kinds), kinds[unit])
+
+    def wirings(self) -> Iterator[tuple[Place, Wiring]]:
+        """Every unit, first to last."""
+        for layer in range(1, self.depth + 1):
+            for unit in range(self.units_per_block):
+                yield self.place(layer, unit), self.wiring(layer, unit)
+
+    def streams(self, layer: int, unit: int) -> int:
+        """Streams in the output of that unit."""
+        return 1 if self.scheme is None else self.recipe.streams(self.place(layer, unit))
+
+    def wiring(self, layer: int, unit: int) -> Wiring:
+        """How unit number `unit` (from 0) of layer `layer` (from 1) is wired."""
+        kinds = self.kind.units
+        if self.scheme is not None:
+            wiring = self.recipe.wire(self.place(layer, unit))
+        else:
+            places = {"none": (), "pre": ("in",), "post": ("out",)}[str(self.norm)]
+            wiring = Wiring(a=float(self.has_shortcut), norms=places)
+        if self.qk_norm and kinds[unit] == "attention":
+            wiring = replace(wiring, norms=(*wiring.norms, "query-key"))
+        return wiring
+
+
+def _stored_kind(spec: StackFields) -> BlockKind:
+    """What a resolved spec tells of a user's block; its sizes are those of its stream."""
+    options = tuple(name for name in BLOCK_OPTIONS if getattr(spec, name) is not None)
+    sized = (domain for domain, facts in DOMAINS.items() if {*facts.sizes} & {*options})
+    unit = user_code.thing(str(spec.block))
+    return BlockKind((unit,), next(sized, "vectors"), str(spec.activation), "", options)

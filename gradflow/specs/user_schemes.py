@@ -1,0 +1,182 @@
+"""Schemes by name, published or a user's own, and what a user's scheme must keep to.
+
+A published scheme is covered by tests; a user's is held against the interface when it is used, so
+that a slip is one line and not a wrong number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
+from numbers import Real
+from typing import Any
+
+from gradflow.errors import UsageError
+from gradflow.schemes import Scheme, find
+from gradflow.specs import user_code
+from gradflow.wiring import LEARNED, NORM_PLACES, Place, Wiring
+
+# Norms that stand inside a branch, with the branches that have room for them.
+INSIDE: dict[str, tuple[str, ...]] = {
+    "mid": ("attention", "ffn"),
+    "query-key": ("attention",),
+    "value": ("attention",),
+}
+# Matrices that a wiring can scale, by branch; those of a user's branch are its own business.
+MATRICES: dict[str, tuple[str, ...]] = {
+    "mlp": ("linear",),
+    "conv": ("conv",),
+    "resnet": ("conv1", "conv2"),
+    "attention": ("q", "k", "v", "out"),
+    "ffn": ("up", "down", "gate"),
+}
+_TEXTS = ("equation", "init", "paper", "claim")
+
+
+def scheme_named(name: str) -> Scheme:
+    """A published scheme, or one of a file that was loaded.
+
+    Raises:
+        UsageError: the name is unknown, its file was not loaded, or it is no scheme.
+    """
+    if not user_code.is_user_name(name):
+        return find(name)
+    scheme = user_code.loaded(name)
+    if not isinstance(scheme, Scheme):
+        rule = f"{user_code.shown(name)} is a gradflow.schemes.Scheme"
+        raise UsageError(rule, type(scheme).__name__, "make one, or give another name of the file")
+    title = user_code.shown(name)
+    return replace(
+        scheme,
+        wire=_Guarded(f"wire of {title} gives a gradflow.wiring.Wiring", scheme.wire, Wiring),
+        constants=_Guarded(f"constants of {title} gives a dictionary", scheme.constants, Mapping),
+        input_scale=_Guarded(f"input_scale of {title} gives a number", scheme.input_scale, Real),
+    )
+
+
+class _Guarded:
+    """A function of a user's: what it raises, and what it should not return, is told in a line."""
+
+    def __init__(self, rule: str, call: Any, kind: Any) -> None:
+        self.rule, self.call, self.kind = rule, call, kind
+
+    def __call__(self, where: Any) -> Any:
+        try:
+            value = self.call(where)
+        except UsageError:  # a place that the scheme is not defined for
+            raise
+        except Exception as error:  # noqa: BLE001 (a user's code may raise anything)
+            got = f"{user_code.told(error)}, for {where}"
+            raise UsageError(self.rule, got, "mend it") from None
+        if not isinstance(value, self.kind):
+            raise UsageError(self.rule, type(value).__name__, "mend it")
+        return value
+
+
+def check_scheme(name: str, fields: Collection[str], blocks: Collection[str]) -> None:
+    """Refuse a user's scheme whose own attributes break the interface.
+
+    Args:
+        name: of the scheme.
+        fields: of `StackSpec` that a scheme may bring.
+        blocks: the known ones.
+
+    Raises:
+        UsageError: an attribute is of the wrong kind, or names what there is not.
+    """
+    scheme, title = scheme_named(name), user_code.shown(name)
+    for text in _TEXTS:
+        _expect(isinstance(getattr(scheme, text), str), f"{text} of {title} is text", scheme, text)
+    # A string is a collection too, of its letters.
+    listed = isinstance(scheme.blocks, tuple | list) and bool(scheme.blocks)
+    _expect(listed, f"blocks of {title} is a tuple of names", scheme, "blocks")
+    _expect_known(f"blocks of {title}", scheme.blocks, blocks)
+    brings = isinstance(scheme.defaults, Mapping)
+    _expect(brings, f"defaults of {title} is a dictionary", scheme, "defaults")
+    _expect_known(f"defaults of {title}", scheme.defaults, fields)
+
+
+def check_wirings(
+    name: str, wirings: Iterable[tuple[Place, Wiring]], norm_kinds: Collection[str]
+) -> None:
+    """Refuse a user's scheme that wires a unit by values of the wrong kind.
+
+    Args:
+        name: of the scheme.
+        wirings: those of all places.
+        norm_kinds: defined on the stream.
+
+    Raises:
+        UsageError: the first value that breaks the interface, with its place.
+    """
+    scheme = scheme_named(name)
+    has_norms, has_shortcut = scheme.final_norm, False
+    for place, wiring in wirings:
+        where = f"of {user_code.shown(name)} at layer {place.layer} ({place.kind})"
+        _check_numbers(wiring, where)
+        _check_parts(wiring, where, place.kind)
+        _check_norms(wiring, where, norm_kinds, place.kind)
+        has_norms |= bool(wiring.norms)
+        has_shortcut |= wiring.a != 0
+    if user_code.is_user_name(name):
+        _check_summary(name, scheme, has_norms=has_norms, has_shortcut=has_shortcut)
+
+
+def _check_summary(name: str, scheme: Scheme, *, has_norms: bool, has_shortcut: bool) -> None:
+    """What a scheme says of itself holds for its units: titles and tables rely on it."""
+    title = user_code.shown(name)
+    if has_shortcut == scheme.plain:
+        rule = f"{title} is plain where no unit has a shortcut (a = 0), and only there"
+        raise UsageError(rule, f"plain={scheme.plain}", f"say plain={not scheme.plain}")
+    if has_norms != scheme.normalises:
+        rule = f"{title} normalises where a unit has norms, and only there"
+        got = f"normalises={scheme.normalises}"
+        raise UsageError(rule, got, f"say normalises={not scheme.normalises}")
+
+
+def _check_numbers(wiring: Wiring, where: str) -> None:
+    for name in ("a", "b", "c", "alpha"):
+        _expect(_is_number(getattr(wiring, name)), f"{name} {where} is a number", wiring, name)
+    known = wiring.learned is None or wiring.learned in tuple(LEARNED)
+    _expect(known, f"learned {where} is None, or one of {', '.join(LEARNED)}", wiring, "learned")
+
+
+def _check_parts(wiring: Wiring, where: str, branch: str) -> None:
+    for name in ("gains", "kinds", "settings"):
+        named = isinstance(getattr(wiring, name), Mapping)
+        _expect(named, f"{name} {where} is a dictionary", wiring, name)
+    scaled = all(_is_number(gain) and gain >= 0 for gain in wiring.gains.values())
+    _expect(scaled, f"gains {where} are numbers of at least 0", wiring, "gains")
+    if branch not in MATRICES and wiring.unit != "template":
+        rule = f"units of the kind {wiring.unit} are made of gradflow's own branches"
+        raise UsageError(rule, branch, "choose another scheme, or a --block that is listed")
+    if branch in MATRICES:
+        matrices = [matrix for names in MATRICES.values() for matrix in names]
+        _expect_known(f"gains {where}", wiring.gains, matrices)
+
+
+def _check_norms(wiring: Wiring, where: str, kinds: Collection[str], branch: str) -> None:
+    _expect(isinstance(wiring.norms, tuple), f"norms {where} is a tuple", wiring, "norms")
+    _expect_known(f"norms {where}", wiring.norms, NORM_PLACES)
+    _expect_known(f"kinds {where}", wiring.kinds, wiring.norms)
+    _expect_known(f"kinds {where}", wiring.kinds.values(), kinds)
+    for place in wiring.norms:
+        if branch not in INSIDE.get(place, (branch,)):
+            rule = f"a norm at {place} stands inside {' or '.join(INSIDE[place])}"
+            raise UsageError(rule, f"norms {where}: {wiring.norms!r}", "leave it out there")
+
+
+def _is_number(value: object) -> bool:
+    return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
+
+
+def _expect(holds: bool, rule: str, owner: object, name: str) -> None:
+    if not holds:
+        raise UsageError(rule, repr(getattr(owner, name)), "mend it")
+
+
+def _expect_known(what: str, names: Iterable[object], known: Collection[str]) -> None:
+    for name in names:
+        if name not in tuple(known):
+            raise UsageError(f"{what} are known names", repr(name), f"use {', '.join(known)}")

@@ -1,0 +1,1 @@
+"""Many cells: which are measured where, and timed in turn."""

@@ -1,0 +1,105 @@
+"""Where the cells of a sweep are measured: the interface, and the executor in this process.
+
+An executor takes cells and yields an outcome for each as it finishes. Numbers do not depend on it:
+every executor computes statistics with one thread per cell, because the order of a sum, and so its
+last bits, may change with the number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+
+from gradflow.engine.environment import describe, library, resolve_device
+from gradflow.errors import GradflowError
+from gradflow.judging.comparison import SPEED_KEYS
+from gradflow.measuring import measure_any
+from gradflow.runs.records import Run
+from gradflow.specs import user_code
+from gradflow.specs.grid import Cell
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A measured cell, or the error in its place: one line."""
+
+    cell: Cell
+    run: Run | None = None
+    error: str = ""
+
+
+class Executor(Protocol):
+    """Measures cells, in any order.
+
+    Attributes:
+        shared: nobody can keep others off the machine while a cell is timed.
+    """
+
+    shared: bool
+
+    def environment(self, cell: Cell) -> dict[str, Any]:
+        """What a stored run must have been measured on to stand for this cell.
+
+        Raises:
+            UsageError: the cell's device is not there.
+        """
+
+    def outcomes(self, cells: Sequence[Cell]) -> Generator[Outcome]:
+        """Measure the cells; outcomes come as they finish. Closing it ends all work."""
+
+
+def local_environment(cell: Cell) -> dict[str, Any]:
+    """Versions and device of this machine, as far as numbers and times depend on them.
+
+    Raises:
+        UsageError: the cell's device is not there.
+    """
+    here = describe(cell.spec, resolve_device(cell.options.device, cell.spec.dtype))
+    return {key: here[key] for key in ("gradflow", *SPEED_KEYS)} | library(cell.spec)
+
+
+def measure_cell(cell: Cell, *, timing: bool = False, device: str | None = None) -> Outcome:
+    """Measure one cell with one thread; an error becomes its outcome.
+
+    Args:
+        cell: what to measure.
+        timing: take times, too.
+        device: in place of the cell's own.
+    """
+    threads = torch.get_num_threads()
+    options = replace(cell.options, timing=timing, device=device or cell.options.device)
+    try:
+        torch.set_num_threads(1)
+        for name, reference in cell.code:
+            user_code.load_again(name, reference)
+        run = measure_any(cell.spec, options)
+    except GradflowError as error:
+        return Outcome(cell, error=first_line(error))
+    except Exception as error:  # noqa: BLE001 (any error of one cell must not end the others)
+        return Outcome(cell, error=f"{type(error).__name__}: {first_line(error)}")
+    finally:
+        torch.set_num_threads(threads)
+    return Outcome(cell, replace(run, options=replace(cell.options, timing=timing)))
+
+
+def first_line(error: BaseException) -> str:
+    """The error's text, or its first line where libraries write pages."""
+    return next(iter(str(error).strip().splitlines()), "no reason given")
+
+
+class Serial:
+    """One cell after the other, in this process."""
+
+    shared = False
+
+    def environment(self, cell: Cell) -> dict[str, Any]:
+        """That of this machine."""
+        return local_environment(cell)
+
+    def outcomes(self, cells: Sequence[Cell]) -> Generator[Outcome]:
+        """Measure in order."""
+        for cell in cells:
+            yield measure_cell(cell)

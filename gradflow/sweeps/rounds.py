@@ -1,0 +1,96 @@
+"""Timed passes of several networks in turn, alone in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from gradflow.engine.environment import resolve_device
+from gradflow.engine.memory import available_bytes
+from gradflow.engine.timing import Clock, Timer, clock_for, collector_paused
+from gradflow.errors import GradflowError
+from gradflow.measuring import timed_bytes, timer_for
+from gradflow.runs.records import Timing
+from gradflow.specs.grid import Cell
+from gradflow.sweeps.cells import first_line
+
+Summarise = Callable[[Sequence[tuple[Any, float]], Sequence[float]], Timing | None]
+# (cell that had its turn, round from 0 for the warm-up, rounds that are wanted)
+Tick = Callable[[Cell, int, int], None]
+
+
+class Rounds:
+    """One pass of every cell in turn, round after round.
+
+    Networks stay resident while they fit into half of the free memory; else each is built anew
+    for its turn, and warmed up again.
+
+    Attributes:
+        passes: what each cell's passes found, round by round, with the seconds of each.
+        failed: cells that could not be timed, with the reason.
+    """
+
+    def __init__(self, cells: Sequence[Cell], clock: Clock | None = None) -> None:
+        self.cells, self._clock = list(cells), clock
+        self.passes: dict[Cell, list[tuple[Any, float]]] = {cell: [] for cell in cells}
+        self.failed: dict[Cell, str] = {}
+        self._timers: dict[Cell, Timer] = {}
+        self._summaries: dict[Cell, Summarise] = {}
+        self._resident = _fit_together(self.cells)
+
+    def run(self, tick: Tick = lambda *_: None) -> None:
+        """A warm-up round, then rounds until repeats and time budget are reached."""
+        repeats = max(cell.options.repeats for cell in self.cells)
+        budget = max(cell.options.time_budget for cell in self.cells)
+        count, spent = 0, 0.0
+        with collector_paused():
+            while count <= repeats or (spent < budget and len(self.failed) < len(self.cells)):
+                for cell in self.cells:
+                    spent += self._turn(cell, warm_up=count == 0)
+                    tick(cell, count, repeats)
+                count += 1
+        self._timers.clear()
+
+    def timing(self, cell: Cell) -> Timing | None:
+        """What the rounds of one cell came to; None where no unit of it could be timed."""
+        return self._summaries[cell](self.passes[cell], ())
+
+    def _turn(self, cell: Cell, *, warm_up: bool) -> float:
+        """One pass, noted unless it is the warm-up; returns its seconds."""
+        if cell in self.failed:
+            return 0.0
+        try:
+            device = resolve_device(cell.options.device, cell.spec.dtype)
+            timer = self._timer(cell, device)
+            clock = self._clock or clock_for(device)
+            if not warm_up and not self._resident:
+                timer.timed(clock)
+            found = timer.timed(clock)
+        except (GradflowError, RuntimeError, MemoryError) as error:
+            self.failed[cell] = f"not timed: {first_line(error)}"
+            return 0.0
+        if warm_up:
+            return 0.0
+        self.passes[cell].append(found)
+        return found[1]
+
+    def _timer(self, cell: Cell, device: torch.device) -> Timer:
+        """Of the cell's first seed."""
+        if cell in self._timers:
+            return self._timers[cell]
+        if not self._resident:
+            self._timers.clear()
+        timer = timer_for(cell.spec, cell.options, device)
+        self._timers[cell], self._summaries[cell] = timer, timer.summary
+        return timer
+
+
+def _fit_together(cells: Sequence[Cell]) -> bool:
+    devices = [resolve_device(cell.options.device, cell.spec.dtype) for cell in cells]
+    sizes = [
+        timed_bytes(cell.spec, cell.options, device)
+        for cell, device in zip(cells, devices, strict=True)
+    ]
+    return sum(sizes) < min(map(available_bytes, set(devices))) / 2

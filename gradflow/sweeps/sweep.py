@@ -1,0 +1,262 @@
+"""A grid of cells: measure what is not stored yet, time all alike, store each as it finishes.
+
+Statistics run in parallel. Times are then taken alone, in this process: one pass of every cell in
+turn, round after round, so that drift of the machine hits all cells alike. A cell that waits for
+its times is kept on a shelf, so a killed sweep measures no statistics twice.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gradflow.engine.timing import Clock
+from gradflow.errors import GradflowError
+from gradflow.judging.cost import with_times
+from gradflow.networks.stack import rehearse
+from gradflow.runs import store
+from gradflow.runs.records import Run
+from gradflow.runs.staging import remove_abandoned
+from gradflow.specs import user_code
+from gradflow.specs.grid import Cell
+from gradflow.specs.model_request import ModelRequest
+from gradflow.specs.model_spec import asked_for
+from gradflow.specs.run_options import TRAINING
+from gradflow.specs.spec import StackSpec
+from gradflow.sweeps.cells import Executor
+from gradflow.sweeps.rounds import Rounds
+from gradflow.sweeps.shelf import Shelf, look_up, shelf_in
+
+# (what is going on, layers done, layers in all)
+Progress = Callable[[str, int, int], None]
+Environments = Mapping[Cell, dict[str, Any]]
+
+
+@dataclass
+class Sweep:
+    """What a sweep came to.
+
+    Attributes:
+        runs: every cell that was measured or found, stored; in the order of the grid.
+        reused: those that were found.
+        resumed: those of which the statistics were found, so that only their times were taken.
+        failures: cells with the reason why they have no run, or no times.
+    """
+
+    runs: dict[Cell, Run] = field(default_factory=dict)
+    reused: list[Cell] = field(default_factory=list)
+    resumed: list[Cell] = field(default_factory=list)
+    failures: list[tuple[Cell, str]] = field(default_factory=list)
+
+    def keep(self, cell: Cell, run: Run) -> None:
+        """Remember a stored run without its parameters, by far its largest part."""
+        self.runs[cell] = replace(run, param_records=())
+
+
+def sweep(
+    cells: Sequence[Cell],
+    out: Path,
+    executor: Executor,
+    *,
+    fresh: bool = False,
+    progress: Progress = lambda *_: None,
+    clock: Clock | None = None,
+) -> Sweep:
+    """Measure a grid.
+
+    Args:
+        cells: the grid.
+        out: where runs are looked for and stored.
+        executor: measures the statistics.
+        fresh: measure what is stored already anew.
+        progress: called as layers are done.
+        clock: in place of the device's own.
+
+    Raises:
+        UsageError: a device is not there, or a user's own block breaks the interface.
+        MeasurementError: a result could not be stored; what was stored before is kept.
+    """
+    for cell in cells:
+        if isinstance(cell.spec, StackSpec) and user_code.is_user_name(cell.spec.block):
+            rehearse(cell.spec)  # a mistake in it is no failure of a cell
+    remove_abandoned(out)
+    here = _environments(cells, executor)
+    with shelf_in(out) as shelf:
+        work = _Work(cells, here, out, shelf, executor, _Meter(progress, cells))
+        if not fresh:
+            work.reuse()
+        work.measure()
+        work.time(clock)
+    work.done.runs = {cell: work.done.runs[cell] for cell in cells if cell in work.done.runs}
+    return work.done
+
+
+def _environments(cells: Sequence[Cell], executor: Executor) -> Environments:
+    kinds = {_place(cell): cell for cell in cells}
+    found = {kind: executor.environment(cell) for kind, cell in kinds.items()}
+    return {cell: found[_place(cell)] for cell in cells}
+
+
+def _place(cell: Cell) -> tuple[object, ...]:
+    """What decides on the environment."""
+    library = isinstance(cell.spec, ModelRequest) and cell.spec.is_from_library
+    return cell.options.device, cell.spec.dtype, library
+
+
+@dataclass
+class _Work:
+    """A sweep under way. `waiting` are cells that lack their times alone, with their folders."""
+
+    cells: Sequence[Cell]
+    here: Environments
+    out: Path
+    shelf: Shelf
+    executor: Executor
+    meter: _Meter
+    done: Sweep = field(default_factory=Sweep)
+    waiting: dict[Cell, Path] = field(default_factory=dict)
+
+    def reuse(self) -> None:
+        """Find what is stored: whole runs, or else statistics."""
+        if not self.executor.shared:
+            self.shelf.adopt(self.out, self.cells)
+        on_shelf = store.run_folders(self.shelf.folder)
+        newest_first = [*reversed(store.run_folders(self.out)), *on_shelf]
+        for cell, run in look_up(newest_first, self.cells):
+            if (
+                cell not in self.done.runs
+                and cell.is_lasting
+                and _same_numbers(run, cell, self.here[cell])
+            ):
+                self._reuse_one(cell, run)
+        for folder in set(on_shelf).difference(self.waiting.values()):
+            self.shelf.drop(folder)
+        self.done.reused = [cell for cell in self.cells if cell in self.done.runs]
+        self.done.resumed = [cell for cell in self.cells if cell in self.waiting]
+        self.meter.found(self.done.reused, self.done.resumed)
+
+    def _reuse_one(self, cell: Cell, run: Run) -> None:
+        shared = self.executor.shared
+        if not cell.options.timing or _timed_well(run, cell, self.here[cell], shared=shared):
+            self._keep_untimed(cell, run)
+            self.waiting.pop(cell, None)
+        elif not shared and run.path:
+            self.waiting.setdefault(cell, run.path)
+
+    def _keep_untimed(self, cell: Cell, run: Run) -> None:
+        """A run as it is; from the shelf it goes to the others."""
+        on_shelf = run.path is not None and run.path.parent == self.shelf.folder
+        self.done.keep(cell, store.save(run, self.out) if on_shelf else run)
+
+    def measure(self) -> None:
+        """The statistics of what was not found; what is to be timed is put on the shelf."""
+        missing = [c for c in self.cells if c not in self.done.runs and c not in self.waiting]
+        with closing(self.executor.outcomes(missing)) as outcomes:
+            for outcome in outcomes:
+                cell = outcome.cell
+                if outcome.run is None:
+                    self.done.failures.append((cell, outcome.error))
+                elif cell.options.timing and not self.executor.shared:
+                    self.waiting[cell] = self.shelf.put(cell, outcome.run)
+                else:
+                    self.done.keep(cell, store.save(outcome.run, self.out))
+                self.meter.measured(cell)
+
+    def time(self, clock: Clock | None) -> None:
+        """All times together, then each run to its place."""
+        cells = [cell for cell in self.cells if cell in self.waiting]
+        if not cells:
+            return
+        rounds = Rounds(cells, clock)
+        rounds.run(self.meter.timed)
+        name = uuid.uuid4().hex[:12]
+        for cell in cells:
+            self._finish(cell, rounds, name)
+
+    def _finish(self, cell: Cell, rounds: Rounds, name: str) -> None:
+        folder = self.waiting[cell]
+        try:
+            run = store.load(folder)
+        except GradflowError as error:
+            self.done.failures.append((cell, f"its statistics are gone: {error}"))
+            return
+        if cell in rounds.failed:
+            self.done.failures.append((cell, rounds.failed[cell]))
+            self._keep_untimed(cell, run)
+        else:
+            self.done.keep(cell, store.save(_timed(run, cell, rounds, name), self.out))
+        self.shelf.drop(folder)
+
+
+def _same_numbers(run: Run, cell: Cell, here: Mapping[str, Any]) -> bool:
+    """Whether a run has what the statistics of the cell would be, judged by the same limits."""
+    options = ("seed", "seeds", "raw_range", "vanishing", "exploding", "steps", *TRAINING)
+    same_options = all(getattr(run.options, k) == getattr(cell.options, k) for k in options)
+    same_place = all(run.environment.get(k) == v for k, v in here.items() if k != "threads")
+    return asked_for(run.spec) == cell.spec and same_options and same_place
+
+
+def _timed_well(run: Run, cell: Cell, here: Mapping[str, Any], *, shared: bool) -> bool:
+    """Whether the times of a run are those that the cell asks for."""
+    repeats = len({record.repeat for record in run.time_records})
+    threads = run.environment.get("threads")
+    alone = shared or not run.environment.get("contended")
+    return repeats >= cell.options.repeats and alone and threads == here.get("threads", threads)
+
+
+def _timed(run: Run, cell: Cell, rounds: Rounds, name: str) -> Run:
+    """The run with its times, which were taken with all threads; `name` tells who took turns."""
+    environment = run.environment | {
+        "threads": torch.get_num_threads(),
+        "statistics_threads": run.environment["threads"],
+        "contended": False,
+        "sweep": name,
+    }
+    run = replace(run, environment=environment, options=cell.options)
+    timing = rounds.timing(cell)
+    return with_times(run, timing) if timing else run
+
+
+class _Meter:
+    """Progress in layers: one share for the statistics of a cell, one for each timed round."""
+
+    def __init__(self, progress: Progress, cells: Sequence[Cell]) -> None:
+        self._progress, self._cells, self._done, self._measured = progress, len(cells), 0, 0
+        self._total = sum(_statistics_share(c) + _timing_share(c) for c in cells)
+
+    def found(self, whole: Sequence[Cell], untimed: Sequence[Cell]) -> None:
+        """What need not be measured, or timed alone."""
+        self._measured += len(whole) + len(untimed)
+        self._done += sum(_statistics_share(cell) for cell in [*whole, *untimed])
+        self._move(sum(_timing_share(cell) for cell in whole), self._what())
+
+    def measured(self, cell: Cell) -> None:
+        """The statistics of a cell are done."""
+        self._measured += 1
+        self._move(_statistics_share(cell), self._what())
+
+    def timed(self, cell: Cell, count: int, repeats: int) -> None:
+        """A cell had its turn in a round of timing."""
+        what = f"timing, round {count} of {max(count, repeats)}" if count else "warming up"
+        self._move(cell.layers, what)
+
+    def _what(self) -> str:
+        return f"measured {self._measured} of {self._cells}"
+
+    def _move(self, layers: int, what: str) -> None:
+        self._done = min(self._done + layers, self._total)
+        self._progress(what, self._done, self._total)
+
+
+def _statistics_share(cell: Cell) -> int:
+    return cell.layers * cell.options.seeds
+
+
+def _timing_share(cell: Cell) -> int:
+    return cell.layers * (cell.options.repeats + 1) if cell.options.timing else 0
