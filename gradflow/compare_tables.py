@@ -332,11 +332,12 @@ def rows_as_data(comparison: Comparison) -> list[dict[str, Any]]:
 
 
 def _depth_as_data(found: TrainableDepth | None) -> dict[str, float | None]:
-    return {
-        "trainable_depth": found and found.depth,
-        "predicted_trainable_depth": found and found.predicted,
-        "predicted_trainable_depth_at_least": found and found.predicted_at_least,
+    names = {
+        "trainable_depth": "depth",
+        "predicted_trainable_depth": "predicted",
+        "predicted_trainable_depth_at_least": "predicted_at_least",
     }
+    return {name: getattr(found, field, None) for name, field in names.items()}
 
 
 def _row_as_data(row: Row, noise: float) -> dict[str, Any]:

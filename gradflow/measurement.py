@@ -16,6 +16,7 @@ from gradflow.cost import with_times
 from gradflow.environment import describe, resolve_device
 from gradflow.errors import MeasurementError
 from gradflow.expected import with_theory
+from gradflow.matmul import matmul_flop_per_s
 from gradflow.memory import (
     available_bytes,
     is_out_of_memory,
@@ -179,7 +180,8 @@ class _Work:
         tick = _counter(self.progress, "timing", self.options.repeats)
         found = take_times(stack_timer(network), self.options, self.clock, tick)
         assert found is not None  # every unit of a stack is timed
-        return found
+        rate = matmul_flop_per_s(self.device, self.spec.dtype, self.clock)
+        return replace(found, matmul_flop_per_s=rate)
 
     def _train(self, seed: int, tables: Tables) -> Sequence[StepRecord]:
         """The steps; what was measured on the way goes to the tables."""
