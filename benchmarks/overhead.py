@@ -12,8 +12,9 @@ import tempfile
 import torch
 from side_by_side import Contest, shown, take_turns, write_table
 
+from gradflow.engine.tape import Network
 from gradflow.engine.timing import CpuClock, bare_pass, timed_pass
-from gradflow.engine.walk import Network, walk
+from gradflow.engine.walk import walk
 from gradflow.measurement import build_network
 from gradflow.specs.spec import StackSpec
 

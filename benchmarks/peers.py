@@ -15,7 +15,8 @@ import torch
 from side_by_side import shown, take_turns, write_table
 from torch import nn
 
-from gradflow.engine.walk import Network, walk
+from gradflow.engine.tape import Network
+from gradflow.engine.walk import walk
 from gradflow.measurement import build_network
 from gradflow.specs.spec import StackSpec
 

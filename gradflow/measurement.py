@@ -13,6 +13,7 @@ import torch
 
 from gradflow.engine.collect import Tables
 from gradflow.engine.environment import describe, resolve_device
+from gradflow.engine.matmul import matmul_flop_per_s
 from gradflow.engine.memory import (
     available_bytes,
     is_out_of_memory,
@@ -182,7 +183,8 @@ class _Work:
         tick = _counter(self.progress, "timing", self.options.repeats)
         found = take_times(stack_timer(network), self.options, self.clock, tick)
         assert found is not None  # every unit of a stack is timed
-        return found
+        rate = matmul_flop_per_s(self.device, self.spec.dtype, self.clock)
+        return replace(found, matmul_flop_per_s=rate)
 
     def _train(self, seed: int, tables: Tables) -> Sequence[StepRecord]:
         """The steps; what was measured on the way goes to the tables."""

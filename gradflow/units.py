@@ -39,6 +39,12 @@ def milliseconds(seconds: float | None) -> str:
     return f"{value:.0f}" if value >= 100 else number(value, ".3f" if value < 1 else "#.3g")
 
 
+def giga(value: float) -> str:
+    """A rate in billions, to three digits."""
+    billions = value / 1e9
+    return f"{billions:,.0f}" if billions >= 100 else number(billions, "#.3g")
+
+
 def number(value: float | None, digits: str) -> str:
     """A number by its format; empty if missing.
 

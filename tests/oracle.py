@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradflow.engine.walk import Network
+from gradflow.engine.tape import Network
 from gradflow.specs.spec import StackSpec
 
 GROUPS = 8

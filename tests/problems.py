@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from gradflow.engine.walk import Network, walk
+from gradflow.engine.tape import Network
+from gradflow.engine.walk import walk
 from gradflow.errors import UsageError
 from gradflow.networks.inputs import input_batch
 from gradflow.networks.losses import build_loss

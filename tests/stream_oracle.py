@@ -28,7 +28,7 @@ from oracle import (
 )
 from torch import Tensor
 
-from gradflow.engine.walk import Network
+from gradflow.engine.tape import Network
 from gradflow.specs.spec import StackSpec
 
 EPS = 1e-5

@@ -10,7 +10,8 @@ import torch
 from problems import CPU, MODERN, PROBLEMS, STACKS, name, network, retyped, small
 from torch import Tensor
 
-from gradflow.engine.walk import Network, walk
+from gradflow.engine.tape import Network
+from gradflow.engine.walk import walk
 from gradflow.networks.inputs import input_batch
 from gradflow.networks.rotary import rotate
 from gradflow.networks.stack import Block, build_block

@@ -21,7 +21,8 @@ from test_walk import (
 )
 from torch import Tensor
 
-from gradflow.engine.walk import Network, loss_gradient, record_forward, vjp, walk
+from gradflow.engine.tape import Network, record_forward
+from gradflow.engine.walk import loss_gradient, vjp, walk
 from gradflow.errors import UsageError
 from gradflow.networks.inputs import input_batch
 from gradflow.networks.losses import build_loss

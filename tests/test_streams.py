@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from gradflow.engine import memory
 from gradflow.engine.saved import SavedBytes
-from gradflow.engine.walk import Network, loss_gradient, record_forward, vjp, walk
+from gradflow.engine.tape import Network, record_forward
+from gradflow.engine.walk import loss_gradient, vjp, walk
 from gradflow.networks import depth_mixing, hyper
 from gradflow.networks.hyper import sinkhorn
 from gradflow.networks.inputs import input_shape, state_shape

@@ -13,6 +13,7 @@ from problems import network, small
 from records import layer_rows, run_of, spec_of
 
 from gradflow.engine import timing
+from gradflow.engine.tape import Network
 from gradflow.engine.timing import (
     Clock,
     CpuClock,
@@ -24,7 +25,6 @@ from gradflow.engine.timing import (
     take_times,
     timed_pass,
 )
-from gradflow.engine.walk import Network
 from gradflow.judging.cost import with_times
 from gradflow.runs.records import Run, TimeRecord, Timing
 from gradflow.specs.run_options import RunOptions

@@ -14,7 +14,8 @@ from problems import MODERN, PROBLEMS, STACKS, measure, name, network, retyped, 
 from torch import Tensor, nn
 
 from gradflow import stats
-from gradflow.engine.walk import Network, loss_gradient, record_forward, vjp, walk
+from gradflow.engine.tape import Network, record_forward
+from gradflow.engine.walk import loss_gradient, vjp, walk
 from gradflow.runs.records import LayerRecord, ParamRecord, columns
 from gradflow.specs.block_kinds import ACTIVATIONS, BLOCKS
 from gradflow.specs.spec import StackSpec

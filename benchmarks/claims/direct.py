@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from claims.readings import CPU, slope
-from gradflow.engine.walk import Network, walk
+from gradflow.engine.tape import Network
+from gradflow.engine.walk import walk
 from gradflow.measurement import build_network
 from gradflow.networks.blocks import Attention
 from gradflow.networks.inputs import input_batch

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from time import perf_counter
@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from gradflow.engine.flops import network_flops
 from gradflow.engine.tape import Network, record_forward
 from gradflow.engine.walk import loss_gradient, vjp
 from gradflow.runs.records import TimeRecord, Timing
@@ -142,10 +143,11 @@ def stack_timer(network: Network) -> Timer:
         found = timed_pass(network, clock)
         return found, sum(map(sum, found))
 
-    names = unit_names(network)  # and not the network: it may have to go before the summary
+    # Not the network itself: it may have to go before the summary.
+    names, flops = unit_names(network), network_flops(network)
 
     def summary(passes: Sequence[tuple[Pass, float]], bare: Sequence[float]) -> Timing:
-        return summarise(names, [units for units, _ in passes], bare)
+        return replace(summarise(names, [units for units, _ in passes], bare), flops=flops)
 
     return Timer(timed, partial(bare_pass, network), summary)
 

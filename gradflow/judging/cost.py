@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 from gradflow.runs.records import LayerRecord, Run, Summary, Timing
 from gradflow.runs.spool import Spool
@@ -65,7 +66,22 @@ def _with_cost(summary: Summary, depth: int, timing: Timing) -> Summary:
         backward_s=backward,
         forward_s_per_layer=forward / depth,
         backward_s_per_layer=backward / depth,
+        matmul_flop_per_s=timing.matmul_flop_per_s,
+        **_flops(timing, share, forward, backward),
     )
+
+
+def _flops(timing: Timing, share: float, forward_s: float, backward_s: float) -> dict[str, Any]:
+    """FLOPs of a whole pass, and per second."""
+    if timing.flops is None:
+        return {}
+    forward, backward = (round(flop * share) for flop in timing.flops)
+    return {
+        "forward_flop": forward,
+        "backward_flop": backward,
+        "forward_flop_per_s": forward / forward_s if forward_s else None,
+        "backward_flop_per_s": backward / backward_s if backward_s else None,
+    }
 
 
 def _overhead(timing: Timing, statistics_s: float | None) -> dict[str, float] | None:

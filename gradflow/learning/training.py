@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own convention)
 from torch import Tensor, nn
 
-from gradflow.engine.walk import Network, walk
+from gradflow.engine.tape import Network
+from gradflow.engine.walk import walk
 from gradflow.learning.tasks import Batch, Task, build_task
 from gradflow.networks.initial import generator
 from gradflow.networks.inputs import scaled_input

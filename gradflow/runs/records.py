@@ -167,6 +167,8 @@ class Timing:
         bare_s: the same network's forward + backward by torch alone, interleaved; None in a
             sweep, where the cells take turns instead. `bare_iqr_s` is its interquartile range.
         spread: interquartile range of `total_s` over its median.
+        flops: of one forward and of one backward pass through these units; None if not counted.
+        matmul_flop_per_s: of the device, in this dtype; None if not measured.
     """
 
     units: tuple[tuple[float, float, float, float], ...]
@@ -175,6 +177,8 @@ class Timing:
     bare_s: float | None
     bare_iqr_s: float | None
     spread: float
+    flops: tuple[int, int] | None = None
+    matmul_flop_per_s: float | None = None
 
     @property
     def layers(self) -> int:
@@ -192,6 +196,10 @@ class Summary:
     healthy range. `departures` tells which parts of a scheme options have replaced. `outcome`, and
     what follows it, is what training came to (see `judging.outcome`); the verdict and all else is
     that of the first step.
+
+    `forward_flop` and `backward_flop` are floating-point operations of one pass, those of matrix
+    products, convolutions and attention; `matmul_flop_per_s` is what the device did of them per
+    second in a bare matrix product.
 
     `theory_deviation` is the measured mean less theory, where the two lie farthest apart, in
     decades; `theory_band` what it may be there; `theory_reason` says why there is no theory.
@@ -223,6 +231,11 @@ class Summary:
     backward_s: float | None = None
     forward_s_per_layer: float | None = None
     backward_s_per_layer: float | None = None
+    forward_flop: int | None = None
+    backward_flop: int | None = None
+    forward_flop_per_s: float | None = None
+    backward_flop_per_s: float | None = None
+    matmul_flop_per_s: float | None = None
     peak_bytes: int | None = None
     theory_deviation: float | None = None
     theory_band: float | None = None

@@ -22,7 +22,7 @@ from gradflow.showing.training_tables import training_lines
 from gradflow.specs.recipe import training_line
 from gradflow.specs.spec import StackSpec
 from gradflow.specs.user_code import shown
-from gradflow.units import count, gib, milliseconds, number, rounded, signed
+from gradflow.units import count, gib, giga, milliseconds, number, rounded, signed
 
 # Rows shown at each end of a long table.
 ENDS = 8
@@ -263,6 +263,23 @@ def trend_sentence(summary: Summary) -> str:
     return text + f"; it leaves the healthy range near depth {rounded(summary.healthy_depth)}."
 
 
+def speed_lines(summary: Summary) -> Iterator[Text]:
+    """FLOP/s of both passes, and their share of what the device can do."""
+    rates = [summary.forward_flop_per_s, summary.backward_flop_per_s]
+    device = summary.matmul_flop_per_s
+    if not all(rates):
+        return
+    forward, backward = (f"{giga(rate)} GFLOP/s" for rate in rates if rate)
+    if not device:
+        yield Text(f"Speed: forward {forward}, backward {backward}.")
+        return
+    shares = [f"{rate / device:.0%}" for rate in rates if rate]
+    yield Text(
+        f"Speed: forward {forward}, {shares[0]} of this machine's matmul rate; "
+        f"backward {backward}, {shares[1]}."
+    )
+
+
 def cost_lines(run: Run) -> Iterator[RenderableType]:
     """Time, memory and overhead."""
     summary = run.summary
@@ -273,6 +290,7 @@ def cost_lines(run: Run) -> Iterator[RenderableType]:
             f"{milliseconds(summary.forward_s_per_layer)} + "
             f"{milliseconds(summary.backward_s_per_layer)} ms."
         )
+        yield from speed_lines(summary)
     if summary.peak_bytes is not None:
         overhead = ""
         if run.overhead:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from gradflow.engine.environment import resolve_device
+from gradflow.engine.matmul import matmul_flop_per_s
 from gradflow.engine.memory import available_bytes
 from gradflow.engine.timing import Clock, Timer, clock_for, collector_paused
 from gradflow.errors import GradflowError
@@ -38,6 +40,7 @@ class Rounds:
         self.failed: dict[Cell, str] = {}
         self._timers: dict[Cell, Timer] = {}
         self._summaries: dict[Cell, Summarise] = {}
+        self._rates: dict[tuple[str, str], float] = {}
         self._resident = _fit_together(self.cells)
 
     def run(self, tick: Tick = lambda *_: None) -> None:
@@ -55,7 +58,17 @@ class Rounds:
 
     def timing(self, cell: Cell) -> Timing | None:
         """What the rounds of one cell came to; None where no unit of it could be timed."""
-        return self._summaries[cell](self.passes[cell], ())
+        found = self._summaries[cell](self.passes[cell], ())
+        return found and replace(found, matmul_flop_per_s=self._matmul_rate(cell))
+
+    def _matmul_rate(self, cell: Cell) -> float:
+        """Of the cell's device in its dtype, measured once."""
+        kind = (cell.options.device, cell.spec.dtype)
+        if kind not in self._rates:
+            device = resolve_device(*kind)
+            clock = self._clock or clock_for(device)
+            self._rates[kind] = matmul_flop_per_s(device, cell.spec.dtype, clock)
+        return self._rates[kind]
 
     def _turn(self, cell: Cell, *, warm_up: bool) -> float:
         """One pass, noted unless it is the warm-up; returns its seconds."""

@@ -13,12 +13,7 @@ import torch
 from torch import Tensor
 
 from gradflow.watching.discovery import Place
-from gradflow.watching.meter import (
-    Pool,
-    measure_cross,
-    measure_forward,
-    measure_gradient,
-)
+from gradflow.watching.meter import Pool, measure_cross, measure_forward, measure_gradient
 from gradflow.watching.passes import Call, Pass, RowOf, Tap
 from gradflow.watching.streams import stream_of
 
