@@ -22,9 +22,10 @@ from gradflow.judging.cost import with_times
 from gradflow.judging.outcome import summary_of
 from gradflow.judging.verdict import summarise
 from gradflow.learning.training import Problem, step_record, train
+from gradflow.models.batches import Example
 from gradflow.models.hugging_face import resolve
 from gradflow.models.one_pass import untouched
-from gradflow.models.subjects import Example, Subject, build_subject
+from gradflow.models.subjects import Subject, build_subject
 from gradflow.runs.records import Run, StepRecord, Timing, first_step
 from gradflow.specs.located import users_own
 from gradflow.specs.model_request import ModelRequest, without_digest
