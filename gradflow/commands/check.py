@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gradflow.commands.common import Out, Plain, Quiet, Residual, shortcut
-from gradflow.commands.compare import Runs
+from gradflow.commands.stored import Runs, matching
 from gradflow.errors import FindingError, UsageError
 from gradflow.options import with_fields
 
@@ -101,7 +101,6 @@ def _wanted(runs: list[str] | None, given: dict[str, Any], out: Path, quiet: boo
         from gradflow.commands.run import measure_and_store
 
         return [measure_and_store({"timing": False} | given, out, quiet)]
-    from gradflow.commands.compare import matching
     from gradflow.runs.store import load
 
     # A gate must not pass because a run could not be read: here the error ends the command.

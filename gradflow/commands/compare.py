@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import suppress
-from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,6 +21,7 @@ from gradflow.commands.common import (
     say,
     write_text,
 )
+from gradflow.commands.stored import Runs, load_runs
 from gradflow.commands.theory import TheoryOnly, predict_grid
 from gradflow.errors import MeasurementError, RunFolderError, UsageError
 from gradflow.options import with_fields
@@ -39,9 +38,6 @@ if TYPE_CHECKING:
 # Cells take turns, so drift hits all alike and fewer repeats will do.
 REPEATS = 3
 
-Runs = Annotated[
-    list[str] | None, typer.Argument(help="run folders or globs; with these nothing is measured")
-]
 Fresh = Annotated[bool, typer.Option("--fresh", help="measure anew what is stored already")]
 Reference = Annotated[
     str | None,
@@ -127,41 +123,6 @@ def check_request(runs: list[str] | None, made: bool, targets: Targets, noise: f
         raise UsageError("one format can go to stdout", "several", "give the others a file")
     for name, target in targets.items():
         check_target(target, f"--{name}")
-
-
-def load_runs(patterns: list[str]) -> list[Run]:
-    """The runs that folders and globs name; unreadable ones are named and skipped.
-
-    Raises:
-        UsageError: a pattern matches nothing, or nothing can be read.
-    """
-    from gradflow.runs.store import load
-
-    found: list[Run] = []
-    for folder in dict.fromkeys(path for pattern in patterns for path in matching(pattern)):
-        try:
-            found.append(load(folder))
-        except RunFolderError as error:
-            say(f"skipped: {error}", style="yellow")
-    if not found:
-        raise UsageError("at least one run can be read", " ".join(patterns), "measure some first")
-    return found
-
-
-def matching(pattern: str) -> list[Path]:
-    """The folder of that name, or the folders that a glob matches.
-
-    Raises:
-        UsageError: there is none.
-    """
-    with suppress(OSError):  # a name that is too long, for one
-        if Path(pattern).exists():
-            return [Path(pattern)]
-    # `Path.glob` takes no absolute patterns.
-    matches = [Path(name) for name in sorted(glob(pattern))]  # noqa: PTH207
-    if not matches:
-        raise UsageError("a run folder or a glob that matches some", pattern, "look into results/")
-    return matches
 
 
 def make_grid(given: dict[str, Any]) -> Grid:

@@ -1,0 +1,55 @@
+"""Runs that are given as folders or globs."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from glob import glob
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gradflow.commands.common import say
+from gradflow.errors import RunFolderError, UsageError
+
+if TYPE_CHECKING:
+    from gradflow.runs.records import Run
+
+Runs = Annotated[
+    list[str] | None, typer.Argument(help="run folders or globs; with these nothing is measured")
+]
+
+
+def load_runs(patterns: list[str]) -> list[Run]:
+    """The runs that folders and globs name; unreadable ones are named and skipped.
+
+    Raises:
+        UsageError: a pattern matches nothing, or nothing can be read.
+    """
+    from gradflow.runs.store import load
+
+    found: list[Run] = []
+    for folder in dict.fromkeys(path for pattern in patterns for path in matching(pattern)):
+        try:
+            found.append(load(folder))
+        except RunFolderError as error:
+            say(f"skipped: {error}", style="yellow")
+    if not found:
+        raise UsageError("at least one run can be read", " ".join(patterns), "measure some first")
+    return found
+
+
+def matching(pattern: str) -> list[Path]:
+    """The folder of that name, or the folders that a glob matches.
+
+    Raises:
+        UsageError: there is none.
+    """
+    with suppress(OSError):  # a name that is too long, for one
+        if Path(pattern).exists():
+            return [Path(pattern)]
+    # `Path.glob` takes no absolute patterns.
+    matches = [Path(name) for name in sorted(glob(pattern))]  # noqa: PTH207
+    if not matches:
+        raise UsageError("a run folder or a glob that matches some", pattern, "look into results/")
+    return matches
