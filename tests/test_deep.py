@@ -77,6 +77,7 @@ def test_tens_of_thousands_of_decades_are_exact() -> None:
     assert run.summary.total_log10_gain == pytest.approx(depth * decades, rel=1e-12)
 
 
+@pytest.mark.slow
 def test_a_sample_of_layers_is_timed_and_said() -> None:
     spec = small("transformer", depth=31)
     options = RunOptions(device="cpu", rebuild=True, repeats=2, time_budget=1e-9)
@@ -103,6 +104,7 @@ def test_the_progress_counts_what_is_computed_again() -> None:
     assert [(done, total) for _, done, total in walked] == [(i, 29) for i in range(1, 30)]
 
 
+@pytest.mark.slow
 def test_a_deep_run_is_stored_and_loaded_and_shown(cli: CommandLine) -> None:
     size = ("--block", "mlp", "--width", "4", "--batch-size", "2", "--depth", "700")
     words = (*size, "--keep", "sqrt", "--rebuild", "--no-timing", "--quiet", "--out")

@@ -94,6 +94,7 @@ def test_a_run_keeps_the_options_of_its_cell(
     assert run.environment["threads"] == 1
 
 
+@pytest.mark.slow
 def test_the_command_line_is_that_of_the_parent(
     outcomes: dict[str, dict[Cell, Outcome]],
 ) -> None:

@@ -168,6 +168,7 @@ def test_a_run_from_before_there_was_training_can_be_read(tmp_path: Path) -> Non
     assert len(read_results(tmp_path).runs) == 1
 
 
+@pytest.mark.slow
 def test_the_report_tells_and_draws_training_where_there_was_some(tmp_path: Path) -> None:
     store.save(run_of(), tmp_path / "a")
     plain = read_results(tmp_path / "a")
@@ -200,6 +201,7 @@ def test_damaged_steps_are_named(tmp_path: Path) -> None:
     assert "steps.csv" in found.skipped[0] or "no column" in found.skipped[0]
 
 
+@pytest.mark.slow
 def test_both_charts_can_be_drawn(tmp_path: Path) -> None:
     store.save(trained_run(seeds=2), tmp_path)
     results = read_results(tmp_path)

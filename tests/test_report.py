@@ -575,6 +575,7 @@ def loaded(argv: Sequence[object], *names: str) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_a_report_imports_no_torch(tmp_path: Path) -> None:
     save(tmp_path)
     assert loaded(["report", "--results", tmp_path, "--quiet"], "torch", "scipy", "pandas") == []

@@ -183,6 +183,7 @@ def gradflow(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> CommandLine:
     return CommandLine(capsys, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_and_a_comparison_take_shapes(gradflow: CommandLine) -> None:
     out = f"--out={gradflow.out}"
     one = gradflow("run", "--like=gpt2", *SMALL, out)

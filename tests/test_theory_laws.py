@@ -147,6 +147,7 @@ def test_a_prenorm_residual_net_grows_as_a_power_law() -> None:
     assert prenorm_error(**PRENORM) < 0.1
 
 
+@pytest.mark.slow
 def test_a_branch_of_another_scale_is_not_this_power_law() -> None:
     """Negative control: at half the weights a branch adds 1/16, and the gradient grows less."""
     assert prenorm_error(**{**PRENORM, "width": 64}, gain=0.5) > 10 * 0.1

@@ -280,6 +280,7 @@ def tanh_mlp(**options: Any) -> StackSpec:
     return StackSpec(block="mlp", shortcut="plain", norm="none", activation="tanh", **options)
 
 
+@pytest.mark.slow
 def test_depth_2000_is_finite_and_raw_range_says_where_float32_dies() -> None:
     spec = tanh_mlp()
     (rows, params), (raw, _) = measure(spec), measure(spec, raw_range=True)

@@ -68,6 +68,7 @@ def test_compiled_inside_the_watch(kind: type[nn.Module]) -> None:
     same(flow, eager(kind))
 
 
+@pytest.mark.slow
 def test_compiled_and_used_before_the_watch() -> None:
     model = torch.compile(model_of(), fullgraph=True, backend=BACKEND)
     step(model, batch())

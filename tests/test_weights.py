@@ -320,6 +320,7 @@ def test_a_broken_checkpoint_is_refused_in_one_line(folder: Path, name: str) -> 
     assert_one_line(caught.value, parts)
 
 
+@pytest.mark.slow
 def test_a_run_needs_no_other_option(
     folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
