@@ -168,11 +168,11 @@ class CausalTokens:
 
     def diagonal(self, s: Moments) -> Number:
         """Of K."""
-        return np.asarray(np.diagonal(s[0]))
+        return np.asarray(s[0]).diagonal()
 
     def ends(self, s: Moments) -> tuple[tuple[Number, Number], ...]:
         """The diagonal as a column and as a row."""
-        q = np.diagonal(s[0])
+        q = np.asarray(s[0]).diagonal()
         return ((q[:, None], q[None, :]),)
 
     def outer(self, x: Number) -> Moments:
@@ -181,13 +181,14 @@ class CausalTokens:
 
     def mean(self, x: Number) -> float:
         """Over the tokens."""
-        return float(np.mean(x))
+        values = np.asarray(x)  # `np.mean` takes three times as long for so few
+        return float(np.add.reduce(values, axis=None)) / values.size
 
     def cosine(self, s: Moments) -> float:
         """Off the diagonal, by the average length."""
         k = np.asarray(s[0])
-        trace, n = float(np.trace(k)), len(k)
-        return (float(k.sum()) - trace) / max(n - 1, 1) / trace if trace else 0.0
+        trace, n = float(np.add.reduce(k.diagonal())), len(k)
+        return (float(np.add.reduce(k, axis=None)) - trace) / max(n - 1, 1) / trace if trace else 0.0
 
     def batch_mean(self, s: Moments) -> float:
         """Not defined: batchnorm would mix what the mask keeps apart."""
