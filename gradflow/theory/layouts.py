@@ -188,7 +188,8 @@ class CausalTokens:
         """Off the diagonal, by the average length."""
         k = np.asarray(s[0])
         trace, n = float(np.add.reduce(k.diagonal())), len(k)
-        return (float(np.add.reduce(k, axis=None)) - trace) / max(n - 1, 1) / trace if trace else 0.0
+        others = float(np.add.reduce(k, axis=None)) - trace
+        return others / max(n - 1, 1) / trace if trace else 0.0
 
     def batch_mean(self, s: Moments) -> float:
         """Not defined: batchnorm would mix what the mask keeps apart."""
