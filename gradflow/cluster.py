@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from gradflow.environment import describe, library
-from gradflow.errors import UsageError
-from gradflow.executors import Outcome, first_line, measure_cell
+from gradflow.errors import UsageError, first_line
+from gradflow.executors import Outcome, measure_cell
 from gradflow.grid import Cell
 from gradflow.spec import StackSpec
 

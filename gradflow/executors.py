@@ -16,7 +16,7 @@ import torch
 from gradflow import user_code
 from gradflow.comparison import SPEED_KEYS
 from gradflow.environment import describe, library, resolve_device
-from gradflow.errors import GradflowError, UsageError
+from gradflow.errors import GradflowError, UsageError, first_line
 from gradflow.grid import EXECUTORS, Cell
 from gradflow.measuring import measure_any
 from gradflow.records import Run
@@ -84,11 +84,6 @@ def measure_cell(cell: Cell, *, timing: bool = False, device: str | None = None)
     finally:
         torch.set_num_threads(threads)
     return Outcome(cell, replace(run, options=replace(cell.options, timing=timing)))
-
-
-def first_line(error: BaseException) -> str:
-    """The error's text, or its first line where libraries write pages."""
-    return next(iter(str(error).strip().splitlines()), "no reason given")
 
 
 class Serial:

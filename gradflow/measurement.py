@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from statistics import mean, median
 from time import perf_counter
 
 import torch
 
+from gradflow import compiled
 from gradflow.collect import Tables
+from gradflow.compiled import use
 from gradflow.cost import with_times
 from gradflow.environment import describe, resolve_device
 from gradflow.errors import MeasurementError
@@ -31,6 +34,7 @@ from gradflow.plan import Plan
 from gradflow.rebuilt import RebuiltBlocks
 from gradflow.recipe import as_trained
 from gradflow.records import LayerRecord, ParamRecord, Run, StepRecord, Timing, first_step
+from gradflow.residual import Compiled
 from gradflow.spec import RunOptions, StackSpec
 from gradflow.spool import Spool
 from gradflow.stack import Block, build_block, build_loss, build_stack, input_batch
@@ -95,6 +99,8 @@ def measure(
         "rebuild": plan.rebuild,
         "memory_policy": plan.sentence,
     }
+    if options.compile:
+        environment["compiled"] = compiled.BACKEND
     return _to_run(spec, options, environment, found)
 
 
@@ -119,19 +125,25 @@ class _Found:
 
 
 def build_network(
-    spec: StackSpec, seed: int, device: torch.device, plan: Plan | None = None
+    spec: StackSpec,
+    seed: int,
+    device: torch.device,
+    plan: Plan | None = None,
+    join: Compiled | None = None,
 ) -> Network:
     """One seed of a stack: resident on the device, or built as the plan says."""
     if plan and plan.rebuild:
-        blocks: Sequence[Block] = RebuiltBlocks(spec, seed, device, plan.alive)
+        blocks: Sequence[Block] = RebuiltBlocks(spec, seed, device, plan.alive, join)
     else:
-        blocks = build_stack(spec, seed, device)
+        blocks = [use(join, block) for block in build_stack(spec, seed, device)]
     return Network(blocks, input_batch(spec, seed, device), build_loss(spec, seed, device))
 
 
-def build_timed(spec: StackSpec, seed: int, device: torch.device, plan: Plan) -> Network:
+def build_timed(
+    spec: StackSpec, seed: int, device: torch.device, plan: Plan, join: Compiled | None = None
+) -> Network:
     """The layers that are timed, as a stack of their own."""
-    blocks = [build_block(spec, seed, layer, device) for layer in plan.timed_layers]
+    blocks = [use(join, build_block(spec, seed, layer, device)) for layer in plan.timed_layers]
     x, loss = input_batch(spec, seed, device), build_loss(spec, seed, device)
     return Network(blocks, x, loss, plan.timed_layers)
 
@@ -147,15 +159,20 @@ class _Work:
     progress: Progress
     clock: Clock
 
+    @cached_property
+    def join(self) -> Compiled | None:
+        """What all units compute by, if compiled."""
+        return compiled.compiled_join() if self.options.compile else None
+
     def all_seeds(self, scratch: Path | None) -> _Found:
         tables = Tables(Spool(LayerRecord, scratch), Spool(ParamRecord, scratch))
-        timing = self._time_sample() if 0 < self.plan.timed < self.spec.depth else None
+        timing = self._time_sample() if self.plan.is_sampled else None
         losses: list[float] = []
         passes: list[float] = []
         steps: list[StepRecord] = []
         for seed in self.options.all_seeds:
             self.progress("building", 0, 1)
-            network = build_network(self.spec, seed, self.device, self.plan)
+            network = build_network(self.spec, seed, self.device, self.plan, self.join)
             if self.options.timing and timing is None:
                 timing = self._time(network)
             if self.options.steps:
@@ -174,7 +191,8 @@ class _Work:
 
     def _time_sample(self) -> Timing:
         self.progress("building", 0, 1)
-        return self._time(build_timed(self.spec, self.options.seed, self.device, self.plan))
+        seed = self.options.seed
+        return self._time(build_timed(self.spec, seed, self.device, self.plan, self.join))
 
     def _time(self, network: Network) -> Timing:
         tick = _counter(self.progress, "timing", self.options.repeats)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from gradflow.compiled import compiled_join
 from gradflow.measurement import Progress, build_timed, measure
 from gradflow.memory import footprint, make_plan, resident_bytes
 from gradflow.model_request import ModelRequest
@@ -38,7 +39,8 @@ def timer_for(spec: StackSpec | ModelRequest, options: RunOptions, device: torch
     if isinstance(spec, ModelRequest):
         return model_timer(spec, options, device)
     plan = make_plan(spec, options, device)
-    return stack_timer(build_timed(spec, options.seed, device, plan))
+    join = compiled_join() if options.compile else None
+    return stack_timer(build_timed(spec, options.seed, device, plan, join))
 
 
 def timed_bytes(spec: StackSpec | ModelRequest, options: RunOptions, device: torch.device) -> int:

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 from gradflow.environment import resolve_device
-from gradflow.errors import GradflowError
-from gradflow.executors import first_line
+from gradflow.errors import GradflowError, first_line
 from gradflow.grid import Cell
 from gradflow.matmul import matmul_flop_per_s
 from gradflow.measuring import timed_bytes, timer_for
