@@ -67,3 +67,8 @@ class BaselineError(GradflowError):
 def closest_first(name: str, known: Iterable[str]) -> list[str]:
     """The known names, those most like a misspelt one first; what is equally like keeps order."""
     return sorted(known, key=lambda other: -SequenceMatcher(None, name, other).ratio())
+
+
+def first_line(error: BaseException) -> str:
+    """The error's text, or its first line where libraries write pages."""
+    return next(iter(str(error).strip().splitlines()), "no reason given")

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from statistics import mean, median
 from time import perf_counter
 
 import torch
 
+from gradflow.engine import compiled
 from gradflow.engine.collect import Tables
+from gradflow.engine.compiled import use
 from gradflow.engine.environment import describe, resolve_device
 from gradflow.engine.matmul import matmul_flop_per_s
 from gradflow.engine.memory import (
@@ -36,6 +39,7 @@ from gradflow.judging.verdict import summarise
 from gradflow.learning.training import train_stack
 from gradflow.networks.inputs import input_batch
 from gradflow.networks.losses import build_loss
+from gradflow.networks.residual import Compiled
 from gradflow.networks.stack import Block, build_block, build_stack
 from gradflow.runs.records import LayerRecord, ParamRecord, Run, StepRecord, Timing, first_step
 from gradflow.runs.spool import Spool
@@ -98,6 +102,8 @@ def measure(
         "rebuild": plan.rebuild,
         "memory_policy": plan.sentence,
     }
+    if options.compile:
+        environment["compiled"] = compiled.BACKEND
     return _to_run(spec, options, environment, found)
 
 
@@ -122,19 +128,25 @@ class _Found:
 
 
 def build_network(
-    spec: StackSpec, seed: int, device: torch.device, plan: Plan | None = None
+    spec: StackSpec,
+    seed: int,
+    device: torch.device,
+    plan: Plan | None = None,
+    join: Compiled | None = None,
 ) -> Network:
     """One seed of a stack: resident on the device, or built as the plan says."""
     if plan and plan.rebuild:
-        blocks: Sequence[Block] = RebuiltBlocks(spec, seed, device, plan.alive)
+        blocks: Sequence[Block] = RebuiltBlocks(spec, seed, device, plan.alive, join)
     else:
-        blocks = build_stack(spec, seed, device)
+        blocks = [use(join, block) for block in build_stack(spec, seed, device)]
     return Network(blocks, input_batch(spec, seed, device), build_loss(spec, seed, device))
 
 
-def build_timed(spec: StackSpec, seed: int, device: torch.device, plan: Plan) -> Network:
+def build_timed(
+    spec: StackSpec, seed: int, device: torch.device, plan: Plan, join: Compiled | None = None
+) -> Network:
     """The layers that are timed, as a stack of their own."""
-    blocks = [build_block(spec, seed, layer, device) for layer in plan.timed_layers]
+    blocks = [use(join, build_block(spec, seed, layer, device)) for layer in plan.timed_layers]
     x, loss = input_batch(spec, seed, device), build_loss(spec, seed, device)
     return Network(blocks, x, loss, plan.timed_layers)
 
@@ -150,15 +162,20 @@ class _Work:
     progress: Progress
     clock: Clock
 
+    @cached_property
+    def join(self) -> Compiled | None:
+        """What all units compute by, if compiled."""
+        return compiled.compiled_join() if self.options.compile else None
+
     def all_seeds(self, scratch: Path | None) -> _Found:
         tables = Tables(Spool(LayerRecord, scratch), Spool(ParamRecord, scratch))
-        timing = self._time_sample() if 0 < self.plan.timed < self.spec.depth else None
+        timing = self._time_sample() if self.plan.is_sampled else None
         losses: list[float] = []
         passes: list[float] = []
         steps: list[StepRecord] = []
         for seed in self.options.all_seeds:
             self.progress("building", 0, 1)
-            network = build_network(self.spec, seed, self.device, self.plan)
+            network = build_network(self.spec, seed, self.device, self.plan, self.join)
             if self.options.timing and timing is None:
                 timing = self._time(network)
             if self.options.steps:
@@ -177,7 +194,8 @@ class _Work:
 
     def _time_sample(self) -> Timing:
         self.progress("building", 0, 1)
-        return self._time(build_timed(self.spec, self.options.seed, self.device, self.plan))
+        seed = self.options.seed
+        return self._time(build_timed(self.spec, seed, self.device, self.plan, self.join))
 
     def _time(self, network: Network) -> Timing:
         tick = _counter(self.progress, "timing", self.options.repeats)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from gradflow.engine.compiled import compiled_join
 from gradflow.engine.memory import footprint, make_plan, resident_bytes
 from gradflow.engine.timing import Timer, stack_timer
 from gradflow.measurement import Progress, build_timed, measure
@@ -39,7 +40,8 @@ def timer_for(spec: StackSpec | ModelRequest, options: RunOptions, device: torch
     if isinstance(spec, ModelRequest):
         return model_timer(spec, options, device)
     plan = make_plan(spec, options, device)
-    return stack_timer(build_timed(spec, options.seed, device, plan))
+    join = compiled_join() if options.compile else None
+    return stack_timer(build_timed(spec, options.seed, device, plan, join))
 
 
 def timed_bytes(spec: StackSpec | ModelRequest, options: RunOptions, device: torch.device) -> int:

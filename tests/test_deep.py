@@ -95,6 +95,13 @@ def test_a_sample_of_layers_is_timed_and_said() -> None:
     assert run.overhead["statistics_over_bare"] == pytest.approx(16 / 31)
 
 
+def test_few_layers_that_are_rebuilt_are_timed_all_in_a_stack_of_their_own() -> None:
+    options = RunOptions(device="cpu", keep="boundaries", rebuild=True, repeats=1, time_budget=1e-9)
+    run = measure(small("mlp"), options, clock=FakeClock([1.0]))
+    assert [row.layer for row in run.time_records] == [1, 2, 3]
+    assert not any("layers" in line for line in run.warnings)
+
+
 def test_the_progress_counts_what_is_computed_again() -> None:
     calls: list[tuple[str, int, int]] = []
     options = RunOptions(device="cpu", timing=False, keep="boundaries")

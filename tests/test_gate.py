@@ -203,6 +203,7 @@ def test_differences_beyond_float64_are_seen() -> None:
         (run_of(spec_of(init="xavier")), "init xavier there, he here"),
         (run_of(options=RunOptions(seed=1)), "seed 1 there, 0 here"),
         (run_of(options=RunOptions(raw_range=True)), "raw_range True there, False here"),
+        (run_of(options=RunOptions(compile=True)), "compile True there, False here"),
         (run_of(environment=ENVIRONMENT | {"device": "cuda"}), "device cuda there, cpu here"),
     ],
 )

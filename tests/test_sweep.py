@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from gradflow.engine import timing
+from gradflow.engine import compiled, timing
 from gradflow.engine.timing import FakeClock, Pass
 from gradflow.errors import MeasurementError, UsageError
 from gradflow.measurement import measure
@@ -231,6 +231,18 @@ def test_a_run_of_other_options_does_not(tmp_path: Path, options: dict[str, Any]
     stored_run(tmp_path, **options)
     _, executor = run_sweep(tmp_path, cells(depth=[1]))
     assert len(executor.measured) == 1
+
+
+def test_a_compiled_run_stands_for_no_eager_cell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled, "BACKEND", "eager")
+    run = stored_run(tmp_path, compile=True)
+    done, executor = run_sweep(tmp_path, cells(depth=[1]))
+    assert len(executor.measured) == 1
+    done, executor = run_sweep(tmp_path, cells(depth=[1], compile=[True]))
+    assert executor.measured == []
+    assert [found.path for found in done.runs.values()] == [run.path]
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,14 @@ class Plan:
         )
 
     @property
+    def is_sampled(self) -> bool:
+        """Whether the layers that are timed are built for it: the others do not stay, or are not.
+
+        A timed pass needs the graphs of all its layers, and with them their weights.
+        """
+        return self.timed > 0 and (self.rebuild or self.timed < self.depth)
+
+    @property
     def timed_layers(self) -> tuple[int, ...]:
         """Numbers of the layers that are timed, spread evenly from the first to the last."""
         if self.timed < 2:

@@ -7,6 +7,8 @@ from typing import overload
 
 import torch
 
+from gradflow.engine.compiled import use
+from gradflow.networks.residual import Compiled
 from gradflow.networks.stack import Block, build_block, layer_kind, redraw
 from gradflow.specs.spec import StackSpec
 
@@ -25,11 +27,19 @@ class RebuiltBlocks(Sequence[Block]):
         seed: of the weights.
         device: where they lie.
         alive: of how many neighbours the weights must hold together.
+        join: compiled, in the place of the units' own; None if they are not compiled.
     """
 
-    def __init__(self, spec: StackSpec, seed: int, device: torch.device, alive: int = 1) -> None:
+    def __init__(
+        self,
+        spec: StackSpec,
+        seed: int,
+        device: torch.device,
+        alive: int = 1,
+        join: Compiled | None = None,
+    ) -> None:
         self._spec, self._seed, self._device = spec, seed, device
-        self._alive = alive
+        self._alive, self._join = alive, join
         self._modules: dict[Hashable, dict[int, Block]] = {}
 
     def __len__(self) -> int:
@@ -46,7 +56,7 @@ class RebuiltBlocks(Sequence[Block]):
         """
         layers = range(1, len(self) + 1)[index]
         if isinstance(layers, range):
-            return [build_block(self._spec, self._seed, each, self._device) for each in layers]
+            return [self._built(each) for each in layers]
         return self._played(layers)
 
     def _played(self, layer: int) -> Block:
@@ -54,8 +64,11 @@ class RebuiltBlocks(Sequence[Block]):
         if place in modules:
             redraw(modules[place], self._spec, self._seed, layer, self._device)
         else:
-            modules[place] = build_block(self._spec, self._seed, layer, self._device)
+            modules[place] = self._built(layer)
         return modules[place]
+
+    def _built(self, layer: int) -> Block:
+        return use(self._join, build_block(self._spec, self._seed, layer, self._device))
 
     def _of_kind(self, kind: Hashable) -> dict[int, Block]:
         if kind not in self._modules:

@@ -37,7 +37,8 @@ def count_saved(unit: Unit, x: Tensor) -> int:
             kept[address] = tensor.detach()
         return tensor.detach()
 
-    leaf = x.detach().requires_grad_()
+    branch = x.detach().requires_grad_()
+    skip = x.detach().requires_grad_() if unit.shortcut else None  # one leaf each, as in a pass
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        unit.join(leaf if unit.shortcut else None, leaf)
+        unit.evaluate(skip, branch)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())

@@ -101,7 +101,7 @@ class _Recorder:
             for unit in self.network.blocks[index].units:
                 x_branch = x.detach().requires_grad_()
                 x_skip = x.detach().requires_grad_() if unit.shortcut else None
-                tape = Tape(index + 1, unit, x_skip, x_branch, unit.join(x_skip, x_branch))
+                tape = Tape(index + 1, unit, x_skip, x_branch, unit.evaluate(x_skip, x_branch))
                 yield tape
                 x = tape.y
             self.tick()

@@ -176,6 +176,9 @@ def _obstacles(run: Run, reference: Run) -> Iterator[str]:
     if run.environment.get("contended") or reference.environment.get("contended"):
         whose = "contended" if run.environment.get("contended") else "the reference is contended"
         yield f"{whose}: timed beside other work"
+    if run.options.compile != reference.options.compile:
+        compiled, other = ("compiled", "eager") if run.options.compile else ("eager", "compiled")
+        yield f"{compiled} against {other}"
     for key in SPEED_KEYS:
         mine, theirs = run.environment.get(key), reference.environment.get(key)
         if mine != theirs:

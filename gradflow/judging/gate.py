@@ -137,8 +137,8 @@ def _differences(run: Run, baseline: Run, keys: Sequence[str]) -> Iterator[str]:
 
 def _settings(run: Run) -> dict[str, object]:
     options = run.options
-    numbers = {"seed": options.seed, "seeds": options.seeds, "raw_range": options.raw_range}
-    return run.spec.to_json() | numbers
+    numbers = ("seed", "seeds", "raw_range", "compile")
+    return run.spec.to_json() | {name: getattr(options, name) for name in numbers}
 
 
 def _seeds(run: Run) -> Iterator[tuple[str, list[LayerRecord]]]:

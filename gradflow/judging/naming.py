@@ -18,7 +18,7 @@ from gradflow.specs.user_code import shown
 LEADING = ("like", "weights", "shortcut", "block", "norm")
 DECISIVE = ("like", "weights", "block", "norm", "scheme")
 ASKED = ("set", "input", "layers", "width", "batch_size", "seq_len", "image_size")
-MEASURED = ("seed", "seeds", "raw_range", "steps", "optimizer", "lr", "warmup")
+MEASURED = ("seed", "seeds", "raw_range", "compile", "steps", "optimizer", "lr", "warmup")
 DEVICE = "device"
 OTHERS = (
     *(field.name for field in fields(StackSpec) if field.name not in (*LEADING, "depth")),
@@ -42,6 +42,7 @@ WORDS: dict[str, Callable[[Any], str]] = {
     "input": lambda value: f"input {without_digest(value)}",
     "seeds": lambda seeds: f"{seeds} seeds",
     "raw_range": lambda _: "raw range",
+    "compile": lambda _: "compiled",
     "steps": lambda steps: f"{steps} steps",
     "optimizer": str,
     "lr": lambda lr: f"lr {lr:g}",
@@ -60,6 +61,7 @@ UNSAID = {
     "bias": "all",
     "seeds": 1,
     "raw_range": False,
+    "compile": False,
     "steps": 0,
     "warmup": 0,
 }

@@ -6,7 +6,7 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -73,6 +73,10 @@ class Factor(nn.Module):
         return x * self.factor
 
 
+# A unit and the two uses of its input, shortcut and branch.
+Compiled = Callable[["Unit", Tensor | None, Tensor], Tensor]
+
+
 class Unit(nn.Module):
     """One step of the stream: y = Np(a x + b No(f(c Ni(x)))), without a x if plain (`wiring`).
 
@@ -81,11 +85,13 @@ class Unit(nn.Module):
         shortcut: whether it is residual.
         weights: its parameters, once they have values.
         structure: equal for units that keep equally much for their backward.
+        compiled: computes `join(unit, x_skip, x_branch)` in its place, where it is set.
     """
 
     branches: ClassVar[Mapping[str, MakeBranch]] = BRANCHES
     weights: tuple[nn.Parameter, ...]
     structure: tuple[object, ...]
+    compiled: Compiled | None = None
 
     def __init__(self, spec: StackSpec, wiring: Wiring, name: str) -> None:
         super().__init__()
@@ -116,6 +122,11 @@ class Unit(nn.Module):
             return self.after(f)
         skip = self.shared(x_skip)
         return self.after((skip if self.wiring.a == 1 else self.wiring.a * skip) + f)
+
+    def evaluate(self, x_skip: Tensor | None, x_branch: Tensor) -> Tensor:
+        """`join`, compiled or not."""
+        compiled = self.compiled
+        return compiled(self, x_skip, x_branch) if compiled else self.join(x_skip, x_branch)
 
     def settle(self, seed: int, layer: int, /) -> None:
         """What the weights of a layer need after their draw; nothing in the template."""
@@ -149,7 +160,7 @@ class Unit(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # The view gathers the branch's uses of x before the shortcut's is added, in the order
         # in which the engine adds the two parts: the gradients agree bit by bit.
-        return self.join(x if self.shortcut else None, x.view_as(x))
+        return self.evaluate(x if self.shortcut else None, x.view_as(x))
 
 
 def _factor(factor: float) -> nn.Module:

@@ -21,12 +21,12 @@ def rotate(x: Tensor, base: float) -> Tensor:
     Returns:
         As x.
     """
-    cos, sin = _turns(x.shape[-2], x.shape[-1], base, x.dtype, x.device)
+    turns = _turns if torch.compiler.is_compiling() else _known_turns
+    cos, sin = turns(x.shape[-2], x.shape[-1], base, x.dtype, x.device)
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-@lru_cache(maxsize=8)  # the same for every layer
 def _turns(
     tokens: int, size: int, base: float, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
@@ -34,3 +34,6 @@ def _turns(
     frequency = 1.0 / base ** (torch.arange(0, size, 2, device=device).float() / size)
     angles = torch.arange(tokens, device=device).float()[:, None] * frequency
     return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+_known_turns = lru_cache(maxsize=8)(_turns)  # the same for every layer

@@ -55,6 +55,7 @@ def _row_as_data(row: Row, noise: float) -> dict[str, Any]:
         "seed": options.seed,
         "seeds": options.seeds,
         "raw_range": options.raw_range,
+        "compile": options.compile,
         **{name: getattr(options, name) for name in ("steps", *TRAINING_OPTIONS)},
     }
     place = {key: run.environment.get(key) for key in SPEED_KEYS if key not in identity}

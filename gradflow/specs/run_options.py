@@ -34,6 +34,7 @@ class RunOptions:
     raw_range: bool = option(
         False, "do not rescale the gradient: show where the number format itself dies"
     )
+    compile: bool = option(False, "compile one unit and use it for all layers")
     keep: str = option("auto", "what stays in memory for the backward pass", KEEPS)
     rebuild: bool | None = option(
         None, "build each layer again when it is visited, instead of keeping all parameters"
@@ -58,6 +59,14 @@ class RunOptions:
             positive(self, name)
         check_choice("--keep", self.keep, KEEPS)
         self._check_memory()
+        self._check_compile()
+
+    def _check_compile(self) -> None:
+        if not isinstance(self.compile, bool):
+            raise UsageError("--compile is a flag", self.compile, "use --compile or --no-compile")
+        if self.compile and self.steps:
+            rule = "--compile applies to initialisation, not to training"
+            raise UsageError(rule, f"--steps {self.steps}", "leave out one of the two")
 
     def _check_memory(self) -> None:
         if not isinstance(self.rebuild, bool | None):

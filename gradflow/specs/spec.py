@@ -233,6 +233,8 @@ def run_key(spec: Storable, options: RunOptions) -> str:
         "seeds": options.seeds,
         "raw_range": options.raw_range,
     }
+    if options.compile:  # other code rounds in other places
+        numbers["compile"] = True
     if options.steps:
         numbers |= {name: getattr(options, name) for name in ("steps", *TRAINING)}
     text = json.dumps({"spec": spec.identity(), **numbers}, sort_keys=True)

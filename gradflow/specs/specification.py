@@ -16,8 +16,8 @@ from gradflow.specs.spec import StackSpec
 Asked = StackSpec | ModelRequest
 STACK_FIELDS = {f.name: f for f in fields(StackSpec)}
 MODEL_FIELDS = {f.name: f for f in fields(ModelRequest)}
-# Options that plan the memory of stacks; models keep all their graphs.
-PLANNED = ("keep", "rebuild", "memory_limit", "raw_range")
+# Options for the layers that gradflow builds: models keep all their graphs, and run as they are.
+PLANNED = ("keep", "rebuild", "memory_limit", "raw_range", "compile")
 
 
 def specification(values: Mapping[str, Any]) -> tuple[Asked, RunOptions]:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from gradflow.engine.environment import describe, library, resolve_device
-from gradflow.errors import GradflowError
+from gradflow.errors import GradflowError, first_line
 from gradflow.judging.comparison import SPEED_KEYS
 from gradflow.measuring import measure_any
 from gradflow.runs.records import Run
@@ -83,11 +83,6 @@ def measure_cell(cell: Cell, *, timing: bool = False, device: str | None = None)
     finally:
         torch.set_num_threads(threads)
     return Outcome(cell, replace(run, options=replace(cell.options, timing=timing)))
-
-
-def first_line(error: BaseException) -> str:
-    """The error's text, or its first line where libraries write pages."""
-    return next(iter(str(error).strip().splitlines()), "no reason given")
 
 
 class Serial:

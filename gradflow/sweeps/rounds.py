@@ -12,11 +12,10 @@ from gradflow.engine.environment import resolve_device
 from gradflow.engine.matmul import matmul_flop_per_s
 from gradflow.engine.memory import available_bytes
 from gradflow.engine.timing import Clock, Timer, clock_for, collector_paused
-from gradflow.errors import GradflowError
+from gradflow.errors import GradflowError, first_line
 from gradflow.measuring import timed_bytes, timer_for
 from gradflow.runs.records import Timing
 from gradflow.specs.grid import Cell
-from gradflow.sweeps.cells import first_line
 
 Summarise = Callable[[Sequence[tuple[Any, float]], Sequence[float]], Timing | None]
 # (cell that had its turn, round from 0 for the warm-up, rounds that are wanted)

@@ -196,7 +196,16 @@ class _Work:
 
 def _same_numbers(run: Run, cell: Cell, here: Mapping[str, Any]) -> bool:
     """Whether a run has what the statistics of the cell would be, judged by the same limits."""
-    options = ("seed", "seeds", "raw_range", "vanishing", "exploding", "steps", *TRAINING)
+    options = (
+        "seed",
+        "seeds",
+        "raw_range",
+        "compile",
+        "vanishing",
+        "exploding",
+        "steps",
+        *TRAINING,
+    )
     same_options = all(getattr(run.options, k) == getattr(cell.options, k) for k in options)
     same_place = all(run.environment.get(k) == v for k, v in here.items() if k != "threads")
     return asked_for(run.spec) == cell.spec and same_options and same_place
