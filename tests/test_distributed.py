@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
+from cells import differences
 from rank_cases import FOUR, JOBS, Job, together, train
 
 # Of one rank's samples, and of its own loss: another number than that of one process.
@@ -25,31 +26,12 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return together(4, tmp_path_factory.mktemp("four"), list(FOUR))
 
 
-def numbers(records: Any) -> dict[tuple[Any, ...], Any]:
-    """Every cell by its row and column."""
-    cells = ((asdict(row), n) for n, row in enumerate(records))
-    return {(n, k): v for row, n in cells for k, v in row.items() if k not in OWN}
-
-
-def differences(mine: Any, other: Any) -> dict[tuple[Any, ...], Any]:
-    """Cells that differ, and both of their values."""
-    a, b = numbers(mine), numbers(other)
-    assert a.keys() == b.keys()
-    return {key: (a[key], b[key]) for key in a if not same(a[key], b[key])}
-
-
-def same(a: Any, b: Any) -> bool:
-    if isinstance(a, float) and isinstance(b, float):
-        return math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-12) or (math.isnan(a) and math.isnan(b))
-    return a == b
-
-
 def assert_alike(found: list[dict[str, Any]], name: str, job: Job) -> None:
     alone = train(job).run
     for layers, params, spec, _ in (one[name] for one in found):
         assert spec == alone.spec
-        assert differences(layers, alone.layer_records) == {}
-        assert differences(params, alone.param_records) == {}
+        assert differences(layers, alone.layer_records, 1e-9, OWN) == {}
+        assert differences(params, alone.param_records, 1e-9) == {}
 
 
 @pytest.mark.parametrize("name", JOBS)

@@ -21,6 +21,7 @@ from gradflow.errors import UsageError
 from gradflow.records import Run
 from gradflow.spec import RunOptions
 from gradflow.tables import run_view
+from gradflow.tensorboard import write_events
 from gradflow.watching.discovery import find_layers
 from gradflow.watching.parameters import ParameterWatch, owned_parameters
 from gradflow.watching.passes import Pass
@@ -108,6 +109,26 @@ class Flow:
             MeasurementError: the disk is full, or failed; nothing half-written remains.
         """
         return store.save(self.run, out).path if self.is_first else None
+
+    def to_tensorboard(self, folder: Path | str) -> Path | None:
+        """Write every column of `layers` as scalars `column/unit` by step; returns the folder.
+
+        Where ranks share the model, the first writes; the others do nothing and return None.
+
+        Raises:
+            UsageError: the extra `tensorboard` is not installed, or nothing can be written there.
+            MeasurementError: no layer has run.
+        """
+        return write_events(self.run.layer_records, folder) if self.is_first else None
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out what runs inside: an evaluation that calls layers and not the model."""
+        self._recorder.muted = True
+        try:
+            yield
+        finally:
+            self._recorder.muted = False
 
     def end_step(self) -> None:
         """Say that a training step is over, where no torch optimizer says it."""

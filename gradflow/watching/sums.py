@@ -1,8 +1,8 @@
 """What adds up: the numbers of each layer in one step, over its passes and then over all ranks.
 
 Micro-batches, and the batches of the ranks, count as one batch: squares, counts and inner products
-are added, cosines averaged, maxima taken. So accumulated gradients give the numbers of the batch
-that they stand for.
+are added, cosines averaged over the samples, maxima taken. So accumulated gradients give the
+numbers of the batch that they stand for.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Sums:
     Attributes:
         format: number format of the gradient.
         numel: elements of the tensor; `y_sq` is the sum of their squares, `y_max` the largest |y|.
-        y_cos: sum of the mean cosines of `y_pairs` tensors: those with pairs to compare.
+        y_cos: sum over `y_pairs` samples of the mean cosine, where there are pairs to compare.
         hooked: a gradient would have been seen, if one had come.
         g_numel: elements of the gradients that came, and so on; `small` are below the normal
             numbers of a half-precision format.
@@ -156,13 +156,13 @@ def _gradient_columns(sums: Sums, scale: float) -> Columns:
 def _tap_sums(tap: Tap, tables: Tables) -> Sums:
     pool, row = tap.forward
     square, cosine, largest = tables[pool][row][: len(FORWARD)]
-    pairs = _has_pairs(tap.shape, tokens=True)
+    pairs = _with_pairs(tap.shape, tokens=True)
     return Sums(
         format=tap.format,
         numel=tap.shape.numel(),
         y_sq=square,
         y_max=largest,
-        y_cos=cosine if pairs else 0.0,
+        y_cos=cosine * pairs if pairs else 0.0,
         y_pairs=pairs,
         hooked=tap.hooked,
         **_gradient_sums(tap, tables),
@@ -175,12 +175,12 @@ def _gradient_sums(tap: Tap, tables: Tables) -> dict[str, float]:
     if not rows:
         return {}
     squares, nonzero, nonfinite, cosines, sizes, small = zip(*rows, strict=True)
-    pairs = _has_pairs(tap.shape, tokens=False)
+    pairs = _with_pairs(tap.shape, tokens=False)
     return {
         "g_numel": tap.shape.numel() * len(rows),
         "g_sq": sum(squares),
         "g_max": _largest(sizes),
-        "g_cos": sum(cosines) if pairs else 0.0,
+        "g_cos": sum(cosines) * pairs if pairs else 0.0,
         "g_pairs": len(rows) * pairs,
         "nonzero": sum(nonzero),
         "nonfinite": sum(nonfinite),
@@ -215,6 +215,7 @@ def _headroom(most: float, largest: float) -> float | None:
     return math.log2(most) - math.log2(largest) if largest else None
 
 
-def _has_pairs(shape: Sequence[int], *, tokens: bool) -> int:
-    """1 where there are two vectors to compare, else 0."""
-    return int(len(shape) > 1 and shape[1 if tokens and len(shape) == 3 else 0] > 1)
+def _with_pairs(shape: Sequence[int], *, tokens: bool) -> int:
+    """How many samples have two vectors to compare, each with the other tokens or samples."""
+    has = len(shape) > 1 and shape[1 if tokens and len(shape) == 3 else 0] > 1
+    return shape[0] if has else 0
