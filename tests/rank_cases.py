@@ -188,7 +188,12 @@ def refused(_: int, count: int) -> dict[str, str]:
 
     mesh = init_device_mesh("cpu", (count,))
     columns = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    grid = init_device_mesh("cpu", (1, count), mesh_dim_names=("data", "tensor"))
+    both = parallelize_module(
+        nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), grid["tensor"], {"0": ColwiseParallel()}
+    )
     models = {
+        "both": fully_shard(both, mesh=grid["data"]),
         "tensor parallel": parallelize_module(columns, mesh, {"0": ColwiseParallel()}),
         "fsdp1": FullyShardedDataParallel(nn.Linear(4, 4), device_id=torch.device("cpu")),
     }

@@ -59,6 +59,7 @@ def test_only_the_first_rank_stores_the_run(two: list[dict[str, Any]]) -> None:
 def test_other_ways_of_spreading_a_model_are_refused(two: list[dict[str, Any]]) -> None:
     found = two[0]["refused"]
     assert "tensor parallelism; shard with" in found["tensor parallel"]
+    assert "split twice, as by tensor parallelism; shard with" in found["both"]
     assert "got FullyShardedDataParallel; shard with" in found["fsdp1"]
 
 

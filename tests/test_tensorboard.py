@@ -25,8 +25,9 @@ def row(step: int = 0, **values: Any) -> LayerRecord:
 
 def scalars(folder: Path) -> dict[str, dict[int, float]]:
     """What TensorBoard itself reads: value by step, by tag."""
-    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    found = accumulators.EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     tags = found.Tags()["scalars"]
     return {tag: {event.step: event.value for event in found.Scalars(tag)} for tag in tags}
 
@@ -42,7 +43,9 @@ def trained() -> Flow:
     return flow
 
 
+@pytest.mark.slow  # for what it imports
 def test_every_cell_of_a_training_is_a_scalar(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
     flow = trained()
     assert flow.to_tensorboard(tmp_path / "board") == tmp_path / "board"
     wanted: dict[str, dict[int, float]] = {}
@@ -55,7 +58,9 @@ def test_every_cell_of_a_training_is_a_scalar(tmp_path: Path) -> None:
     assert set(wanted["grad_norm/blocks.2"]) == {0, 2, 4}
 
 
+@pytest.mark.slow
 def test_missing_is_left_out_and_nan_is_not(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
     write_events([row(act_rms=0.0), row(7, act_rms=math.nan, gain=math.inf)], tmp_path)
     found = scalars(tmp_path)
     assert set(found) == {"act_rms/blocks.0", "gain/blocks.0"}
@@ -70,6 +75,7 @@ def test_without_the_extra_it_is_named(tmp_path: Path, monkeypatch: pytest.Monke
         write_events([row()], tmp_path)
 
 
+@pytest.mark.slow
 def test_a_place_that_is_no_folder_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     (tmp_path / "file").write_text("")

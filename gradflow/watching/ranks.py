@@ -149,7 +149,7 @@ def _unknown(model: nn.Module) -> Iterator[str]:
     sharded: list[Any] = [p for p in model.parameters() if is_sharded(p)]
     if sharded and not any(class_of(m) is not type(m) for m in model.modules()):
         yield "DTensor parameters without fully_shard, as of tensor parallelism"
-    if any(any(at.is_shard() for at in p.placements[:-1]) for p in sharded):
+    if not all(at.is_replicate() for p in sharded for at in p.placements[:-1]):
         yield "parameters that are split twice, as by tensor parallelism"
     if len({p.device_mesh for p in sharded}) > 1:
         yield "parameters on several device meshes"
