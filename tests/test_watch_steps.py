@@ -88,6 +88,33 @@ def test_without_clipping_both_are_the_same() -> None:
     assert column(flow, "clipped_param_grad_norm") == column(flow, "param_grad_norm")
 
 
+def test_clipping_in_a_closure_that_the_optimizer_calls_is_seen() -> None:
+    """As Lightning does it."""
+    flows = []
+    for inside in (False, True):
+        model = model_of()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+        def closure(model: nn.Module = model, optimizer: Any = optimizer) -> Tensor:
+            optimizer.zero_grad()
+            loss = model(batch()).square().sum()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            return loss
+
+        with gradflow.watch(model) as flow:
+            for _ in range(2):
+                if inside:
+                    optimizer.step(closure)
+                else:
+                    closure()
+                    optimizer.step()
+        flows.append(flow)
+    assert column(flows[0], "clipped_param_grad_norm") != column(flows[0], "param_grad_norm")
+    pairs = zip(flows[0].run.layer_records, flows[1].run.layer_records, strict=True)
+    assert all(outside == inside for outside, inside in pairs)
+
+
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop])
 def test_the_update_is_the_change_over_the_size_before(kind: Any) -> None:
     model = model_of()

@@ -10,6 +10,7 @@ from itertools import groupby
 from torch import nn
 
 from gradflow.errors import UsageError
+from gradflow.watching.ranks import class_of
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 SHOWN = 12
@@ -31,7 +32,7 @@ class Place:
     @property
     def kind(self) -> str:
         """The class of the module."""
-        return type(self.module).__name__
+        return class_of(self.module).__name__
 
 
 def unit_name(name: str, call: int) -> str:
@@ -133,9 +134,11 @@ def _blocks(module: nn.Module, prefix: str, *, leaves: bool) -> Named:
 def _runs(module: nn.Module, prefix: str) -> list[Named]:
     """Neighbours of one type; a list in which a type repeats is one run whatever is between."""
     children = list(_children(module, prefix))
-    if isinstance(module, nn.ModuleList) and len({type(m) for _, m in children}) < len(children):
+    if isinstance(module, nn.ModuleList) and len({class_of(m) for _, m in children}) < len(
+        children
+    ):
         return [children]
-    return [list(group) for _, group in groupby(children, key=lambda item: type(item[1]))]
+    return [list(group) for _, group in groupby(children, key=lambda item: class_of(item[1]))]
 
 
 def _can_repeat(child: nn.Module, parent: nn.Module, *, leaves: bool) -> bool:
@@ -148,7 +151,7 @@ def _can_repeat(child: nn.Module, parent: nn.Module, *, leaves: bool) -> bool:
 def _run(run: Named, *, leaves: bool) -> Named:
     """The members of a run, or, where they are stages, what is repeated in them."""
     alike = len({_shapes(module) for _, module in run}) == 1
-    if alike and type(run[0][1]) not in CONTAINERS:
+    if alike and class_of(run[0][1]) not in CONTAINERS:
         return run
     inner = [_blocks(module, name, leaves=leaves) for name, module in run]
     if not any(inner):
@@ -168,7 +171,7 @@ def _top(model: nn.Module) -> Named:
         if not child._modules:
             break
         model = child
-    return list(_callable(model, prefix)) or [(type(model).__name__, model)]
+    return list(_callable(model, prefix)) or [(class_of(model).__name__, model)]
 
 
 def _callable(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:

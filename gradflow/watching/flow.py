@@ -14,6 +14,7 @@ import torch
 from rich.console import Console, Group
 from rich.text import Text
 from torch import nn
+from torch.distributed import ProcessGroup
 
 from gradflow.errors import UsageError
 from gradflow.runs import store
@@ -23,11 +24,13 @@ from gradflow.specs.run_options import RunOptions
 from gradflow.watching.discovery import find_layers
 from gradflow.watching.parameters import ParameterWatch, owned_parameters
 from gradflow.watching.passes import Pass
+from gradflow.watching.ranks import ranks_of, sharded_again, unwrapped
 from gradflow.watching.recorder import Recorder
 from gradflow.watching.results import Watched, of_step, to_run, verdict_step
 from gradflow.watching.steps import Steps, followed_scaler, scale_of
-from gradflow.watching.tally import Tally, put_together, tap_columns, to_host, unscaled
+from gradflow.watching.tally import Tally, seen, tally, to_host
 from gradflow.watching.taps import installed
+from gradflow.watching.tensorboard import write_events
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -42,9 +45,9 @@ class Flow:
 
     def __init__(self, watched: Watched, every: int, options: RunOptions, scaler: Any) -> None:
         self._watched, self._every, self._options = watched, every, options
-        self._scaler = scaler
+        self._scaler, self._ranks = scaler, watched.ranks
         self._recorder = Recorder(watched.places)
-        self._parameters = ParameterWatch(watched.owned)
+        self._parameters = ParameterWatch(watched.owned, watched.ranks)
         self._tallies: list[Tally] = []
         self._run: Run | None = None
         self._step = 0
@@ -62,6 +65,8 @@ class Flow:
                 "start_utc": self._started.isoformat(timespec="seconds"),
                 "duration_s": perf_counter() - self._begin,
             }
+            if self._ranks:
+                found["ranks"] = self._ranks.count
             self._run = to_run(self._watched, self._tallies, self._options, found)
         return self._run
 
@@ -75,56 +80,79 @@ class Flow:
         """`params.csv`: one row per step and parameter tensor."""
         return self.run.params
 
+    @property
+    def is_first(self) -> bool:
+        """Whether this process speaks for all that share the model."""
+        return self._ranks is None or self._ranks.is_first
+
     def table(self, console: Console | None = None) -> None:
-        """Print the table, the profile and the verdict of one step, as `gradflow run` does."""
+        """Print the table, the profile and the verdict of one step, as `gradflow run` does.
+
+        Where ranks share the model, the first prints.
+        """
+        if not self.is_first:
+            return
         run = self.run
         step, _ = verdict_step(run.spec, run.layer_records, run.options)
         heading = Text(f"step {step} of {len(self._tallies)} watched", style="dim")
         notes = (Text(line, style="yellow") for line in run.warnings)
         (console or Console()).print(Group(heading, run_view(of_step(run, step)), *notes))
 
-    def save(self, out: Path | str = "results") -> Path:
+    def save(self, out: Path | str = "results") -> Path | None:
         """Store the run in a new folder in `out`; returns the folder.
+
+        Where ranks share the model, all have the same numbers, and the first stores them; the
+        others do nothing and return None.
 
         Raises:
             UsageError: `out` cannot be written to.
             MeasurementError: the disk is full, or failed; nothing half-written remains.
         """
-        path = store.save(self.run, out).path
-        assert path is not None
-        return path
+        return store.save(self.run, out).path if self.is_first else None
+
+    def to_tensorboard(self, folder: Path | str) -> Path | None:
+        """Write every column of `layers` as scalars `column/unit` by step; returns the folder.
+
+        Where ranks share the model, the first writes; the others do nothing and return None.
+
+        Raises:
+            UsageError: the extra `tensorboard` is not installed, or nothing can be written there.
+            MeasurementError: no layer has run.
+        """
+        return write_events(self.run.layer_records, folder) if self.is_first else None
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out what runs inside: an evaluation that calls layers and not the model."""
+        self._recorder.muted = True
+        try:
+            yield
+        finally:
+            self._recorder.muted = False
 
     def end_step(self) -> None:
         """Say that a training step is over, where no torch optimizer says it."""
         if not self._recorder.ran:
             return
         passes = self._recorder.close()
-        if self._recorder.active and passes:
-            self._tallies.append(self._tally(passes))
+        if self._recorder.active and (passes or self._ranks):
+            self._tallies += self._tally(passes)
             self._run = None
         self._recorder.release()
         self._parameters.reset()
         self._step += 1
         self._recorder.active = self._parameters.active = self._step % self._every == 0
 
-    def _tally(self, passes: Sequence[Pass]) -> Tally:
-        """The only place that waits for the device."""
+    def _tally(self, passes: Sequence[Pass]) -> list[Tally]:
+        """The step, unless no layer has run; the only place that waits for device and ranks."""
         pools = list(self._recorder.pools.values())
         own = self._parameters.read()
         tables, others = to_host(pools, [*own, *scale_of(self._scaler)])
         scale = float(others[-1][0]) if len(others) > len(own) else 1.0
-        params = self._parameters.in_order(others[: len(own)])
-        inputs = [one.calls[0].x for one in passes]
-        stream = passes[0].calls[0].stream
-        return Tally(
-            step=self._step,
-            input=tap_columns([x for x in inputs if x is not None], tables, scale),
-            layers=put_together(passes, tables, scale),
-            params=unscaled(params, scale),
-            shape=tuple(stream.shape),
-            dtype=str(stream.dtype).removeprefix("torch."),
-            device=stream.device,
-        )
+        params = self._parameters.whole(self._parameters.in_order(others[: len(own)]))
+        mine = seen(passes, tables)
+        parts = self._ranks.gather(mine) if self._ranks else [mine]
+        return tally(self._step, parts, params, scale)
 
     @contextmanager
     def _attached(self, optimizer: torch.optim.Optimizer | None) -> Iterator[None]:
@@ -160,6 +188,7 @@ def watch(
     optimizer: torch.optim.Optimizer | None = None,
     scaler: Any = None,
     options: RunOptions | None = None,
+    group: ProcessGroup | None = None,
 ) -> Iterator[Flow]:
     """Watch the gradient flow of a model while it runs; the model is left as it was.
 
@@ -169,6 +198,13 @@ def watch(
     gradient's energy that the shortcut hands on, as far as f's own part is orthogonal to it.
     Both take all uses of x together, and are empty where x and y differ in shape.
 
+    Under DDP and FSDP2 every rank watches, and all get the numbers of the whole batch; a measured
+    step costs an exchange of some 20 numbers a layer. The loss of the whole batch is the mean of
+    the ranks' losses, as averaged gradients have it: the gradient of an activation is that of its
+    rank's loss, divided by the number of ranks; `headroom_log2` and `underflow_fraction` look at it
+    undivided, as its format holds it. Cosines are averaged over the ranks; those between samples do
+    not reach from one rank to another.
+
     Args:
         model: any module; a compiled one is compiled again, on entry and on exit.
         layers: patterns of module names, `blocks.*` for example; None finds the repeated blocks.
@@ -176,22 +212,25 @@ def watch(
         optimizer: whose steps count; None is any that holds a parameter of the model.
         scaler: the `GradScaler` in use; gradients are divided by its scale.
         options: thresholds of the verdict.
+        group: the processes of a DDP model whose inner module is watched; found where the model is
+            the wrapped one.
 
     Yields:
         The flow, which has the results.
 
     Raises:
-        UsageError: a pattern fits no module, or `every` is no whole number from 1 up.
+        UsageError: a pattern fits no module, `every` is no whole number from 1 up, or parameters
+            are spread over processes in another way than by DDP or FSDP2.
     """
     if not isinstance(every, int) or every < 1:
         raise UsageError("every= is a whole number of at least 1", every, "use every=1")
-    inner = getattr(model, "_orig_mod", model)
-    if inner is not model or _is_compiled(model):
+    sharded_again(model)
+    ranks, inner = ranks_of(model, group), unwrapped(model)
+    if _is_compiled(model):
         torch.compiler.reset()  # graphs that exist do not see hooks that come later
-    model = inner
     patterns = [layers] if isinstance(layers, str) else layers
-    places = find_layers(model, patterns)
-    watched = Watched(model, places, owned_parameters(places))
+    places = find_layers(inner, patterns)
+    watched = Watched(inner, places, owned_parameters(places), ranks)
     # One state of one model, measured as its number format delivers it.
     options = replace(options or RunOptions(), seeds=1, timing=False, raw_range=True)
     flow = Flow(watched, every, options, scaler)
@@ -201,4 +240,7 @@ def watch(
 
 
 def _is_compiled(model: nn.Module) -> bool:
-    return any(module._compiled_call_impl is not None for module in model.modules())
+    return any(
+        module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
+        for module in model.modules()
+    )

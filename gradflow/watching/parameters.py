@@ -3,24 +3,31 @@
 A gradient is measured when backward has written it (after every micro-batch, so the last one
 counts), and again when the optimizer is about to use it if it has been changed since, as clipping
 and unscaling do. Changes through `.data` or a view of another tensor are not seen.
+
+Where ranks share the model, gradients are measured once backward has averaged them, and the norms
+of shards are put together to those of whole parameters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd import Variable
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from gradflow.stats import count_nonfinite, norm
 from gradflow.watching.discovery import Place
+from gradflow.watching.ranks import Ranks, copies, is_sharded, local
 
 COLUMNS = ("norm", "grad", "nonfinite", "used", "update")
+# Of these powers of a shard's numbers the sum is that of the whole parameter.
+POWERS = np.array([1 if name == "nonfinite" else 2 for name in COLUMNS])
 MISSING = -1.0
 # Below so many elements a call costs more than what it computes.
 SMALL = 1 << 13
@@ -45,8 +52,8 @@ class Seen:
     version: int
 
     def still(self, grad: Tensor) -> bool:
-        """Whether the gradient has been neither replaced nor written to."""
-        return (self.identity, self.version) == (id(grad), grad._version)
+        """Whether the gradient has been neither replaced nor written to; DTensors do not say."""
+        return not is_sharded(grad) and (self.identity, self.version) == (id(grad), grad._version)
 
 
 def owned_parameters(places: Sequence[Place]) -> list[Owned]:
@@ -75,11 +82,12 @@ class ParameterWatch:
 
     Attributes:
         owned: the parameters.
+        ranks: the processes that share the model, if there are several.
         active: whether this step is measured.
     """
 
-    def __init__(self, owned: Sequence[Owned]) -> None:
-        self.owned = owned
+    def __init__(self, owned: Sequence[Owned], ranks: Ranks | None = None) -> None:
+        self.owned, self.ranks = owned, ranks
         self.active = True
         self._parameters: list[Tensor] = [one.parameter for one in owned]
         self._copies: list[Tensor] = []
@@ -87,6 +95,7 @@ class ParameterWatch:
 
     def reset(self) -> None:
         """A new step begins."""
+        self._waits = self._arrived = False
         self._grads: dict[int, Seen] = {}
         self._used: dict[int, Tensor] = {}
         self._weights: list[Tensor] = []
@@ -96,12 +105,27 @@ class ParameterWatch:
         """Hooks that see each gradient once it has been written."""
         for i, parameter in enumerate(self._parameters):
             if parameter.requires_grad:
-                hook = partial(self._accumulated, i)
+                hook = partial(self._accumulated, i) if self.ranks is None else self._wait
                 yield parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 
     def _accumulated(self, i: int, parameter: Tensor) -> None:
         if self.active and parameter.grad is not None:
+            self._arrived = True
             with torch.no_grad():
+                self._see(i, parameter.grad)
+
+    def _wait(self, _: Tensor) -> None:
+        """Measure all gradients when backward ends: they are not averaged yet."""
+        if self.active and not self._waits:
+            self._waits = self._arrived = True
+            # A callback of a callback comes after those by which DDP and FSDP2 finish.
+            at_end_of_backward(lambda: at_end_of_backward(self._written))
+
+    @torch.no_grad()
+    def _written(self) -> None:
+        self._waits = False
+        for i, parameter in enumerate(self._parameters):
+            if self.active and parameter.grad is not None:
                 self._see(i, parameter.grad)
 
     def _see(self, i: int, grad: Tensor) -> None:
@@ -114,9 +138,26 @@ class ParameterWatch:
         """The optimizer is about to step: gradients as it uses them, and the weights."""
         if not self.active:
             return
-        self._copies = self._copies or [torch.empty_like(p) for p in self._parameters]
-        torch._foreach_copy_(self._copies, self._parameters)
+        parameters = self._local()
+        self._copies = self._copies or [torch.empty_like(p) for p in parameters]
+        torch._foreach_copy_(self._copies, parameters)
         self._weights = norms(self._copies)
+        self._use()
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """The optimizer has stepped."""
+        if not self.active:
+            return
+        if self._arrived:
+            self._use()  # the optimizer has called a closure, which clips on its own
+        if self._weights:
+            torch._foreach_sub_(self._copies, self._local())
+            self._updates = norms(self._copies)
+
+    def _use(self) -> None:
+        """Gradients as the optimizer uses them, where they have changed since they came."""
+        self._arrived = False
         for i, parameter in enumerate(self._parameters):
             grad, seen = parameter.grad, self._grads.get(i)
             if grad is not None and seen is None:
@@ -125,16 +166,9 @@ class ParameterWatch:
                 self._used[i] = norm(_values(grad))
 
     @torch.no_grad()
-    def after_step(self) -> None:
-        """The optimizer has stepped."""
-        if self.active and self._weights:
-            torch._foreach_sub_(self._copies, self._parameters)
-            self._updates = norms(self._copies)
-
-    @torch.no_grad()
     def read(self) -> list[Tensor]:
         """For each device a tensor (parameters there, `COLUMNS`); not seen is `MISSING`."""
-        self._weights = self._weights or norms(self._parameters)
+        self._weights = self._weights or norms(self._local())
         return [self._table(device, places) for device, places in self._by_device().items()]
 
     def _table(self, device: torch.device, places: Sequence[int]) -> Tensor:
@@ -161,11 +195,34 @@ class ParameterWatch:
             found[places] = table
         return found
 
+    def whole(self, shards: np.ndarray) -> np.ndarray:
+        """Rows of `COLUMNS` of whole parameters, from those of the shards on this rank.
+
+        Squares and counts are added over the ranks, those of a shard that several ranks have only
+        once. What no rank has seen is missing.
+        """
+        if self.ranks is None or not any(map(is_sharded, self._parameters)):
+            return shards
+        held = np.array([[copies(p, self.ranks.count)] for p in self._parameters])
+        there = shards != MISSING
+        powers = np.where(there, shards, 0.0) ** POWERS
+        total, present = self.ranks.add(np.stack([powers / held, there]))
+        counts = [name == "nonfinite" for name in COLUMNS]
+        return np.where(present > 0, np.where(counts, np.rint(total), np.sqrt(total)), MISSING)
+
+    def _local(self) -> list[Tensor]:
+        return [local(parameter) for parameter in self._parameters]
+
     def _by_device(self) -> dict[torch.device, list[int]]:
         places: dict[torch.device, list[int]] = {}
         for i, parameter in enumerate(self._parameters):
             places.setdefault(parameter.device, []).append(i)
         return places
+
+
+def at_end_of_backward(call: Callable[[], None]) -> None:
+    """Call once the backward that is running has written all gradients."""
+    Variable._execution_engine.queue_callback(call)
 
 
 def norms(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -185,7 +242,7 @@ def norms(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def _values(x: Tensor) -> Tensor:
     """All numbers of a parameter or gradient as real ones; of a sparse one those it stores."""
-    x = x.detach()
+    x = local(x).detach()
     if x.is_sparse:
         x = x.coalesce().values()
     return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x

@@ -29,6 +29,7 @@ class Recorder:
         passes: of this step, oldest first.
         active: whether this step is measured.
         paused: the model runs without gradients, as in an evaluation.
+        muted: what runs is left out.
         ran: a layer has been called since the step began, measured or not.
     """
 
@@ -37,7 +38,7 @@ class Recorder:
         self.pools: dict[torch.device, Pool] = {}
         self.passes: list[Pass] = []
         self.active = True
-        self.paused = False
+        self.paused = self.muted = False
         self.ran = False
 
     def begin(self) -> None:
@@ -59,7 +60,7 @@ class Recorder:
 
     def watches(self) -> bool:
         """Whether a call is to be measured; a call of a layer also says that a step has begun."""
-        if self.paused or in_backward():
+        if self.paused or self.muted or in_backward():
             return False
         self.ran = True
         return self.active

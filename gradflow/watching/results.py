@@ -24,7 +24,9 @@ from gradflow.specs.model_spec import ModelSpec, Spec
 from gradflow.specs.run_options import RunOptions
 from gradflow.watching.discovery import Place, unit_name
 from gradflow.watching.parameters import MISSING, Owned
-from gradflow.watching.tally import Columns, Key, Tally, in_order
+from gradflow.watching.ranks import Ranks, class_of
+from gradflow.watching.sums import Columns
+from gradflow.watching.tally import Key, Tally, in_order
 
 # Columns without a default, where nothing has been measured.
 EMPTY: Columns = dict.fromkeys(("act_rms", "act_max_abs", "grad_norm", "log10_grad_norm"))
@@ -43,11 +45,12 @@ class Numbers:
 
 @dataclass(frozen=True)
 class Watched:
-    """What was watched: the model, its layers and their parameters."""
+    """What was watched: the model, its layers, their parameters, and the ranks that share it."""
 
     model: nn.Module
     places: Sequence[Place]
     owned: Sequence[Owned]
+    ranks: Ranks | None = None
 
     @cached_property
     def spans(self) -> dict[int, tuple[int, int]]:
@@ -130,7 +133,7 @@ def verdict_step(
 def _spec(watched: Watched, order: Sequence[Key], tally: Tally) -> ModelSpec:
     modules = [watched.places[place] for place, _ in order]
     return ModelSpec(
-        model=type(watched.model).__name__,
+        model=class_of(watched.model).__name__,
         units=" ".join(map(watched.unit, order)),
         kinds=" ".join(place.kind for place in modules),
         shape="x".join(map(str, tally.shape)),

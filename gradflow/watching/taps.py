@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from gradflow.watching.passes import Call, Pass, Tap
+from gradflow.watching.ranks import class_of
 from gradflow.watching.recorder import Recorder, in_backward
 from gradflow.watching.streams import exchanged, stream_of
 
@@ -158,7 +159,9 @@ def _on_layer(
         shape = None if x is None else x.shape
         return _traced(output, watcher, place, entering=False, shape=shape)
 
-    yield layer.register_forward_pre_hook(before, with_kwargs=True)
+    # `fully_shard` exchanges what the layer is given: see it before.
+    prepend = class_of(layer) is not type(layer)
+    yield layer.register_forward_pre_hook(before, with_kwargs=True, prepend=prepend)
     yield layer.register_forward_hook(after)
 
 
