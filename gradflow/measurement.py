@@ -13,6 +13,7 @@ from time import perf_counter
 import torch
 
 from gradflow.engine import compiled
+from gradflow.engine.ahead import ahead_on
 from gradflow.engine.collect import Tables
 from gradflow.engine.compiled import use
 from gradflow.engine.environment import describe, resolve_device
@@ -136,7 +137,9 @@ def build_network(
 ) -> Network:
     """One seed of a stack: resident on the device, or built as the plan says."""
     if plan and plan.rebuild:
-        blocks: Sequence[Block] = RebuiltBlocks(spec, seed, device, plan.alive, join)
+        blocks: Sequence[Block] = RebuiltBlocks(
+            spec, seed, device, plan.alive, join=join, ahead=ahead_on(device)
+        )
     else:
         blocks = [use(join, block) for block in build_stack(spec, seed, device)]
     return Network(blocks, input_batch(spec, seed, device), build_loss(spec, seed, device))

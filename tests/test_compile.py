@@ -60,7 +60,7 @@ def resident(spec: StackSpec, join: Compiled) -> Network:
 
 
 def rebuilt(spec: StackSpec, join: Compiled, alive: int = 1) -> Network:
-    return replace(network(spec), blocks=RebuiltBlocks(spec, 0, CPU, alive, join))
+    return replace(network(spec), blocks=RebuiltBlocks(spec, 0, CPU, alive, join=join))
 
 
 def graphs() -> int:

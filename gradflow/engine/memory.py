@@ -73,6 +73,7 @@ def footprint(spec: StackSpec, seed: int, device: torch.device) -> Footprint:
         graph=int((sum(kept) / len(kept) if spec.has_streams else max(kept)) * scale),
         stream=int(streams * math.prod(stream_shape(spec)) * itemsize),
         rows=_ROW * spec.units_per_block,
+        ahead=int(device.type == "cuda"),
     )
 
 

@@ -30,6 +30,7 @@ class Footprint:
         graph: what autograd keeps of a layer.
         stream: y between two layers.
         rows: what stays of a layer until its row is written.
+        ahead: layers that are drawn before they are asked for, where they are rebuilt.
     """
 
     parameters: int
@@ -37,6 +38,7 @@ class Footprint:
     graph: int
     stream: int
     rows: int
+    ahead: int = 0
 
     @property
     def working(self) -> int:
@@ -163,7 +165,7 @@ def _sized(plan: Plan, size: Footprint) -> Plan:
 
 
 def _needed(plan: Plan, size: Footprint) -> int:
-    layers = plan.alive if plan.rebuild else plan.depth
+    layers = plan.alive + size.ahead if plan.rebuild else plan.depth
     kept = layers * (size.parameters + size.objects) + plan.alive * size.graph
     kept += plan.streams * size.stream + size.working
     return int(MARGIN * kept) + plan.depth * size.rows

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import overload
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, overload
 
 import torch
 
+from gradflow.engine.ahead import Ahead
 from gradflow.engine.compiled import use
 from gradflow.networks.residual import Compiled
 from gradflow.networks.stack import Block, build_block, layer_kind, redraw
@@ -16,11 +19,21 @@ from gradflow.specs.spec import StackSpec
 MOST_KINDS = 8
 
 
+@dataclass(frozen=True)
+class _Drawn:
+    """A layer that was drawn before it was asked for, and what to wait for."""
+
+    layer: int
+    block: Block
+    done: Any
+
+
 class RebuiltBlocks(Sequence[Block]):
     """The layers of a stack, of which `alive` neighbours can be used at a time.
 
     A layer is played by a module that played another of its kind before: one draw gives it its
-    weights, and nothing else is made.
+    weights, and nothing else is made. Where work can be done ahead, the layer that is likely to
+    come next is drawn into a module of its own while this one computes.
 
     Args:
         spec: as for `build_block`, like the next two.
@@ -28,6 +41,7 @@ class RebuiltBlocks(Sequence[Block]):
         device: where they lie.
         alive: of how many neighbours the weights must hold together.
         join: compiled, in the place of the units' own; None if they are not compiled.
+        ahead: draws the next layer; None if each is drawn when it is asked for.
     """
 
     def __init__(
@@ -36,11 +50,18 @@ class RebuiltBlocks(Sequence[Block]):
         seed: int,
         device: torch.device,
         alive: int = 1,
+        *,
         join: Compiled | None = None,
+        ahead: Ahead | None = None,
     ) -> None:
         self._spec, self._seed, self._device = spec, seed, device
         self._alive, self._join = alive, join
+        # Profiles are passes of their own, which belong into the stream of the others.
+        self._ahead = None if spec.scheme and spec.recipe.profiled else ahead
+        self._places = alive + (self._ahead is not None)
         self._modules: dict[Hashable, dict[int, Block]] = {}
+        self._last = 0
+        self._next: _Drawn | None = None
 
     def __len__(self) -> int:
         return self._spec.depth
@@ -60,12 +81,39 @@ class RebuiltBlocks(Sequence[Block]):
         return self._played(layers)
 
     def _played(self, layer: int) -> Block:
-        modules, place = self._of_kind(layer_kind(self._spec, layer)), layer % self._alive
+        block = self._taken(layer) or self._drawn(layer)
+        self._look_ahead(layer)
+        self._last = layer
+        return block
+
+    def _taken(self, layer: int) -> Block | None:
+        """What was drawn ahead, if it is this layer; another is waited for and passed over."""
+        drawn, self._next = self._next, None
+        if drawn is None or self._ahead is None:
+            return None
+        self._ahead.wait(drawn.done)
+        return drawn.block if drawn.layer == layer else None
+
+    def _drawn(self, layer: int) -> Block:
+        modules, place = self._of_kind(layer_kind(self._spec, layer)), layer % self._places
         if place in modules:
             redraw(modules[place], self._spec, self._seed, layer, self._device)
         else:
             modules[place] = self._built(layer)
+            if self._ahead:
+                self._ahead.owns(modules[place].parameters())
         return modules[place]
+
+    def _look_ahead(self, layer: int) -> None:
+        """Begin to draw the next layer: above, or below where the pass goes down."""
+        step = -1 if self._alive == 1 and layer == self._last - 1 else 1
+        if self._ahead is None or not 1 <= layer + step <= len(self):
+            return
+        modules = self._modules.get(layer_kind(self._spec, layer + step), {})
+        block = modules.get((layer + step) % self._places)
+        if block is not None:
+            draw = partial(redraw, block, self._spec, self._seed, layer + step, self._device)
+            self._next = _Drawn(layer + step, block, self._ahead.start(draw))
 
     def _built(self, layer: int) -> Block:
         return use(self._join, build_block(self._spec, self._seed, layer, self._device))

@@ -155,9 +155,16 @@ def _stack(values: list[Tensor | float], device: torch.device) -> Tensor:
     tensors = [value for value in values if isinstance(value, Tensor)]
     if tensors and len(tensors) == len(values):
         return torch.stack(tensors).double()
-    if not tensors:
-        return torch.tensor(values, dtype=torch.float64, device=device)
-    return torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device) for v in values])
+    if not tensors and device.type == "cpu":
+        return torch.tensor(values, dtype=torch.float64)
+    return torch.stack([_wide(value, device) for value in values])
+
+
+def _wide(value: Tensor | float, device: torch.device) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.double()
+    # Filled where it is: a copy from the host would wait for the device.
+    return torch.full((), value, dtype=torch.float64, device=device)
 
 
 def _columns(host: Numbers, count: Counts, plain: Tensor) -> dict[str, list[float | None]]:

@@ -17,7 +17,7 @@ import torch.nn.functional as F  # noqa: N812 (torch's own convention)
 from torch import Tensor
 
 from gradflow.networks.blocks import PHI, Attention, Branch, Linear, MakeBranch
-from gradflow.networks.norms import ConstantStart
+from gradflow.networks.norms import HALF, ConstantStart
 from gradflow.networks.residual import Unit
 from gradflow.specs.spec import StackSpec
 from gradflow.wiring import Wiring
@@ -26,8 +26,9 @@ ALPHA = 0.05  # eigen learning rate of both kinds of unit at the start
 
 
 def unit_norm(x: Tensor, dim: int = -1) -> Tensor:
-    """x / |x|_2."""
-    return x / torch.linalg.vector_norm(x, dim=dim, keepdim=True)
+    """x / |x|_2; in half precision the norm is float32, for its rounding would scale all of x."""
+    wide = torch.float32 if x.dtype in HALF else None
+    return (x / torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=wide)).to(x.dtype)
 
 
 class StoredScale(ConstantStart):

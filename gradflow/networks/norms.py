@@ -87,8 +87,28 @@ class Pointwise(ConstantStart):
 Normalise = Callable[[Tensor, Tensor, Tensor | None, float], Tensor]
 
 
+HALF = (torch.bfloat16, torch.float16)
+
+
+def _is_narrow(x: Tensor) -> bool:
+    """Whether torch would add up in half precision: on CPU, unless the affine map is float32.
+
+    There statistics of batchnorm, and the gradients of the affine maps, would be off by percents.
+    """
+    return x.dtype in HALF and x.device.type == "cpu"
+
+
+def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The affine map, in float32 where that makes all sums float32."""
+    if _is_narrow(x):
+        return weight.float(), None if bias is None else bias.float()
+    return weight, bias
+
+
 def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    # Its gradient of the affine map takes the format of x for the sum.
+    wide = x.float() if _is_narrow(x) else x
+    return F.layer_norm(wide, x.shape[-1:], *_affine(x, weight, bias), eps).to(x.dtype)
 
 
 def _rms_norm(x: Tensor, weight: Tensor, _: Tensor | None, eps: float) -> Tensor:
@@ -96,7 +116,7 @@ def _rms_norm(x: Tensor, weight: Tensor, _: Tensor | None, eps: float) -> Tensor
 
 
 def _batch_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    return F.batch_norm(x, None, None, weight, bias, training=True, eps=eps)
+    return F.batch_norm(x, None, None, *_affine(x, weight, bias), training=True, eps=eps)
 
 
 def _token_batch_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
@@ -104,7 +124,7 @@ def _token_batch_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float
 
 
 def _group_norm(groups: int) -> Normalise:
-    return lambda x, weight, bias, eps: F.group_norm(x, groups, weight, bias, eps)
+    return lambda x, weight, bias, eps: F.group_norm(x, groups, *_affine(x, weight, bias), eps)
 
 
 NORMALISE: dict[tuple[str, str], Normalise] = {
