@@ -125,6 +125,28 @@ def test_a_deep_stack_has_the_graphs_of_a_shallow_one(
         assert graphs() == CASES[name][1]
 
 
+def test_a_stack_is_compiled_for_its_own_sizes_whatever_was_compiled_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    symbols: list[object] = []
+
+    def look(graph: torch.fx.GraphModule, inputs: Sequence[object]) -> torch.fx.GraphModule:
+        symbols.extend(part for part in inputs if isinstance(part, torch.SymInt))
+        return graph
+
+    monkeypatch.setattr(compiled, "BACKEND", look)
+    for batch_size in (2, 3, 5):
+        spec = small("mlp", batch_size=batch_size)
+        records(spec, resident(spec, compiled_join()))
+    assert graphs() == 3
+    assert symbols == []
+    join = compiled_join()
+    for batch_size in (2, 3):  # the negative control: one function for both
+        spec = small("mlp", batch_size=batch_size)
+        records(spec, resident(spec, join))
+    assert symbols
+
+
 def close(mine: Records, eager: Records, rel: float) -> None:
     """Every number, but those of memory and of a graph's kind."""
     for found, wanted in zip(mine, eager, strict=True):
