@@ -65,6 +65,7 @@ TWO_VALUES: dict[str, list[Any]] = {
     "repeats": [3, 5],
     "time_budget": [0.5, 1.0],
     "raw_range": [True, False],
+    "compile": [True, False],
     "keep": ["graph", "sqrt"],
     "rebuild": [True, False],
     "memory_limit": ["1GiB", "2GiB"],
