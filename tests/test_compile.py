@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -156,13 +157,20 @@ def close(mine: Records, eager: Records, rel: float) -> None:
                 assert x == (pytest.approx(y, rel=rel, abs=rel) if isinstance(y, float) else y)
 
 
-@pytest.mark.parametrize(("dtype", "rel"), [("float32", 1e-5), ("float64", 1e-10)])
-@pytest.mark.parametrize("name", NAMES)
-def test_the_numbers_are_the_eager_ones(name: str, dtype: str, rel: float) -> None:
+QUICK = (("transformer", "float32"), ("mlp", "float64"))
+CLOSE = {"float32": 1e-5, "float64": 1e-10}
+NUMBERS = [
+    pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
+    for case in product(CASES, CLOSE)
+]
+
+
+@pytest.mark.parametrize(("name", "dtype"), NUMBERS)
+def test_the_numbers_are_the_eager_ones(name: str, dtype: str) -> None:
     spec = replace(CASES[name][0], dtype=dtype)
     eager, join = records(spec, network(spec)), compiled_join()
     found = records(spec, resident(spec, join))
-    close(found, eager, rel)
+    close(found, eager, CLOSE[dtype])
     assert records(spec, rebuilt(spec, join), (1,)) == found
 
 
