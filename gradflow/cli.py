@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import signal
@@ -21,7 +22,7 @@ from gradflow.commands.compare import compare
 from gradflow.commands.report import report
 from gradflow.commands.run import run
 from gradflow.commands.schemes import schemes
-from gradflow.errors import EXIT_INTERRUPTED, EXIT_OK, GradflowError
+from gradflow.errors import EXIT_INTERRUPTED, EXIT_OK, GradflowError, MeasurementError
 from gradflow.specs.fields import check_choice
 
 
@@ -62,6 +63,7 @@ class HelpByPanel(TyperCommand):
 _interrupted = threading.Event()
 # Objects that are made between two garbage collections; Python's own number is 700.
 COLLECT_EVERY = 100_000
+STREAM_ERRORS = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF)
 
 
 def main() -> None:
@@ -78,8 +80,11 @@ def main() -> None:
 
 def _leave(code: int) -> NoReturn:
     """End the process at once: taking the interpreter and torch apart takes half a second."""
-    with suppress(OSError):  # the reader went away
+    try:
         sys.stdout.flush()
+    except OSError as error:
+        code = code or _unwritable(error)
+    with suppress(OSError):
         sys.stderr.flush()
     os._exit(code)
 
@@ -114,13 +119,31 @@ def _run(argv: list[str]) -> int:
     except typer.TyperException as error:
         _complain(f"{error.format_message().rstrip('.')}; see --help")
         return error.exit_code
+    except OSError as error:
+        # Files have names, and are taken care of where they are written: this is a stream.
+        if error.filename is not None or error.errno not in STREAM_ERRORS:
+            raise
+        return _unwritable(error)
     except (KeyboardInterrupt, typer.Abort):
         _complain("interrupted; nothing half-written remains")
         return EXIT_INTERRUPTED
-    except (BrokenPipeError, SystemExit):  # typer and Rich exit where a pipe is broken
-        # The reader of stdout went away, which is its right; what is left goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except SystemExit:  # typer and Rich exit where a pipe is broken
+        return _unread()
+
+
+def _unread() -> int:
+    """The reader of stdout went away, which is its right; what is left goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return EXIT_OK
+
+
+def _unwritable(error: OSError) -> int:
+    """Stdout cannot be written, or its reader went away."""
+    _unread()
+    if isinstance(error, BrokenPipeError):
         return EXIT_OK
+    _complain(f"stdout could not be written: {error.strerror or error}; free some space")
+    return MeasurementError.exit_code
 
 
 def _complain(message: str) -> None:

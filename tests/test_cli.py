@@ -295,3 +295,23 @@ def test_every_command_is_there() -> None:
     names = [command.callback.__name__ for command in app.registered_commands if command.callback]
     assert names[0] == "run"
     assert measurement.measure is gradflow.measure
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [["schemes"], ["--help"], ["--version"]])
+def test_a_full_disk_behind_stdout_is_one_line(words: list[str]) -> None:
+    """In a process of its own: only there stdout is a file."""
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "gradflow", *words], stdout=full, stderr=subprocess.PIPE
+        )
+    assert done.returncode == 3
+    (line,) = done.stderr.decode().splitlines()
+    assert line.startswith("gradflow: stdout could not be written: No space left")
+
+
+@pytest.mark.parametrize("command", ["run", "compare", "check"])
+@pytest.mark.parametrize("short", ["--plain", "--residual"])
+def test_the_shortcut_is_said_once(cli: CommandLine, command: str, short: str) -> None:
+    done = cli(command, short, "--shortcut", "plain")
+    assert (done.code, short in done.complaint) == (2, True)

@@ -107,7 +107,7 @@ def test_counting_leaves_nothing_behind() -> None:
     assert {p.grad for block in made.blocks for p in block.parameters()} == {None}
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # a process of its own
 def test_counting_does_not_import_the_compiler() -> None:
     code = (
         "import sys, torch\n"

@@ -51,7 +51,7 @@ def check(
     """Hold runs against bounds or a baseline; with options instead of runs: measure, then judge."""
     from gradflow.judging.gate import Bounds, load_baseline
 
-    given |= shortcut(residual, plain)
+    given |= shortcut(given, residual, plain)
     if bool(runs) == bool(given):
         # With neither, an empty glob in a script would pass as a check of the default stack.
         rule = "runs are either given as folders or made from options"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -27,18 +27,31 @@ Targets = dict[str, str | None]
 Progress = Callable[[str, int, int], None]
 
 
-def shortcut(residual: bool, plain: bool) -> dict[str, str]:
+def shortcut(given: Mapping[str, Any], residual: bool, plain: bool) -> dict[str, str]:
     """The field that `--residual` or `--plain` stands for.
 
     Raises:
-        UsageError: both are given.
+        UsageError: both are given, or one of them beside `--shortcut`.
     """
+    check_shortcut(given, residual, plain)
     if residual and plain:
         rule = "a unit has a shortcut or has none"
         raise UsageError(rule, "--residual --plain", "give one of the two")
     if residual or plain:
         return {"shortcut": "residual" if residual else "plain"}
     return {}
+
+
+def check_shortcut(given: Mapping[str, Any], residual: bool, plain: bool) -> None:
+    """Refuse two ways to say what the shortcut is.
+
+    Raises:
+        UsageError: `--residual` or `--plain` beside `--shortcut`.
+    """
+    if "shortcut" in given and (residual or plain):
+        short = "--residual" if residual else "--plain"
+        rule = f"{short} is short for --shortcut {short[2:]}"
+        raise UsageError(rule, f"{short} and --shortcut", "give one of the two")
 
 
 def check_target(target: str | None, option: str = "--json") -> None:

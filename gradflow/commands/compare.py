@@ -16,6 +16,7 @@ from gradflow.commands.common import (
     Quiet,
     Residual,
     Targets,
+    check_shortcut,
     check_target,
     progress_bar,
     say,
@@ -34,9 +35,6 @@ if TYPE_CHECKING:
     from gradflow.judging.comparison import Comparison
     from gradflow.runs.records import Run
     from gradflow.sweeps.sweep import Sweep
-
-# Cells take turns, so drift hits all alike and fewer repeats will do.
-REPEATS = 3
 
 Fresh = Annotated[bool, typer.Option("--fresh", help="measure anew what is stored already")]
 Reference = Annotated[
@@ -81,6 +79,7 @@ def compare(
     quiet: Quiet = False,
 ) -> None:
     """Compare designs side by side: options take lists, joined by commas. Bare: the seed grid."""
+    check_shortcut(given, residual, plain)
     if residual or plain:
         given["shortcut"] = ["residual"] * residual + ["plain"] * plain
     targets = {"csv": csv, "markdown": markdown, "json": json}
@@ -132,7 +131,7 @@ def make_grid(given: dict[str, Any]) -> Grid:
         UsageError: a bad value, or no cell at all.
     """
     designs = [name for name in given if name in STACK_FIELDS or name in MODEL_FIELDS]
-    grid = expand({"repeats": [REPEATS]} | ({} if designs else DEFAULT_GRID) | given)
+    grid = expand(({} if designs else DEFAULT_GRID) | given)
     for line in grid.notes:
         say(f"note: {line}", style="yellow")
     for line in grid.skipped:

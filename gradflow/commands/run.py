@@ -39,7 +39,7 @@ def run(
 ) -> None:
     """Measure one stack, or a model: gradient norms, gains and times per layer, and a verdict."""
     check_target(json)
-    given |= shortcut(residual, plain)
+    given |= shortcut(given, residual, plain)
     if theory_only:
         predict_run(given, json, quiet=quiet)
         return

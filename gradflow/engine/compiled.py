@@ -8,6 +8,7 @@ layer to layer becomes an input too. What needs a graph for every layer is refus
 
 from __future__ import annotations
 
+from itertools import count
 from types import FunctionType
 
 import torch
@@ -21,6 +22,8 @@ from gradflow.networks.stack import Block
 BACKEND = "inductor"
 REMEDY = "leave out --compile"
 
+_numbers = count()
+
 
 def compiled_join() -> Compiled:
     """`Unit.join`, compiled at its first call for each kind of unit.
@@ -28,8 +31,10 @@ def compiled_join() -> Compiled:
     Its calls raise `UsageError` where a unit is not one graph, or layers need too many, and
     `MeasurementError` where no code could be generated.
     """
-    # A code object of its own: torch keeps graphs, and counts them, by code object.
-    fresh = FunctionType(_join.__code__.replace(), globals())
+    # Torch counts graphs by code object, and remembers shapes by its name: after a stack of another
+    # batch size it would make slower code for any size.
+    code = _join.__code__.replace(co_name=f"join_{next(_numbers)}")
+    fresh = FunctionType(code, globals())
     # In one graph, or an error: torch would run eagerly what it cannot compile, and say nothing.
     compiled = torch.compile(fresh, backend=BACKEND, fullgraph=True)
     from torch._dynamo import exc  # a second to import, which torch.compile has spent already
