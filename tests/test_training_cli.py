@@ -98,6 +98,7 @@ def test_an_interrupted_training_leaves_nothing(
     [
         (("--lr", "1"), "--lr applies to training"),
         (("--steps", "2", "--loss", "mse"), "training minimises the cross-entropy"),
+        (("--steps", "2", "--like", "gpt2"), "the Markov source has at most 4,096 symbols"),
         (("--steps", "-1"), "--steps is a whole number of at least 0"),
         (("--steps", "2", "--optimizer", "adam"), "--optimizer is one of the known names"),
     ],

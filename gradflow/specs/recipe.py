@@ -15,6 +15,9 @@ MEANINGS = {
     "images": "{} colours in noise",
 }
 
+# Three tables of 8 bytes a pair: 400 MB.
+MOST_SYMBOLS = 4096
+
 
 def as_trained(spec: StackSpec, options: RunOptions) -> StackSpec:
     """The specification that these options measure: on a task where they train, else as it is.
@@ -47,6 +50,9 @@ def as_trained(spec: StackSpec, options: RunOptions) -> StackSpec:
 
 
 def _check_tokens(spec: StackSpec) -> None:
+    if spec.classes > MOST_SYMBOLS:
+        rule = f"the Markov source has at most {MOST_SYMBOLS:,} symbols, for its table of all pairs"
+        raise UsageError(rule, f"--classes {spec.classes}", "use for example --classes 64")
     if spec.norm_kind == "batchnorm":
         rule = "batchnorm mixes a token with the next, which training predicts"
         raise UsageError(rule, "--norm-kind batchnorm --steps", "use --norm-kind layernorm")
