@@ -10,7 +10,6 @@ from gradflow.engine.compiled import compiled_join
 from gradflow.engine.memory import footprint, make_plan, resident_bytes
 from gradflow.engine.timing import Timer, stack_timer
 from gradflow.measurement import Progress, build_timed, measure
-from gradflow.models.model_runs import measure_model, model_bytes, model_timer
 from gradflow.runs.records import Run
 from gradflow.specs.model_request import ModelRequest
 from gradflow.specs.run_options import RunOptions
@@ -26,6 +25,8 @@ def measure_any(
 ) -> Run:
     """What `measure` or `measure_model` makes of it; the arguments and errors are theirs."""
     if isinstance(spec, ModelRequest):
+        from gradflow.models.model_runs import measure_model  # a stack need not wait for it
+
         return measure_model(spec, options, progress)
     return measure(spec, options, progress=progress, scratch=scratch)
 
@@ -38,6 +39,8 @@ def timer_for(spec: StackSpec | ModelRequest, options: RunOptions, device: torch
         MeasurementError: it does not fit into memory.
     """
     if isinstance(spec, ModelRequest):
+        from gradflow.models.model_runs import model_timer
+
         return model_timer(spec, options, device)
     plan = make_plan(spec, options, device)
     join = compiled_join() if options.compile else None
@@ -47,6 +50,8 @@ def timer_for(spec: StackSpec | ModelRequest, options: RunOptions, device: torch
 def timed_bytes(spec: StackSpec | ModelRequest, options: RunOptions, device: torch.device) -> int:
     """Bytes that stay taken between two passes of a timer, or more."""
     if isinstance(spec, ModelRequest):
+        from gradflow.models.model_runs import model_bytes
+
         return model_bytes(spec, options)
     plan = make_plan(spec, options, device)
     return resident_bytes(footprint(spec, options.seed, device), plan.timed)
