@@ -121,7 +121,7 @@ def _close(mine: float | None, stored: str, limit: float) -> bool:
 
 def _failure(run: Run, reasons: Sequence[str]) -> list[str]:
     summary = run.summary
-    where = place(summary)
+    where = "" if summary.first_layer is None else place(summary)
     rows = [row for row in run.layer_records if row.log10_grad_norm is not None]
     return [
         f"gradient flow: {summary.verdict}{f' ({where})' if where else ''}",

@@ -116,6 +116,10 @@ def test_a_class_may_be_named() -> None:
         ({"model": "hf:gpt2", "seq_len": 2000}, "has positions for 1024 tokens"),
         ({"model": "hf:gpt2", "set": "n_head=5"}, "hf:gpt2 runs; got ValueError"),
         ({"model": "hf:resnet", "depth": 3}, "sets the number of layers of hf:resnet"),
+        ({"model": "hf:swin", "depth": 3}, "sets the number of layers of hf:swin"),
+        ({"model": "hf:gpt2", "depth": 3, "set": "n_layer=2"}, "--depth and --set n_layer say"),
+        ({"model": "hf:gpt2", "image_size": 8}, "--image-size is for models of images"),
+        ({"model": "hf:logging"}, "got logging; use for example"),
         ({"model": "hf:whisper"}, "takes input_features"),
         ({"model": "hf:./nowhere"}, "or a folder; got './nowhere'"),
     ],
@@ -144,6 +148,14 @@ def test_a_folder_has_weights_of_its_own(tmp_path: Path) -> None:
     for (unit, name), norm in norms.items():
         assert norm == pytest.approx(float(want[f"{unit}.{name}"].detach().double().norm()))
     assert str(tmp_path) not in json.dumps(run.spec.to_json())
+
+
+def test_a_folder_without_all_weights_is_refused(tmp_path: Path) -> None:
+    model = resolve(small("llama", dtype="float32")).model()
+    model.save_pretrained(tmp_path / "mine")  # type: ignore[operator]
+    asked = ModelRequest(model=f"hf:{tmp_path}/mine", depth=3, batch_size=2, seq_len=5)
+    with pytest.raises(UsageError, match=r"9 without: model\.layers\.2\."):
+        measure_model(asked, OPTIONS)
 
 
 def test_pickled_weights_are_refused(tmp_path: Path) -> None:

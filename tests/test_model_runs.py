@@ -148,6 +148,40 @@ def test_a_model_that_exists_is_left_as_it_was() -> None:
     assert not user_models.MODEL.entry._forward_hooks
 
 
+def test_an_instance_begins_anew_with_every_seed() -> None:
+    options = RunOptions(steps=3, seeds=2, every=3, lr=0.1, timing=False, raw_range=True)
+    run = measured("MODEL", options, input="user_models:uneven", loss="ce", dtype="float32")
+    first = [row.loss for row in run.step_records if row.step == 0]
+    assert first[0] == first[1]
+
+
+def test_complex_numbers_stay_complex() -> None:
+    """In float64: nothing but the turn tells it from the net without."""
+    run = measured("Turning")
+    torch.manual_seed(0)
+    model = user_models.Turning()._apply(user_models.wide)
+    x = torch.randn(5, 6, generator=torch.Generator().manual_seed(0)).double()
+    pairs = torch.view_as_complex(x.unflatten(-1, (3, 2)))
+    y = model.entry(torch.view_as_real(pairs * model.turn).flatten(-2))
+    assert model.turn.is_complex()
+    assert run.layer_records[0].act_rms == pytest.approx(y.square().mean().sqrt().item())
+
+
+def test_lazy_parameters_are_there_when_they_are_measured() -> None:
+    run = measured("lazy")
+    assert [row.shape for row in run.param_records if row.param == "0.weight"] == ["6x6"] * 3
+    assert all(row.grad_norm for row in run.param_records)
+
+
+def test_the_world_is_left_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = request_for("changes_the_world")
+    monkeypatch.chdir(tmp_path)
+    assert measure_model(request, OPTIONS).summary.verdict == "healthy"
+    assert Path.cwd() == tmp_path
+    assert torch.is_grad_enabled()
+    assert torch.get_default_dtype() == torch.float32
+
+
 # --- times --------------------------------------------------------------------------------------
 
 
@@ -206,6 +240,11 @@ def test_on_batches_of_the_users_own_no_floor_is_known(cli: CommandLine) -> None
     run = store.load(folder)
     assert sorted({row.step for row in run.layer_records}) == [0, 30, 60]
     assert {row.loss_floor for row in run.step_records} == {None}
+
+
+def test_the_last_batch_may_be_smaller(cli: CommandLine) -> None:
+    words = ("--model", "user_models:Net", "--input", "user_models:uneven", "--steps", "30")
+    assert outcome(cli, *words)["outcome"] == "learning"
 
 
 def test_watching_changes_no_step_of_the_training() -> None:
@@ -292,6 +331,10 @@ COMPLAINTS = {
     "user_models:Net --input 5,6 --loss hinge": "--loss is one of the known names",
     "user_models:Net --input user_models:no_batches": "yields batches; got none",
     "user_models:Net --input 5,6 --layers nowhere": "names modules of the model; got nowhere",
+    "user_models:Leaves --input 5,6": "runs; got SystemExit: 7",
+    "user_models:Leaves --input 5,6 --loss ce --steps 3": "runs; got SystemExit: 7",
+    "user_models:Net --input 6 --steps 3": "training needs logits",
+    "user_models:Net --input user_models:pairs": "for pairs of input and target use --loss ce",
     "user_models:Net --input 5,6 --theory-only": "theory predicts stacks",
     "gpt2": "--model names a model; got 'gpt2'",
 }

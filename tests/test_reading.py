@@ -14,10 +14,13 @@ from typing import Any
 
 import polars as pl
 import pytest
+import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from records import layer_rows, run_of, spec_of
+from torch import nn
 
+import gradflow
 from gradflow.errors import UsageError
 from gradflow.judging.overview import in_order, markdown_table, summary_view
 from gradflow.runs import profiles, store
@@ -386,3 +389,13 @@ def test_clean_text_can_be_printed(text: str) -> None:
     assert len(shown) <= 10 * (LONGEST_TEXT + 1)
     if text.isprintable() and len(text) <= LONGEST_TEXT:
         assert shown == text
+
+
+def test_a_model_of_a_hundred_layers_is_read(tmp_path: Path) -> None:
+    """The names of its layers are longer than any text that is shown."""
+    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(100)))
+    with gradflow.watch(model) as flow:
+        model(torch.randn(2, 2)).sum().backward()
+    flow.save(tmp_path)
+    (run,) = read_results(tmp_path).runs
+    assert run.spec.depth == 100

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -316,3 +317,26 @@ def test_autocast_counts_what_its_format_would_lose() -> None:
         assert y.dtype == torch.float32
         y.backward(torch.full_like(y, 2.0**-127))
     assert flow.run.layer_records[1].underflow_fraction == 1.0
+
+
+def test_a_copy_that_is_made_inside_is_not_watched() -> None:
+    """As an average of the weights is: its passes are not those of the model."""
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
+    x = torch.randn(2, 4)
+    with gradflow.watch(model) as flow:
+        model(x).sum().backward()
+        copy.deepcopy(model)(100 * x).sum().backward()
+    with gradflow.watch(model) as alone:
+        model.zero_grad()
+        model(x).sum().backward()
+    norms = [[row.grad_norm for row in each.run.layer_records] for each in (flow, alone)]
+    assert norms[0] == norms[1]
+
+
+def test_the_step_that_breaks_is_kept() -> None:
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
+    with pytest.raises(ValueError, match="not finite"), gradflow.watch(model) as flow:  # noqa: PT012
+        model(torch.full((2, 4), torch.nan)).sum().backward()
+        raise ValueError("not finite")
+    assert flow.run.summary.verdict == "nonfinite"
+    assert not model[0]._forward_hooks

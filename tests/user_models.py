@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -134,3 +135,48 @@ def says() -> nn.Module:
     """Prints while it is built."""
     print("hello")  # noqa: T201 (it is what is tested)
     return Net()
+
+
+class Turning(Net):
+    """A complex buffer, as in rotary positions."""
+
+    turn: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("turn", torch.polar(torch.ones(3), torch.arange(3.0)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        pairs = torch.view_as_complex(x.unflatten(-1, (3, 2)).contiguous())
+        return super().forward(torch.view_as_real(pairs * self.turn).flatten(-2))
+
+
+class Leaves(Net):
+    """Ends the process where it is called."""
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: ARG002
+        raise SystemExit(7)
+
+
+def changes_the_world() -> nn.Module:
+    """Settings that others would find."""
+    os.chdir("/")
+    torch.set_grad_enabled(False)
+    torch.set_default_dtype(torch.float64)
+    return Net().float()
+
+
+def uneven() -> list[tuple[Tensor, Tensor]]:
+    """The last batch is smaller."""
+    return [(torch.ones(n, WIDTH), torch.zeros(n).long()) for n in (4, 4, 2)]
+
+
+def wide(x: Tensor) -> Tensor:
+    """In double precision."""
+    return x.to(torch.complex128 if x.is_complex() else torch.float64)
+
+
+def lazy() -> nn.Module:
+    """Sizes that follow from the first input."""
+    layers = [nn.Sequential(nn.LazyLinear(WIDTH), nn.Tanh()) for _ in range(3)]
+    return nn.Sequential(*layers)

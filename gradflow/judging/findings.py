@@ -18,7 +18,7 @@ FEWEST = 4
 # A shortcut is missing where a layer hands on less than this part of what the others do ...
 LOST_PART = 0.25
 # ... if those hand on so much of the gradient that they have one.
-LEAST_SHARE = 0.2
+LEAST_SHARE = 0.5
 # Weights as many times larger than those of the other layers stand out.
 OUTLIER = 10.0
 UNDERFLOW = 0.01
@@ -98,7 +98,9 @@ def _out_of_range(rows: Sequence[LayerRecord]) -> Iterator[str]:
             f"{worst.unit}: {worst.underflow_fraction:.1%} of its gradient is below the normal "
             "numbers of its format; scale the loss up, or use bfloat16."
         )
-    tight = [r for r in rows if r.headroom_log2 is not None and r.headroom_log2 < LEAST_HEADROOM]
+    # Where values are lost already, the verdict says so.
+    whole = [row for row in rows if not row.nonfinite and row.headroom_log2 is not None]
+    tight = [row for row in whole if (row.headroom_log2 or 0.0) < LEAST_HEADROOM]
     if tight:
         least = min(tight, key=lambda row: row.headroom_log2 or 0.0)
         yield f"{least.unit}: its gradient fills the range of its format; scale the loss down."

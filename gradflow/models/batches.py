@@ -14,6 +14,9 @@ from gradflow.errors import UsageError
 from gradflow.specs.located import users_own
 from gradflow.specs.model_request import ModelRequest, without_digest
 
+# Losses that hold the output against a target.
+PAIRED = ("ce", "mse")
+
 
 @dataclass(frozen=True)
 class Example:
@@ -45,7 +48,7 @@ def users_batches(
 ) -> Iterator[Example]:
     """The user's batches, from the start again when they end."""
     shown = without_digest(str(request.input))
-    paired = request.loss in ("mse", "ce")
+    paired = request.loss in PAIRED
     for epoch in count():
         found = 0
         for batch in _each(thing, shown):

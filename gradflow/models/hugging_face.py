@@ -66,13 +66,16 @@ class Build:
         """The model in training mode, in float32."""
         if self.folder is None:
             return self._from_config().train()
-        read = self.model_class.from_pretrained(
+        read, told = self.model_class.from_pretrained(
             self.folder,
             config=self.config,
             local_files_only=True,
             use_safetensors=True,
             dtype=torch.float32,
+            ignore_mismatched_sizes=True,  # they are named here
+            output_loading_info=True,
         )
+        _check_complete([*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])])
         assert isinstance(read, nn.Module)
         return read.train()
 
@@ -80,6 +83,15 @@ class Build:
         made = self.model_class._from_config(self.config)
         assert isinstance(made, nn.Module)
         return made
+
+
+def _check_complete(absent: list[str]) -> None:
+    """Refuse weights that would be random without a word."""
+    if absent:
+        names = ", ".join(sorted(absent)[:SHOWN_NAMES])
+        rule = "a folder has the weights of its model, in their sizes"
+        got = f"{len(absent)} without: {names}"
+        raise UsageError(rule, got, "leave out --depth, --width and --set, or complete it")
 
 
 def library() -> Any:
@@ -113,11 +125,12 @@ def resolve(request: ModelRequest) -> Build:
         request.model.where()  # type: ignore[attr-defined]  # which says what to do
     folder = str(place.folder) if place else None
     named: Any = None if folder else getattr(hf, name, None)
-    if named is not None and issubclass(named, hf.PreTrainedModel):
-        default, model_class = named.config_class(), named
+    configuration = getattr(named, "config_class", None) if isinstance(named, type) else None
+    if configuration is not None:
+        default, model_class = configuration(), named
     else:
         default = _default_config(hf, name, folder)
-        model_class = _class_of(hf, default)
+        model_class = _stored_class(hf, default) or _class_of(hf, default)
     with users_own(without_digest(request.model)):
         config = _with(default, changes(default, request), folder)
     config.use_cache = False  # what a decoder keeps for later tokens is nothing to a gradient
@@ -131,14 +144,17 @@ def changes(default: Any, request: ModelRequest) -> dict[str, Any]:
     Raises:
         UsageError: it has no such setting.
     """
-    found: dict[str, Any] = {}
+    sizes: dict[str, Any] = {}
     if request.depth is not None:
-        found |= dict.fromkeys(_depth_names(default, request), request.depth)
+        sizes |= dict.fromkeys(_depth_names(default, request), request.depth)
     if request.width is not None:
-        found |= _widths(default, request, request.width)
-    for name, value in request.settings.items():
-        found[_own_name(default, name, request)] = value
-    return found
+        sizes[_width_name(default, request)] = request.width
+    own = {_own_name(default, n, request): v for n, v in request.settings.items()}
+    for name in sizes.keys() & own.keys():
+        option = "--width" if sizes[name] == request.width else "--depth"
+        rule = f"{option} and --set {name} say the same"
+        raise UsageError(rule, request.title, "leave out one of the two")
+    return sizes | _with_width(default, request) | own
 
 
 def inputs(build: Build, request: ModelRequest, seed: int) -> dict[str, Tensor]:
@@ -157,6 +173,9 @@ def inputs(build: Build, request: ModelRequest, seed: int) -> dict[str, Tensor]:
     if kind != TOKENS:
         rule = f"{without_digest(request.model)} takes {kind}, which gradflow does not make"
         raise UsageError(rule, "no --input", "give --input my_pkg.data:batches")
+    if request.image_size is not None:
+        rule = "--image-size is for models of images"
+        raise UsageError(rule, without_digest(request.model), "use --seq-len")
     ids = torch.randint(config.vocab_size, (samples, tokens(build, request)), generator=source)
     return as_inputs(build, ids)
 
@@ -194,6 +213,12 @@ def _default_config(hf: Any, name: str, folder: str | None) -> Any:
     return hf.AutoConfig.for_model(name)
 
 
+def _stored_class(hf: Any, config: Any) -> Any:
+    """The class that a folder's weights were stored from, where it says so."""
+    names = getattr(config, "architectures", None) or [""]
+    return getattr(hf, names[0], None)
+
+
 def _class_of(hf: Any, config: Any) -> Any:
     """A causal model with its head where the type has one, and is no encoder; else the bare one."""
     names, causal = hf.models.auto.modeling_auto, _causal(hf)
@@ -227,25 +252,30 @@ def _with(default: Any, found: dict[str, Any], folder: str | None) -> Any:
 def _depth_names(config: Any, request: ModelRequest) -> list[str]:
     own = [config.attribute_map.get(name, name) for name in DEPTHS]
     names = [name for name in own if _has(config, name)][:1]
-    names = [name for name in names if name != "num_stages"]
+    if hasattr(config, "depths"):  # which says how many layers each stage has
+        names = []
     if not names:
         rule = f"--depth sets the number of layers of {without_digest(request.model)}"
         raise UsageError(rule, "it has none of that name", "use --set, for example depths=[3,3]")
     return names + [name for name in DECODER_DEPTHS if _has(config, name)]
 
 
-def _widths(config: Any, request: ModelRequest, width: int) -> dict[str, Any]:
-    own = [config.attribute_map.get(name, name) for name in WIDTHS]
-    name = next((name for name in own if isinstance(getattr(config, name, None), int)), None)
-    if name is None:
-        rule = f"--width sets the features of {without_digest(request.model)}"
-        raise UsageError(rule, "it has none of that name", "use --set")
-    ratio = width / getattr(config, name)
-    found = {name: width}
-    for other in dict.fromkeys(config.attribute_map.get(n, n) for n in WITH_WIDTH):
-        if isinstance(value := getattr(config, other, None), int):
-            found[other] = max(1, round(value * ratio))
-    return found
+def _width_name(config: Any, request: ModelRequest) -> str:
+    for name in (config.attribute_map.get(name, name) for name in WIDTHS):
+        if isinstance(getattr(config, name, None), int):
+            return str(name)
+    rule = f"--width sets the features of {without_digest(request.model)}"
+    raise UsageError(rule, "it has none of that name", "use --set")
+
+
+def _with_width(config: Any, request: ModelRequest) -> dict[str, int]:
+    """What goes with the width, by its ratio."""
+    if request.width is None:
+        return {}
+    ratio = request.width / getattr(config, _width_name(config, request))
+    names = dict.fromkeys(config.attribute_map.get(n, n) for n in WITH_WIDTH)
+    values = {name: getattr(config, name, None) for name in names}
+    return {n: max(1, round(v * ratio)) for n, v in values.items() if isinstance(v, int)}
 
 
 def _own_name(config: Any, name: str, request: ModelRequest) -> str:

@@ -10,7 +10,7 @@ import torch.nn.functional as F  # noqa: N812 (torch's own convention)
 from torch import Tensor, nn
 
 from gradflow.errors import UsageError
-from gradflow.models.batches import Example
+from gradflow.models.batches import PAIRED, Example
 from gradflow.models.one_pass import called, projection, real_output
 
 
@@ -23,7 +23,7 @@ def loss_of(model: nn.Module, example: Example, kind: str, seed: int) -> Tensor:
     Raises:
         UsageError: the output has none, or its shape and the target's do not go together.
     """
-    output = called(model, example.given)
+    output = _output(model, example.given, kind)
     if kind == "cotangent":
         return projection(output, seed)
     if kind == "own":
@@ -36,6 +36,17 @@ def loss_of(model: nn.Module, example: Example, kind: str, seed: int) -> Tensor:
         )
         return F.mse_loss(y, target.to(y))
     return cross_entropy(y, example.target, source)
+
+
+def _output(model: nn.Module, given: Any, kind: str) -> Any:
+    try:
+        return called(model, given)
+    except TypeError as error:
+        if isinstance(given, list | tuple) and len(given) == 2 and kind not in PAIRED:
+            rule = "a batch is what the model is called with"
+            remedy = f"for pairs of input and target use --loss {' or '.join(PAIRED)}"
+            raise UsageError(rule, str(error), remedy) from None
+        raise
 
 
 def own_loss(output: Any) -> Tensor:

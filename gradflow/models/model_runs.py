@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from itertools import count
+from pathlib import Path
 from statistics import mean, median
 from time import perf_counter
 from typing import Any
@@ -39,6 +43,7 @@ from gradflow.watching.times import bare_step, put_together, timed_step
 Progress = Callable[[str, int, int], None]
 # Parameters and their gradients; with them, training has two moments and the values before.
 COPIES, TRAINED_COPIES = 2, 5
+ADVICE = "name those that always run with --layers"
 
 
 @dataclass
@@ -74,7 +79,8 @@ def measure_model(
     reset_peak(device)
     work = _Work(request, options, device, progress, clock or clock_for(device))
     try:
-        found = work.all_seeds()
+        with settings_kept():
+            found = work.all_seeds()
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, MemoryError) and not is_out_of_memory(error):
             raise
@@ -84,6 +90,25 @@ def measure_model(
         "duration_s": perf_counter() - begin,
     }
     return _to_run(request, options, found, when, device)
+
+
+@contextmanager
+def settings_kept() -> Iterator[None]:
+    """What a user's code may change for all that comes after it is put back at the end."""
+    grad, dtype, threads = (
+        torch.is_grad_enabled(),
+        torch.get_default_dtype(),
+        torch.get_num_threads(),
+    )
+    folder, path = Path.cwd(), list(sys.path)
+    try:
+        yield
+    finally:
+        torch.set_grad_enabled(grad)
+        torch.set_default_dtype(dtype)
+        torch.set_num_threads(threads)
+        os.chdir(folder)
+        sys.path[:] = path
 
 
 def check_memory(request: ModelRequest, options: RunOptions, device: torch.device) -> None:
@@ -209,7 +234,7 @@ def watched(
 
 
 def _backward(subject: Subject, example: Example, request: ModelRequest) -> Tensor:
-    with users_own(without_digest(request.model)):
+    with users_own(without_digest(request.model)), torch.enable_grad():
         loss = subject.loss(subject.model, example)
         loss.backward()  # type: ignore[no-untyped-call]
     return loss.detach()
@@ -253,12 +278,12 @@ def _to_run(
 
 def _common_spec(request: ModelRequest, runs: Sequence[Run]) -> ModelSpec:
     """The model as it was found, which no seed and no step may change."""
-    specs = {run.spec for run in runs}
+    # The last batch of an epoch may be smaller: the stream is that of the first.
+    specs = [replace(spec, shape="") for run in runs if isinstance(spec := run.spec, ModelSpec)]
+    if any(spec != specs[0] for spec in specs):
+        name = without_digest(request.model)
+        what = "has other layers from one seed or step to the next"
+        raise MeasurementError(f"{name} {what}; {ADVICE}")
     spec = runs[0].spec
-    if len(specs) > 1:
-        raise MeasurementError(
-            f"{without_digest(request.model)} has other layers from one seed or step to the next: "
-            "name those that always run with --layers"
-        )
     assert isinstance(spec, ModelSpec)
     return replace(spec, request=request, loss=request.loss)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from gradflow.errors import UsageError
 from gradflow.watching.streams import stream_of
@@ -29,7 +30,8 @@ def real_output(output: Any) -> Tensor:
     y = stream_of(output)
     if y is None or not y.requires_grad:
         rule = "the model returns a floating tensor that takes a gradient"
-        raise UsageError(rule, type(output).__name__, "pass loss=, or thaw its parameters")
+        got = type(output).__name__ if y is None else "one without"
+        raise UsageError(rule, got, "return one, thaw its parameters, or take another loss")
     return torch.view_as_real(y) if y.is_complex() else y
 
 
@@ -48,7 +50,7 @@ def _generator(seed: int) -> torch.Generator:
 def untouched(model: nn.Module) -> Iterator[None]:
     """Gradients, buffers and random state are put back at the end; gradients begin with None."""
     grads = [(p, p.grad) for p in model.parameters()]
-    buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    buffers = [(b, b.detach().clone()) for b in model.buffers() if not is_lazy(b)]
     devices = {p.device.index for p, _ in grads if p.device.type == "cuda"}
     try:
         for p, _ in grads:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
@@ -13,13 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from gradflow.errors import UsageError
 from gradflow.learning.tasks import MarkovTask, PrototypeTask, Samples, Task
 from gradflow.models.batches import Example, moved, users_batches
 from gradflow.models.hugging_face import Build, as_inputs, inputs, resolve, tokens
 from gradflow.models.losses import loss_of
-from gradflow.models.one_pass import called, real_output
+from gradflow.models.one_pass import called, real_output, untouched
 from gradflow.specs.located import Located, load, users_own
 from gradflow.specs.model_request import ModelRequest, without_digest
 from gradflow.specs.run_options import RunOptions
@@ -58,16 +60,39 @@ def build_subject(
     build = resolve(request) if request.is_from_library else None
     with users_own(without_digest(request.model)):
         model = build.model() if build else _own_model(request)
-        model = model.to(device, dtype).train()
+        model = converted(model, device, dtype).train()
+    torch.set_grad_enabled(True)  # whatever its code has left
     move = partial(moved, device=device, dtype=dtype)
     loss = partial(loss_of, kind=request.loss, seed=seed)
     if isinstance(request.input, Located):
         batches = partial(users_batches, load(request.input), request, move)
-        return Subject(model, batches, loss)
+        return _whole(Subject(model, batches, loss))
     given = move(inputs(build, request, seed) if build else own_input(model, request, seed))
-    if not options.steps:
-        return Subject(model, lambda: repeat(Example(given)), loss)
-    return _trained(Subject(model, lambda: repeat(Example(given)), loss), build, request, seed)
+    subject = _whole(Subject(model, lambda: repeat(Example(given)), loss))
+    return _trained(subject, build, request, seed) if options.steps else subject
+
+
+def _whole(subject: Subject) -> Subject:
+    """Lazy parameters get their sizes when the model is first called."""
+    if any(map(is_lazy, subject.model.parameters())):
+        with torch.no_grad(), untouched(subject.model), users_own("the model"):
+            called(subject.model, next(subject.batches()).given)
+    return subject
+
+
+def converted(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The model on the device, its real numbers in this format; complex ones of the same width.
+
+    `Module.to` would make real numbers of complex ones.
+    """
+    wide = dtype.to_complex() if dtype != torch.bfloat16 else torch.complex64
+
+    def each(x: Tensor) -> Tensor:
+        kind = dtype if x.is_floating_point() else wide if x.is_complex() else None
+        return x.to(device, kind)
+
+    model._apply(each)  # type: ignore[no-untyped-call]
+    return model
 
 
 def seed_all(seed: int) -> None:
@@ -106,7 +131,7 @@ def _own_model(request: ModelRequest) -> nn.Module:
         if given:
             rule = f"{shown} is a model already, and takes no settings"
             raise UsageError(rule, ", ".join(given), "name a function or a class that builds it")
-        return thing
+        return deepcopy(thing)  # every seed begins with these weights, which stay as they are
     if not callable(thing):
         rule = "--model names a function or a class that builds a model"
         raise UsageError(rule, type(thing).__name__, "name another")
@@ -177,10 +202,10 @@ def _classes(model: nn.Module, example: Example) -> int:
     Raises:
         UsageError: its shape is not that of logits.
     """
-    with torch.random.fork_rng():
+    with untouched(model), users_own("the model"):
         y = real_output(called(model, example.given))
     x = _main(example.given)
-    if y.shape[:-1] != (x.shape if _is_ids(x) else x.shape[:1]) or y.shape[-1] < 2:
+    if y.ndim < 2 or y.shape[:-1] != (x.shape if _is_ids(x) else x.shape[:1]) or y.shape[-1] < 2:
         rule = "training needs logits: (B, T, K) for tokens, (B, K) for other samples"
         raise UsageError(rule, str(tuple(y.shape)), "give batches: --input my_pkg.data:batches")
     return int(y.shape[-1])

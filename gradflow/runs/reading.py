@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 # Whole numbers beyond this are no sizes of anything, and do not survive JSON in a browser.
 LARGEST_WHOLE = 2**53
 LONGEST_TEXT = 400
+# Texts with a word for each layer of a model.
+LISTS = ("units", "kinds")
 # Layers kept of one run: of few runs many, of many runs few.
 MOST_LAYERS, FEWEST_LAYERS, LAYERS_IN_ALL = 120, 48, 6_000
 FOREIGN_NAMED = 10
@@ -180,13 +182,13 @@ def _stored_run(number: int, path: Path) -> StoredRun:
         raise RunFolderError(f"{path} is damaged: run.json: {error}") from None
 
 
-def _cleaned(value: Any) -> Any:
+def _cleaned(value: Any, *, whole: bool = False) -> Any:
     if isinstance(value, dict):
-        return {clean(key): _cleaned(item) for key, item in value.items()}
+        return {clean(key): _cleaned(item, whole=key in LISTS) for key, item in value.items()}
     if isinstance(value, list):
         return [_cleaned(item) for item in value]
     if isinstance(value, str):
-        return clean(value)
+        return " ".join(map(clean, value.split(" "))) if whole else clean(value)
     if isinstance(value, int) and abs(value) > LARGEST_WHOLE:
         raise ValueError("holds a number that is too large")
     return value

@@ -125,6 +125,11 @@ def load(name: Located) -> Any:
     return vars(module)[place.thing]
 
 
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """As torch says it, on CUDA or on the host."""
+    return "out of memory" in str(error) or "allocate memory" in str(error)
+
+
 @contextmanager
 def users_own(what: str) -> Iterator[None]:
     """Errors of a user's code in one line that says where they arose; its output on stderr.
@@ -138,7 +143,7 @@ def users_own(what: str) -> Iterator[None]:
     except (UsageError, MemoryError):
         raise
     except (Exception, SystemExit) as error:
-        if isinstance(error, RuntimeError) and "memory" in str(error):
+        if isinstance(error, RuntimeError) and _is_out_of_memory(error):
             raise
         raise UsageError(f"{what} runs", told(error), "mend it") from error
 

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from itertools import groupby
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from gradflow.errors import UsageError
 from gradflow.watching.ranks import class_of
@@ -160,7 +161,8 @@ def _run(run: Named, *, leaves: bool) -> Named:
 
 
 def _shapes(module: nn.Module) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    return tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
+    known = ((name, p) for name, p in module.named_parameters() if not is_lazy(p))
+    return tuple((name, tuple(p.shape)) for name, p in known)
 
 
 def _top(model: nn.Module) -> Named:

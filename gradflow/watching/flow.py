@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -224,6 +224,8 @@ def watch(
     """
     if not isinstance(every, int) or every < 1:
         raise UsageError("every= is a whole number of at least 1", every, "use every=1")
+    if not isinstance(model, nn.Module):
+        raise UsageError("watch takes an nn.Module", type(model).__name__, "pass the model")
     sharded_again(model)
     ranks, inner = ranks_of(model, group), unwrapped(model)
     if _is_compiled(model):
@@ -235,7 +237,14 @@ def watch(
     options = replace(options or RunOptions(), seeds=1, timing=False, raw_range=True)
     flow = Flow(watched, every, options, scaler)
     with flow._attached(optimizer):
-        yield flow
+        try:
+            yield flow
+        except BaseException:
+            # The step that broke is the one that is looked for; other ranks do not come to it.
+            if ranks is None:
+                with suppress(Exception):
+                    flow.end_step()
+            raise
         flow.end_step()
 
 

@@ -127,12 +127,12 @@ def installed(model: nn.Module, recorder: Recorder) -> Iterator[Traced]:
 
 
 def _on_root(model: nn.Module, recorder: Recorder) -> Iterator[RemovableHandle]:
-    def before(*_: Any) -> None:
-        if not torch.compiler.is_compiling():
+    def before(called: nn.Module, *_: Any) -> None:
+        if not torch.compiler.is_compiling() and called is model:  # and no copy of it
             recorder.begin()
 
-    def after(*_: Any) -> None:
-        if not torch.compiler.is_compiling():
+    def after(called: nn.Module, *_: Any) -> None:
+        if not torch.compiler.is_compiling() and called is model:
             recorder.end()
 
     yield model.register_forward_pre_hook(before, prepend=True)
@@ -145,15 +145,17 @@ def _on_layer(
     """Hooks on one layer; `where` is the watcher and the place, `first` begins a chain."""
     watcher, place = where
 
-    def before(_: nn.Module, args: Any, kwargs: Any) -> Any:
+    def before(called: nn.Module, args: Any, kwargs: Any) -> Any:
         if not torch.compiler.is_compiling():
-            recorder.enter(place, (args, kwargs))
+            if called is layer:
+                recorder.enter(place, (args, kwargs))
             return None
         return _traced((args, kwargs), watcher, place, entering=True) if first else None
 
-    def after(_: nn.Module, args: Any, output: Any) -> Any:
+    def after(called: nn.Module, args: Any, output: Any) -> Any:
         if not torch.compiler.is_compiling():
-            recorder.leave(place, output)
+            if called is layer:
+                recorder.leave(place, output)
             return None
         x = stream_of(args)
         shape = None if x is None else x.shape
