@@ -340,3 +340,19 @@ def test_the_step_that_breaks_is_kept() -> None:
         raise ValueError("not finite")
     assert flow.run.summary.verdict == "nonfinite"
     assert not model[0]._forward_hooks
+
+
+def test_transforms_of_functions_run_unseen() -> None:
+    """torch.func hands tensors around that are no numbers yet."""
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
+    weights, x = dict(model.named_parameters()), torch.randn(2, 4)
+
+    def loss(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(model, weights, (x,)).square().sum()
+
+    want = torch.func.vmap(torch.func.grad(loss), (None, 0))(weights, x)
+    with gradflow.watch(model) as flow:
+        got = torch.func.vmap(torch.func.grad(loss), (None, 0))(weights, x)
+        model(x).sum().backward()
+    assert all(torch.equal(got[name], want[name]) for name in weights)
+    assert len(flow.run.layer_records) == 4

@@ -60,7 +60,7 @@ class Recorder:
 
     def watches(self) -> bool:
         """Whether a call is to be measured; a call of a layer also says that a step has begun."""
-        if self.paused or self.muted or in_backward():
+        if self.paused or self.muted or in_backward() or in_transform():
             return False
         self.ran = True
         return self.active
@@ -85,7 +85,7 @@ class Recorder:
 
     def leave(self, place: int, output: object) -> None:
         """A layer has returned its output."""
-        if not self.active or not self.passes:
+        if not self.active or not self.passes or in_transform():
             return
         current = self.passes[-1]
         if in_backward():
@@ -162,6 +162,11 @@ class Recorder:
         owner_call = tap.leaves
         if owner_call and owner_call.keeps_shape and owner_call.x and owner_call.x.hooked:
             owner.held[id(owner_call)] = wide
+
+
+def in_transform() -> bool:
+    """Whether a transform of `torch.func` runs: its tensors are no numbers yet."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def in_backward() -> bool:
