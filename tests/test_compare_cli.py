@@ -275,7 +275,7 @@ def test_what_cannot_be_read_is_named_and_skipped(gradflow: CommandLine) -> None
     found = gradflow("compare", f"{gradflow.out}/*")
     assert found.code == 0
     lines = found.err.splitlines()
-    assert len(lines) == 5
+    assert len(lines) == 4  # a glob passes over plain files
     assert all(line.startswith("skipped: ") for line in lines)
     for name, reason in (
         (newer, "upgrade gradflow"),
@@ -284,6 +284,15 @@ def test_what_cannot_be_read_is_named_and_skipped(gradflow: CommandLine) -> None
     ):
         assert any(name in line and reason in line for line in lines)
     assert f"{good}" not in found.err
+
+
+def test_a_plain_file_in_a_list_is_named_and_skipped(gradflow: CommandLine) -> None:
+    (folder,) = stored(gradflow.out, run_of())
+    page = gradflow.out / "report.html"
+    page.write_text("a page")
+    found = gradflow("compare", str(page), folder)
+    assert found.code == 0
+    assert found.complaint.startswith(f"skipped: {page} is no run folder")
 
 
 @pytest.mark.parametrize(
