@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,7 +14,7 @@ import pytest
 from commandline import CommandLine, Outcome, finish, start
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from records import ENVIRONMENT, run_of, spec_of
+from records import ENVIRONMENT, layer_rows, run_of, spec_of
 
 from gradflow.runs import store
 from gradflow.runs.records import Run, TimeRecord
@@ -313,6 +314,16 @@ def test_an_empty_results_folder_is_one_line(gradflow: CommandLine) -> None:
 def test_two_runs_of_one_key_are_both_shown(gradflow: CommandLine) -> None:
     found = gradflow("compare", *stored(gradflow.out, run_of(), run_of()))
     assert "(#2)" in found.out
+
+
+def test_a_run_whose_rows_contradict_its_verdict_is_named(gradflow: CommandLine) -> None:
+    rows = list(layer_rows(spec_of(), [0.0, 0.0, math.inf, 0.0]))
+    lying = run_of(layers=rows, summary=run_of().summary)
+    good, bad = stored(gradflow.out, run_of(spec_of(depth=2)), lying)
+    found = gradflow("compare", good, bad)
+    assert found.code == 0
+    start = f"note: {Path(bad).name} is stored as healthy, but its layers.csv is not finite"
+    assert found.complaint == f"{start} at layer 2 (mlp)"
 
 
 def test_comparing_runs_imports_no_torch(gradflow: CommandLine) -> None:

@@ -37,6 +37,8 @@ def report(
     found = read_results(results)
     for line in found.skipped:
         say(f"gradflow: {line}")
+    for line in found.notes:
+        say(f"note: {line}", style="yellow")
     report.write_page(found, page)
     for folder, kind in ((png, "png"), (svg, "svg")):
         if folder is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from glob import glob
 from pathlib import Path
@@ -50,6 +51,18 @@ def read_runs(patterns: list[str]) -> tuple[list[Run], list[str]]:
         except RunFolderError as error:
             unreadable.append(str(error))
     return found, unreadable
+
+
+def say_notes(runs: Sequence[Run]) -> None:
+    """What does not fit together in these runs, a line each."""
+    from gradflow.runs.consistency import contradiction, first_broken
+    from gradflow.runs.reading import clean
+
+    for run in runs:
+        name = run.path.name if run.path else run.spec.title
+        broken = first_broken(run.first_records)
+        for line in contradiction(name, run.summary.verdict, broken):
+            say(f"note: {clean(line)}", style="yellow")
 
 
 def matching(pattern: str) -> list[Path]:

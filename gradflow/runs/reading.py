@@ -6,12 +6,13 @@ report shows. A folder that cannot be read is named in one line and left alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradflow.errors import RunFolderError, UsageError
+from gradflow.runs.consistency import Broken, contradiction
 from gradflow.runs.records import Summary
 from gradflow.runs.store import plain, read_about
 from gradflow.specs.model_spec import Spec, spec_from_json
@@ -60,6 +61,7 @@ class Results:
         units: their layers, see `profiles.COLUMNS`; means over the seeds, thinned.
         layers_kept: layers of one run that `units` holds at most, but for extremes.
         skipped: one line for each folder that was not read.
+        notes: one line for each thing that does not fit together, see `consistency`.
         losses, heat: of the trained runs, see `trajectories.LOSSES` and `trajectories.HEAT`.
     """
 
@@ -67,6 +69,7 @@ class Results:
     units: pl.DataFrame
     layers_kept: int
     skipped: tuple[str, ...]
+    notes: tuple[str, ...]
     losses: pl.DataFrame
     heat: pl.DataFrame
 
@@ -83,7 +86,9 @@ def read_results(folder: Path) -> Results:
     skipped: list[str] = []
     stored = list(_stored_runs(folder, skipped))
     layers = max(FEWEST_LAYERS, min(MOST_LAYERS, LAYERS_IN_ALL // max(len(stored), 1)))
-    units, faults = read_units([(run.path / "layers.csv", run.rows) for run in stored], layers)
+    units, faults, broken = read_units(
+        [(run.path / "layers.csv", run.rows) for run in stored], layers
+    )
     trained = [run for run in stored if run.step_rows and run.number not in faults]
     losses, more = read_losses([(r.number, r.path / "steps.csv", r.step_rows) for r in trained])
     faults |= more
@@ -92,7 +97,13 @@ def read_results(folder: Path) -> Results:
     if not runs:
         raise _nothing_to_read(folder, skipped)
     heat = read_heat([(r.number, r.path / "layers.csv") for r in trained if r.number not in more])
-    return Results(runs, units, layers, tuple(skipped), losses, heat)
+    return Results(runs, units, layers, tuple(skipped), tuple(_notes(runs, broken)), losses, heat)
+
+
+def _notes(runs: Sequence[StoredRun], broken: Mapping[int, Broken]) -> Iterator[str]:
+    for run in runs:
+        lines = contradiction(run.name, run.summary.verdict, broken.get(run.number))
+        yield from map(clean, lines)
 
 
 def skip_line(name: str, reason: str) -> str:
