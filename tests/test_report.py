@@ -582,6 +582,21 @@ def test_nothing_to_report_is_one_line_and_exit_2(
     assert not (folder / "report.html").exists()
 
 
+def test_what_was_skipped_is_named_where_nothing_is_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path, name in ((save(tmp_path), "layers.csv"), (save(tmp_path), "run.json")):
+        (path / name).write_text("")
+    assert command("--results", tmp_path) == 2
+    out, err = capsys.readouterr()
+    *skipped, last = err.splitlines()
+    assert out == ""
+    assert [line.split(",")[0] for line in skipped] == [
+        f"gradflow: skipped {path.name}" for path in sorted(tmp_path.iterdir(), reverse=True)
+    ]
+    assert "of which all is skipped" in last
+
+
 def in_fresh_process(code: str, *argv: object) -> str:
     words = [sys.executable, "-c", code, *map(str, argv)]
     return subprocess.run(words, capture_output=True, text=True, check=True).stdout

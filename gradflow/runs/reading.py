@@ -74,11 +74,26 @@ class Results:
     heat: pl.DataFrame
 
 
+class NothingToReadError(UsageError):
+    """A results folder without a run that can be read.
+
+    Args:
+        got: the folder, and what was found there.
+        remedy: what to do instead.
+        skipped: one line for each folder that was not read.
+    """
+
+    def __init__(self, got: str, remedy: str, skipped: Sequence[str]) -> None:
+        super().__init__("--results holds at least one run that can be read", got, remedy)
+        self.skipped = tuple(skipped)
+
+
 def read_results(folder: Path) -> Results:
     """Read every run in `folder`.
 
     Raises:
-        UsageError: no such folder, or no run in it that can be read.
+        NothingToReadError: there is no run in it that can be read.
+        UsageError: no such folder.
     """
     from gradflow.runs.profiles import read_units  # polars, 0.4 s
     from gradflow.runs.trajectories import read_heat, read_losses
@@ -161,13 +176,12 @@ def _has(folder: Path, name: str) -> bool:
         return False
 
 
-def _nothing_to_read(folder: Path, skipped: list[str]) -> UsageError:
-    rule = "--results holds at least one run that can be read"
+def _nothing_to_read(folder: Path, skipped: Sequence[str]) -> NothingToReadError:
     remedy = "make one with `gradflow run`, or give another --results"
     if (folder / "run.json").is_file():
         remedy = "give the folder that it lies in"
-    why = f" ({skipped[0]})" if len(skipped) == 1 else f" ({len(skipped)} folders skipped)"
-    return UsageError(rule, clean(f"{folder}{why if skipped else ''}"), remedy)
+    what = ", of which all is skipped" if skipped else ""
+    return NothingToReadError(clean(f"{folder}{what}"), remedy, skipped)
 
 
 def _stored_run(number: int, path: Path) -> StoredRun:
