@@ -312,8 +312,12 @@ def test_an_empty_results_folder_is_one_line(gradflow: CommandLine) -> None:
 
 
 def test_two_runs_of_one_key_are_both_shown(gradflow: CommandLine) -> None:
-    found = gradflow("compare", *stored(gradflow.out, run_of(), run_of()))
+    first, second = stored(gradflow.out, run_of(), run_of())
+    found = gradflow("compare", first, second)
     assert "(#2)" in found.out
+    names = f"{Path(first).name} and {Path(second).name}"
+    key = store.folder_key(Path(first))
+    assert found.complaint == f"note: {names} measured the same network (key {key})"
 
 
 def test_a_run_whose_rows_contradict_its_verdict_is_named(gradflow: CommandLine) -> None:

@@ -16,12 +16,12 @@ import polars as pl
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from records import layer_rows, run_of, spec_of
+from records import ENVIRONMENT, layer_rows, run_of, spec_of
 
 from gradflow.errors import RunFolderError, UsageError
 from gradflow.judging.overview import in_order, markdown_table, summary_view
 from gradflow.runs import profiles, store
-from gradflow.runs.consistency import FINITE, NUMBERS, contradiction, first_broken
+from gradflow.runs.consistency import FINITE, NUMBERS, contradiction, first_broken, same_network
 from gradflow.runs.reading import LONGEST_TEXT, clean, read_results
 from gradflow.runs.records import LayerRecord, Run
 from gradflow.showing.chart_rows import ends, tables
@@ -350,10 +350,32 @@ def test_a_run_folder_itself_is_told_from_a_folder_of_runs(tmp_path: Path) -> No
 
 
 def test_two_runs_of_one_key_are_both_read(tmp_path: Path) -> None:
-    saved(tmp_path)
-    saved(tmp_path)
+    for width in (8, 128, 128):
+        saved(tmp_path, run_of(spec_of(width=width)))
     results = read_results(tmp_path)
-    assert [name.copy for _, name in in_order(results)] == [1, 2]
+    assert [name.copy for _, name in in_order(results)] == [1, 2, 1]
+    _, first, second = sorted(results.runs, key=lambda run: run.spec.width)
+    key = store.folder_key(first.path)
+    assert results.notes == (
+        f"{first.name} and {second.name} measured the same network (key {key})",
+    )
+
+
+def test_runs_of_one_key_on_another_device_are_of_another_network(tmp_path: Path) -> None:
+    for device in ("cpu", "cuda", "cuda"):
+        saved(tmp_path, run_of(environment=ENVIRONMENT | {"device": device}))
+    (note,) = read_results(tmp_path).notes
+    on_gpu = [run.name for run in read_results(tmp_path).runs if run.environment["device"] != "cpu"]
+    assert note.startswith(f"{on_gpu[0]} and {on_gpu[1]} measured")
+
+
+def test_many_runs_of_one_key_are_counted() -> None:
+    runs = [(f"run{i}", run_of(spec_of(width=8 + i % 12))) for i in range(60)]
+    lines = list(same_network(runs))
+    assert lines[0].startswith("run0, run12, run24 and 2 more measured the same network (key ")
+    assert len(lines) == 11
+    assert lines[-1] == "2 more networks were measured more than once"
+    assert list(same_network(runs[:12])) == []
 
 
 def test_unknown_verdicts_are_read(tmp_path: Path) -> None:

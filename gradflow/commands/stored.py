@@ -55,14 +55,17 @@ def read_runs(patterns: list[str]) -> tuple[list[Run], list[str]]:
 
 def say_notes(runs: Sequence[Run]) -> None:
     """What does not fit together in these runs, a line each."""
-    from gradflow.runs.consistency import contradiction, first_broken
+    from gradflow.runs.consistency import contradiction, first_broken, same_network
     from gradflow.runs.reading import clean
 
-    for run in runs:
-        name = run.path.name if run.path else run.spec.title
-        broken = first_broken(run.first_records)
-        for line in contradiction(name, run.summary.verdict, broken):
-            say(f"note: {clean(line)}", style="yellow")
+    named = [(run.path.name if run.path else run.spec.title, run) for run in runs]
+    notes = [
+        line
+        for name, run in named
+        for line in contradiction(name, run.summary.verdict, first_broken(run.first_records))
+    ]
+    for line in (*notes, *same_network(named)):
+        say(f"note: {clean(line)}", style="yellow")
 
 
 def matching(pattern: str) -> list[Path]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 from gradflow.runs.records import LayerRecord, Summary
-from gradflow.specs.model_spec import Spec
+from gradflow.specs.model_spec import ModelSpec, Spec
 from gradflow.specs.run_options import RunOptions
 from gradflow.specs.spec import run_key
 
@@ -69,9 +69,14 @@ def contradiction(name: str, verdict: str, broken: Broken | None) -> Iterator[st
 
 
 def same_network(named: Sequence[tuple[str, Stored]]) -> Iterator[str]:
-    """A line for each network that several of these runs measured, as copies of a folder do."""
+    """A line for each network that several of these runs measured, as copies of a folder do.
+
+    A watched model is told by its layers alone, which have other weights in every training.
+    """
     found: dict[tuple[str, ...], list[str]] = {}
     for name, run in named:
+        if isinstance(run.spec, ModelSpec) and run.spec.request is None:
+            continue
         where = (str(run.environment.get(key)) for key in SAME_NETWORK)
         found.setdefault((run_key(run.spec, run.options), *where), []).append(name)
     several = [(key, names) for (key, *_), names in found.items() if len(names) > 1]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradflow.errors import RunFolderError, UsageError
-from gradflow.runs.consistency import Broken, contradiction
+from gradflow.runs.consistency import Broken, contradiction, same_network
 from gradflow.runs.records import Summary
 from gradflow.runs.store import plain, read_about
 from gradflow.specs.model_spec import Spec, spec_from_json
@@ -119,6 +119,7 @@ def _notes(runs: Sequence[StoredRun], broken: Mapping[int, Broken]) -> Iterator[
     for run in runs:
         lines = contradiction(run.name, run.summary.verdict, broken.get(run.number))
         yield from map(clean, lines)
+    yield from map(clean, same_network([(run.name, run) for run in runs]))
 
 
 def skip_line(name: str, reason: str) -> str:
