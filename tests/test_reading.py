@@ -256,6 +256,31 @@ def in_cell(column: str, row: int, value: str) -> Callable[[Path], Any]:
 WHOLE = [n for n, kind in get_type_hints(LayerRecord).items() if int in (kind, *get_args(kind))]
 
 
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("", "layers.csv is empty"),
+        ("\n", "layers.csv is empty"),
+        (
+            "seed,st\n",
+            f"layers.csv has no column step, layer, unit and {len(profiles.NAMES) - 4} more",
+        ),
+        (",".join(profiles.NAMES[2:]) + "\n", "layers.csv has no column seed, step"),
+        (",".join(profiles.NAMES[3:]) + "\n", "layers.csv has no column seed, step, layer"),
+    ],
+)
+def test_a_table_without_its_columns_is_named_alike_by_both_readers(
+    tmp_path: Path, text: str, fault: str
+) -> None:
+    saved(tmp_path, run_of(spec_of(width=8)))
+    bad = saved(tmp_path)
+    write("layers.csv", text)(bad)
+    with pytest.raises(RunFolderError) as caught:
+        store.load(bad)
+    assert str(caught.value) == f"{bad} is damaged: {fault}"
+    assert read_results(tmp_path).skipped == (f"skipped {bad.name}, which is damaged: {fault}",)
+
+
 @pytest.mark.parametrize("value", ["nan", "inf", "1.5", "many"])
 def test_what_is_no_whole_number_is_refused_by_both_readers(tmp_path: Path, value: str) -> None:
     assert len(WHOLE) == 5

@@ -12,6 +12,7 @@ from pathlib import Path
 import polars as pl
 
 from gradflow.runs.consistency import FINITE, NUMBERS, Broken
+from gradflow.runs.headers import header_fault
 from gradflow.runs.records import LayerRecord, columns
 
 BATCH = 200
@@ -149,7 +150,8 @@ def outer_fault(file: Path) -> str | None:
         data = file.read_bytes()
     except OSError as error:
         return f"cannot be read: {file.name}: {error.strerror}"
-    fault = _header_fault(data.partition(b"\n")[0].decode(errors="replace")) if data else "is empty"
+    first_line = data.partition(b"\n")[0].decode(errors="replace")
+    fault = header_fault(first_line.strip().split(","), NAMES)
     if fault is None and not data.endswith(b"\n"):
         fault = "ends in the middle of a line"
     # Polars fills short lines with nulls, and cuts long ones where it skips columns.
@@ -157,14 +159,6 @@ def outer_fault(file: Path) -> str | None:
     if fault is None and b'"' not in data and data.count(b",") != commas:
         fault = "has lines with too few or too many cells"
     return fault and f"is damaged: {file.name} {fault}"
-
-
-def _header_fault(line: str) -> str | None:
-    header = line.strip().split(",")
-    missing = [name for name in NAMES if name not in header]
-    if missing:
-        return f"has no column {', '.join(missing[:3])}"
-    return None if tuple(header) == NAMES else "has columns that are not of this schema"
 
 
 def _scan(files: dict[int, Path], faults: dict[int, str]) -> pl.DataFrame:
