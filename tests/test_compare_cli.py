@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,7 +14,7 @@ import pytest
 from commandline import CommandLine, Outcome, finish, start
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from records import ENVIRONMENT, run_of, spec_of
+from records import ENVIRONMENT, layer_rows, run_of, spec_of
 
 from gradflow.runs import store
 from gradflow.runs.records import Run, TimeRecord
@@ -275,7 +276,7 @@ def test_what_cannot_be_read_is_named_and_skipped(gradflow: CommandLine) -> None
     found = gradflow("compare", f"{gradflow.out}/*")
     assert found.code == 0
     lines = found.err.splitlines()
-    assert len(lines) == 5
+    assert len(lines) == 4  # a glob passes over plain files
     assert all(line.startswith("skipped: ") for line in lines)
     for name, reason in (
         (newer, "upgrade gradflow"),
@@ -284,6 +285,15 @@ def test_what_cannot_be_read_is_named_and_skipped(gradflow: CommandLine) -> None
     ):
         assert any(name in line and reason in line for line in lines)
     assert f"{good}" not in found.err
+
+
+def test_a_plain_file_in_a_list_is_named_and_skipped(gradflow: CommandLine) -> None:
+    (folder,) = stored(gradflow.out, run_of())
+    page = gradflow.out / "report.html"
+    page.write_text("a page")
+    found = gradflow("compare", str(page), folder)
+    assert found.code == 0
+    assert found.complaint.startswith(f"skipped: {page} is no run folder")
 
 
 @pytest.mark.parametrize(
@@ -302,8 +312,22 @@ def test_an_empty_results_folder_is_one_line(gradflow: CommandLine) -> None:
 
 
 def test_two_runs_of_one_key_are_both_shown(gradflow: CommandLine) -> None:
-    found = gradflow("compare", *stored(gradflow.out, run_of(), run_of()))
+    first, second = stored(gradflow.out, run_of(), run_of())
+    found = gradflow("compare", first, second)
     assert "(#2)" in found.out
+    names = f"{Path(first).name} and {Path(second).name}"
+    key = store.folder_key(Path(first))
+    assert found.complaint == f"note: {names} measured the same network (key {key})"
+
+
+def test_a_run_whose_rows_contradict_its_verdict_is_named(gradflow: CommandLine) -> None:
+    rows = list(layer_rows(spec_of(), [0.0, 0.0, math.inf, 0.0]))
+    lying = run_of(layers=rows, summary=run_of().summary)
+    good, bad = stored(gradflow.out, run_of(spec_of(depth=2)), lying)
+    found = gradflow("compare", good, bad)
+    assert found.code == 0
+    start = f"note: {Path(bad).name} is stored as healthy, but its layers.csv is not finite"
+    assert found.complaint == f"{start} at layer 2 (mlp)"
 
 
 def test_comparing_runs_imports_no_torch(gradflow: CommandLine) -> None:

@@ -12,6 +12,7 @@ import typer
 
 import gradflow
 from gradflow.cli import app
+from gradflow.errors import EXIT_INTERRUPTED, EXIT_OK, GradflowError
 from gradflow.runs.records import TABLES, Summary, columns
 from gradflow.specs.architectures import ARCHITECTURES
 from gradflow.specs.block_kinds import BLOCKS
@@ -105,3 +106,12 @@ def test_the_readme_names_every_shape_and_architecture(name: str) -> None:
 @pytest.mark.parametrize("name", [*BLOCKS, *gradflow.__all__])
 def test_the_readme_names_every_block_and_every_name_of_the_package(name: str) -> None:
     assert name in README
+
+
+def test_the_readme_names_every_exit_code_and_no_other() -> None:
+    table = README.partition("| exit code | meaning |")[2].partition("\n\n")[0]
+    kinds = [GradflowError, *GradflowError.__subclasses__()]
+    codes = {EXIT_OK, EXIT_INTERRUPTED, *(kind.exit_code for kind in kinds)}
+    assert {int(code) for code in re.findall(r"^\| (\d+) \|", table, re.MULTILINE)} == codes
+    (usage,) = re.findall(r"^\| 2 \| (.*) \|$", table, re.MULTILINE)
+    assert "`check`: no bound is broken, but a run could not be read" in usage

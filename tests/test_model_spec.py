@@ -14,11 +14,12 @@ import gradflow
 from gradflow.errors import UsageError
 from gradflow.judging.gate import Bounds, against_baseline, judge
 from gradflow.judging.naming import names, shared
+from gradflow.runs.consistency import same_network
 from gradflow.runs.reading import read_results
 from gradflow.runs.records import Run
 from gradflow.showing.report import page
 from gradflow.specs.model_spec import ModelSpec, spec_from_json
-from gradflow.specs.spec import StackSpec
+from gradflow.specs.spec import StackSpec, run_key
 
 
 def spec(**fields: object) -> ModelSpec:
@@ -85,6 +86,12 @@ def test_a_stored_run_is_read_back(tmp_path: Path) -> None:
     assert list(again.layer_records) == list(run.layer_records)
     assert list(again.param_records) == list(run.param_records)
     assert "Chain-d4" in run.path.name
+
+
+def test_two_trainings_of_one_model_are_not_said_to_be_one_network() -> None:
+    one, other = (watched(model_of(), seed) for seed in (0, 1))
+    assert run_key(one.spec, one.options) == run_key(other.spec, other.options)
+    assert list(same_network([("one", one), ("other", other)])) == []
 
 
 def test_the_report_shows_it_beside_a_stack(tmp_path: Path) -> None:

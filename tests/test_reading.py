@@ -10,20 +10,21 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import polars as pl
 import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from records import layer_rows, run_of, spec_of
+from records import ENVIRONMENT, layer_rows, run_of, spec_of
 from torch import nn
 
 import gradflow
-from gradflow.errors import UsageError
+from gradflow.errors import RunFolderError, UsageError
 from gradflow.judging.overview import in_order, markdown_table, summary_view
 from gradflow.runs import profiles, store
+from gradflow.runs.consistency import FINITE, NUMBERS, contradiction, first_broken, same_network
 from gradflow.runs.reading import LONGEST_TEXT, clean, read_results
 from gradflow.runs.records import LayerRecord, Run
 from gradflow.showing.chart_rows import ends, tables
@@ -244,6 +245,104 @@ def test_a_wrong_number_of_rows_is_named(tmp_path: Path) -> None:
     assert "has 4 rows, run.json promises 5" in read_results(tmp_path).skipped[0]
 
 
+def in_cell(column: str, row: int, value: str) -> Callable[[Path], Any]:
+    def damage(folder: Path) -> None:
+        header, *lines = (folder / "layers.csv").read_text().splitlines()
+        cells = lines[row].split(",")
+        cells[header.split(",").index(column)] = value
+        lines[row] = ",".join(cells)
+        (folder / "layers.csv").write_text("\n".join([header, *lines, ""]))
+
+    return damage
+
+
+WHOLE = [n for n, kind in get_type_hints(LayerRecord).items() if int in (kind, *get_args(kind))]
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("", "layers.csv is empty"),
+        ("\n", "layers.csv is empty"),
+        (
+            "seed,st\n",
+            f"layers.csv has no column step, layer, unit and {len(profiles.NAMES) - 4} more",
+        ),
+        (",".join(profiles.NAMES[2:]) + "\n", "layers.csv has no column seed, step"),
+        (",".join(profiles.NAMES[3:]) + "\n", "layers.csv has no column seed, step, layer"),
+    ],
+)
+def test_a_table_without_its_columns_is_named_alike_by_both_readers(
+    tmp_path: Path, text: str, fault: str
+) -> None:
+    saved(tmp_path, run_of(spec_of(width=8)))
+    bad = saved(tmp_path)
+    write("layers.csv", text)(bad)
+    with pytest.raises(RunFolderError) as caught:
+        store.load(bad)
+    assert str(caught.value) == f"{bad} is damaged: {fault}"
+    assert read_results(tmp_path).skipped == (f"skipped {bad.name}, which is damaged: {fault}",)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "1.5", "many"])
+def test_what_is_no_whole_number_is_refused_by_both_readers(tmp_path: Path, value: str) -> None:
+    assert len(WHOLE) == 5
+    for column in WHOLE:
+        bad = saved(tmp_path)
+        in_cell(column, 2, value)(bad)
+        with pytest.raises(RunFolderError, match="is damaged"):
+            store.load(bad)
+    saved(tmp_path)
+    results = read_results(tmp_path)
+    assert (len(results.runs), len(results.skipped)) == (1, len(WHOLE))
+
+
+def broken_both_ways(folder: Path) -> tuple[str, ...]:
+    """The notes of a report, which the line of a single run must be."""
+    notes = read_results(folder).notes
+    (path,) = store.run_folders(folder)
+    run = store.load(path)
+    verdict = run.summary.verdict
+    assert notes == tuple(contradiction(path.name, verdict, first_broken(run.first_records)))
+    return notes
+
+
+@pytest.mark.parametrize("column", [*FINITE, *NUMBERS, "nonfinite"])
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+def test_rows_that_are_not_finite_in_a_healthy_run_are_named(
+    tmp_path: Path, column: str, value: float
+) -> None:
+    bad = saved(tmp_path)
+    assert broken_both_ways(tmp_path) == ()
+    for row in (2, 3):
+        in_cell(column, row, "7" if column == "nonfinite" else str(value))(bad)
+    if column in NUMBERS and not math.isnan(value):
+        assert broken_both_ways(tmp_path) == ()  # beyond float64, as its logarithm may tell
+    else:
+        (line,) = broken_both_ways(tmp_path)
+        what = "stored as healthy, but its layers.csv is not finite"
+        assert line == f"{bad.name} is {what} at layer 2 (mlp) and in 1 more row"
+
+
+@pytest.mark.parametrize("profile", [[NAN, 0.0, 0.0, 0.0], [-INF, 0.0, 0.0, 0.0]])
+def test_rows_that_are_as_the_verdict_says_are_not_named(
+    tmp_path: Path, profile: list[float]
+) -> None:
+    run = run_of(layers=list(layer_rows(spec_of(), profile)))
+    assert run.summary.verdict in ("nonfinite", "dead")
+    saved(tmp_path, run)
+    assert broken_both_ways(tmp_path) == ()
+
+
+def test_later_steps_may_be_not_finite(tmp_path: Path) -> None:
+    """The verdict is that of the first step."""
+    rows = list(layer_rows(spec_of(), [0.0] * 4))
+    later = [replace(row, step=7, log10_grad_norm=NAN) for row in rows]
+    run = run_of(layers=[*rows, *later], options=RunOptions(steps=8), summary=run_of().summary)
+    saved(tmp_path, run)
+    assert broken_both_ways(tmp_path) == ()
+
+
 def test_foreign_folders_are_named_in_one_line(tmp_path: Path) -> None:
     saved(tmp_path)
     for name in ("benchmarks", "a\nb", ".hidden"):
@@ -279,10 +378,32 @@ def test_a_run_folder_itself_is_told_from_a_folder_of_runs(tmp_path: Path) -> No
 
 
 def test_two_runs_of_one_key_are_both_read(tmp_path: Path) -> None:
-    saved(tmp_path)
-    saved(tmp_path)
+    for width in (8, 128, 128):
+        saved(tmp_path, run_of(spec_of(width=width)))
     results = read_results(tmp_path)
-    assert [name.copy for _, name in in_order(results)] == [1, 2]
+    assert [name.copy for _, name in in_order(results)] == [1, 2, 1]
+    _, first, second = sorted(results.runs, key=lambda run: run.spec.width)
+    key = store.folder_key(first.path)
+    assert results.notes == (
+        f"{first.name} and {second.name} measured the same network (key {key})",
+    )
+
+
+def test_runs_of_one_key_on_another_device_are_of_another_network(tmp_path: Path) -> None:
+    for device in ("cpu", "cuda", "cuda"):
+        saved(tmp_path, run_of(environment=ENVIRONMENT | {"device": device}))
+    (note,) = read_results(tmp_path).notes
+    on_gpu = [run.name for run in read_results(tmp_path).runs if run.environment["device"] != "cpu"]
+    assert note.startswith(f"{on_gpu[0]} and {on_gpu[1]} measured")
+
+
+def test_many_runs_of_one_key_are_counted() -> None:
+    runs = [(f"run{i}", run_of(spec_of(width=8 + i % 12))) for i in range(60)]
+    lines = list(same_network(runs))
+    assert lines[0].startswith("run0, run12, run24 and 2 more measured the same network (key ")
+    assert len(lines) == 11
+    assert lines[-1] == "2 more networks were measured more than once"
+    assert list(same_network(runs[:12])) == []
 
 
 def test_unknown_verdicts_are_read(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import io
 import json
+import math
 import re
 import socket
 import subprocess
@@ -29,7 +30,7 @@ from gradflow.judging.overview import answer, designs_through, in_order, sentenc
 from gradflow.runs import store
 from gradflow.runs.reading import Results, read_results
 from gradflow.runs.records import Summary
-from gradflow.showing import report
+from gradflow.showing import html_page, report
 from gradflow.showing.chart_rows import Runs, tables
 from gradflow.showing.chart_theme import WIDTH
 from gradflow.showing.charts import CHARTS
@@ -508,6 +509,26 @@ def test_the_command_makes_the_page_and_shows_the_summary(
     assert (tmp_path / "report.html").read_text().startswith("<!doctype html>")
 
 
+def save_lying(out: Path) -> Path:
+    """A run that is stored as healthy, with a row that is not finite."""
+    rows = list(layer_rows(spec_of(), [0.0, 0.0, math.nan, 0.0]))
+    path = store.save(run_of(layers=rows, summary=run_of().summary), out).path
+    assert path is not None
+    return path
+
+
+def test_rows_that_contradict_the_verdict_are_named_on_stderr_and_on_the_page(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(html_page, "vega", lambda: "")  # it takes seconds to make
+    line = f"{save_lying(tmp_path).name} is stored as healthy, but its layers.csv is not finite"
+    assert command("--results", tmp_path, "--quiet") == 0
+    assert capsys.readouterr().err == f"note: {line} at layer 2 (mlp)\n"
+    page = Parsed((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert line in page.text
+    assert "notes" in [section.get("id") for section in page.all("section")]
+
+
 @pytest.mark.usefixtures("short_page")
 def test_quiet_is_quiet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save(tmp_path)
@@ -559,6 +580,21 @@ def test_nothing_to_report_is_one_line_and_exit_2(
     assert err.count("\n") == 1
     assert "gradflow run" in err
     assert not (folder / "report.html").exists()
+
+
+def test_what_was_skipped_is_named_where_nothing_is_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path, name in ((save(tmp_path), "layers.csv"), (save(tmp_path), "run.json")):
+        (path / name).write_text("")
+    assert command("--results", tmp_path) == 2
+    out, err = capsys.readouterr()
+    *skipped, last = err.splitlines()
+    assert out == ""
+    assert [line.split(",")[0] for line in skipped] == [
+        f"gradflow: skipped {path.name}" for path in sorted(tmp_path.iterdir(), reverse=True)
+    ]
+    assert "of which all is skipped" in last
 
 
 def in_fresh_process(code: str, *argv: object) -> str:

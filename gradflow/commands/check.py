@@ -1,4 +1,7 @@
-"""`gradflow check`: the gate for CI. Exit 0 passed, 1 with the reasons, 4 without a baseline."""
+"""`gradflow check`: the gate for CI.
+
+Exit 0 passed, 1 with the reasons, 2 where a run could not be read, 4 without a baseline.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gradflow.commands.common import Out, Plain, Quiet, Residual, shortcut
-from gradflow.commands.stored import Runs, matching
+from gradflow.commands.common import Out, Plain, Quiet, Residual, say, shortcut
+from gradflow.commands.stored import Runs, read_runs
 from gradflow.errors import FindingError, UsageError
 from gradflow.options import with_fields
 
@@ -65,14 +68,30 @@ def check(
     rtol = RTOL if rtol is None else rtol
     check_bounds(bounds, rtol)
     expected = load_baseline(baseline) if baseline else None  # before anything is measured
+    found, unreadable = _wanted(runs, given, out, quiet)
+    for line in unreadable:
+        say(f"not judged: {line}", style="red")
     failed = [
         name
-        for run in _wanted(runs, given, out, quiet)
+        for run in found
         for name, judgement in [(_name(run), _judge(run, bounds, expected, rtol))]
         if not report(name, judgement)
     ]
+    conclude(failed, len(unreadable))
+
+
+def conclude(failed: list[str], unreadable: int) -> None:
+    """End with the exit code that the findings have; a run that nobody could read is no pass.
+
+    Raises:
+        FindingError: a run has failed.
+        UsageError: none has, but some could not be read.
+    """
     if failed:
         raise FindingError(f"check failed for {', '.join(failed)}")
+    if unreadable:
+        got = f"{unreadable} that cannot, named above"
+        raise UsageError("every run of a check can be read", got, "mend it, or leave it out")
 
 
 def check_bounds(bounds: Bounds, rtol: float) -> None:
@@ -96,15 +115,15 @@ def check_bounds(bounds: Bounds, rtol: float) -> None:
         raise UsageError("--min-gain is at most --max-gain", f"{low} and {high}", "swap the two")
 
 
-def _wanted(runs: list[str] | None, given: dict[str, Any], out: Path, quiet: bool) -> list[Run]:
-    if not runs:
-        from gradflow.commands.run import measure_and_store
+def _wanted(
+    runs: list[str] | None, given: dict[str, Any], out: Path, quiet: bool
+) -> tuple[list[Run], list[str]]:
+    """The runs to judge, and a line for each that cannot be read."""
+    if runs:
+        return read_runs(runs)
+    from gradflow.commands.run import measure_and_store
 
-        return [measure_and_store({"timing": False} | given, out, quiet)]
-    from gradflow.runs.store import load
-
-    # A gate must not pass because a run could not be read: here the error ends the command.
-    return [load(folder) for folder in dict.fromkeys(p for word in runs for p in matching(word))]
+    return [measure_and_store({"timing": False} | given, out, quiet)], []
 
 
 def _name(run: Run) -> str:

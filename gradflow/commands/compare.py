@@ -22,7 +22,7 @@ from gradflow.commands.common import (
     say,
     write_text,
 )
-from gradflow.commands.stored import Runs, load_runs
+from gradflow.commands.stored import Runs, load_runs, say_notes
 from gradflow.commands.theory import TheoryOnly, predict_grid
 from gradflow.errors import MeasurementError, RunFolderError, UsageError
 from gradflow.options import with_fields
@@ -98,7 +98,9 @@ def compare(
         chosen, failures = choose_reference(found, reference), failure_lines(done.failures)
     from gradflow.judging.comparison import compare as side_by_side
 
-    result = side_by_side([run for run in found if run], chosen, noise, failures)
+    there = [run for run in found if run]
+    say_notes(there)
+    result = side_by_side(there, chosen, noise, failures)
     write_files(result, targets)
     if not quiet and "-" not in targets.values():
         show(result)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -30,13 +31,18 @@ def report(
 ) -> None:
     """Make one page of the stored runs: verdicts, charts, environment; measures nothing."""
     from gradflow.judging import overview
-    from gradflow.runs.reading import read_results
+    from gradflow.runs.reading import NothingToReadError, read_results
     from gradflow.showing import report
 
     page = results / "report.html" if out is None else out
-    found = read_results(results)
-    for line in found.skipped:
-        say(f"gradflow: {line}")
+    try:
+        found = read_results(results)
+    except NothingToReadError as error:
+        say_skipped(error.skipped)
+        raise
+    say_skipped(found.skipped)
+    for line in found.notes:
+        say(f"note: {line}", style="yellow")
     report.write_page(found, page)
     for folder, kind in ((png, "png"), (svg, "svg")):
         if folder is not None:
@@ -49,3 +55,9 @@ def report(
         console = Console()
         console.print(overview.summary_view(found))
         console.print(f"page: {page}", soft_wrap=True, markup=False, highlight=False)
+
+
+def say_skipped(lines: Sequence[str]) -> None:
+    """What was not read."""
+    for line in lines:
+        say(f"gradflow: {line}")

@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gradflow.errors import BaselineError, RunFolderError
+from gradflow.runs.consistency import SAME_NETWORK
 from gradflow.runs.records import LayerRecord, Run
 from gradflow.runs.store import load
 from gradflow.specs.spec import run_key
 
 # Reasons of one kind that are listed one by one; the rest is counted.
 SHOWN = 3
-# A GPU draws other random numbers than a CPU, so its weights are others.
-SAME_NETWORK = ("device", "dtype")
 # These move gradients by rounding only; that is what a tolerance is for, so they are only said.
 SAID = ("device_name", "gradflow", "torch", "threads", "matmul_precision")
 

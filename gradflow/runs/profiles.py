@@ -11,6 +11,8 @@ from pathlib import Path
 
 import polars as pl
 
+from gradflow.runs.consistency import FINITE, NUMBERS, Broken
+from gradflow.runs.headers import header_fault
 from gradflow.runs.records import LayerRecord, columns
 
 BATCH = 200
@@ -34,7 +36,11 @@ SCHEMA = dict.fromkeys(NAMES, pl.Float64) | {
     "step": pl.Int64,
     "layer": pl.Int64,
     "unit": pl.String,
+    "nonfinite": pl.Int64,
+    "saved_bytes": pl.Int64,
 }
+# Read so that a cell which is no whole number is found, as it is where one run is read.
+COUNTS = ("nonfinite", "saved_bytes")
 # Where one of these is largest or smallest, the layer is kept whatever is left out.
 EXTREMES = ("log10_grad_norm", "act_rms", "branch_gain", "act_cos", "grad_cos")
 # `run` is a number; `x` the layer with its units spread evenly; `low` and `high` span the seeds.
@@ -44,7 +50,9 @@ Table = tuple[Path, int]
 UNREADABLE = (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError, ValueError)
 
 
-def read_units(tables: Sequence[Table], layers: int) -> tuple[pl.DataFrame, dict[int, str]]:
+def read_units(
+    tables: Sequence[Table], layers: int
+) -> tuple[pl.DataFrame, dict[int, str], dict[int, Broken]]:
     """Read the layers of many runs.
 
     Args:
@@ -52,16 +60,18 @@ def read_units(tables: Sequence[Table], layers: int) -> tuple[pl.DataFrame, dict
         layers: that are kept of one run, about.
 
     Returns:
-        One row per run and unit, the run being its place in `tables`; and for each file that
-        cannot be read the reason.
+        One row per run and unit, the run being its place in `tables`; for each file that cannot
+        be read the reason; and for each with rows that are not finite the first of them.
     """
     faults: dict[int, str] = {}
+    broken: dict[int, Broken] = {}
     parts = [empty_units()]
     for start in range(0, len(tables), BATCH):
         batch = {start + i: table for i, table in enumerate(tables[start : start + BATCH])}
-        rows = _read_batch(batch, faults)
+        rows = first_step(_read_batch(batch, faults))
+        broken |= _broken(rows)
         parts.append(thin(average(rows), layers).select(COLUMNS))
-    return pl.concat(parts), faults
+    return pl.concat(parts), faults, broken
 
 
 def empty_units() -> pl.DataFrame:
@@ -70,12 +80,30 @@ def empty_units() -> pl.DataFrame:
     return pl.DataFrame(schema={name: kinds.get(name, pl.Float64) for name in COLUMNS})
 
 
+def first_step(rows: pl.DataFrame) -> pl.DataFrame:
+    """The rows of the first step of each run."""
+    return rows.filter(pl.col("step") == pl.col("step").min().over("run"))
+
+
+def _is_broken() -> pl.Expr:
+    """`consistency.is_broken` of every row."""
+    finite = (~pl.col(name).is_finite() for name in FINITE)
+    numbers = (pl.col(name).is_nan() for name in NUMBERS)
+    tests = [pl.col("nonfinite") > 0, *finite, *numbers]
+    return pl.any_horizontal(test.fill_null(value=False) for test in tests).alias("broken")
+
+
+def _broken(rows: pl.DataFrame) -> dict[int, Broken]:
+    first = pl.col("layer", "unit").first()
+    found = rows.filter("broken").group_by("run").agg(first, pl.len())
+    return {run: (layer, unit, count) for run, layer, unit, count in found.iter_rows()}
+
+
 def average(rows: pl.DataFrame) -> pl.DataFrame:
-    """Means over the seeds of the first step, with the span of the gradient norm."""
+    """Means over the seeds, with the span of the gradient norm."""
     norm = pl.col("log10_grad_norm")
     return (
-        rows.filter(pl.col("step") == pl.col("step").min().over("run"))
-        .group_by("run", "layer", "unit", maintain_order=True)
+        rows.group_by("run", "layer", "unit", maintain_order=True)
         .agg(*(pl.col(name).mean() for name in VALUES), low=norm.min(), high=norm.max())
         .with_columns(x=_place())
     )
@@ -122,7 +150,8 @@ def outer_fault(file: Path) -> str | None:
         data = file.read_bytes()
     except OSError as error:
         return f"cannot be read: {file.name}: {error.strerror}"
-    fault = _header_fault(data.partition(b"\n")[0].decode(errors="replace")) if data else "is empty"
+    first_line = data.partition(b"\n")[0].decode(errors="replace")
+    fault = header_fault(first_line.strip().split(","), NAMES)
     if fault is None and not data.endswith(b"\n"):
         fault = "ends in the middle of a line"
     # Polars fills short lines with nulls, and cuts long ones where it skips columns.
@@ -130,14 +159,6 @@ def outer_fault(file: Path) -> str | None:
     if fault is None and b'"' not in data and data.count(b",") != commas:
         fault = "has lines with too few or too many cells"
     return fault and f"is damaged: {file.name} {fault}"
-
-
-def _header_fault(line: str) -> str | None:
-    header = line.strip().split(",")
-    missing = [name for name in NAMES if name not in header]
-    if missing:
-        return f"has no column {', '.join(missing[:3])}"
-    return None if tuple(header) == NAMES else "has columns that are not of this schema"
 
 
 def _scan(files: dict[int, Path], faults: dict[int, str]) -> pl.DataFrame:
@@ -148,14 +169,15 @@ def _scan(files: dict[int, Path], faults: dict[int, str]) -> pl.DataFrame:
                 list(files.values()), schema=SCHEMA, include_file_paths="file", glob=False
             )
             run = pl.col("file").replace_strict(numbers, return_dtype=pl.Int64).alias("run")
-            return scan.select(run, *KEYS, *VALUES).collect()
+            return scan.select(run, *KEYS, *VALUES, *COUNTS, _is_broken()).collect()
         except (*UNREADABLE, TypeError):  # a path that is no UTF-8 is a TypeError
             pass  # one of them is damaged: find out which
     return pl.concat([_no_rows(), *_one_by_one(files, faults)])
 
 
 def _no_rows() -> pl.DataFrame:
-    return pl.DataFrame(schema={"run": pl.Int64, **{n: SCHEMA[n] for n in (*KEYS, *VALUES)}})
+    kinds = {name: SCHEMA[name] for name in (*KEYS, *VALUES, *COUNTS)}
+    return pl.DataFrame(schema={"run": pl.Int64, **kinds, "broken": pl.Boolean})
 
 
 def _one_by_one(files: dict[int, Path], faults: dict[int, str]) -> Iterator[pl.DataFrame]:
@@ -163,7 +185,8 @@ def _one_by_one(files: dict[int, Path], faults: dict[int, str]) -> Iterator[pl.D
     for number, file in files.items():
         try:
             rows = pl.read_csv(file.read_bytes(), schema=SCHEMA)
-            yield rows.with_columns(run=pl.lit(number)).select(run, *KEYS, *VALUES)
+            numbered = rows.with_columns(run=pl.lit(number))
+            yield numbered.select(run, *KEYS, *VALUES, *COUNTS, _is_broken())
         except UNREADABLE as error:
             reason = str(error).strip().partition("\n")[0]
             faults[number] = f"is damaged: {file.name}: {reason}"

@@ -6,12 +6,13 @@ report shows. A folder that cannot be read is named in one line and left alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradflow.errors import RunFolderError, UsageError
+from gradflow.runs.consistency import Broken, contradiction, same_network
 from gradflow.runs.records import Summary
 from gradflow.runs.store import plain, read_about
 from gradflow.specs.model_spec import Spec, spec_from_json
@@ -62,6 +63,7 @@ class Results:
         units: their layers, see `profiles.COLUMNS`; means over the seeds, thinned.
         layers_kept: layers of one run that `units` holds at most, but for extremes.
         skipped: one line for each folder that was not read.
+        notes: one line for each thing that does not fit together, see `consistency`.
         losses, heat: of the trained runs, see `trajectories.LOSSES` and `trajectories.HEAT`.
     """
 
@@ -69,15 +71,31 @@ class Results:
     units: pl.DataFrame
     layers_kept: int
     skipped: tuple[str, ...]
+    notes: tuple[str, ...]
     losses: pl.DataFrame
     heat: pl.DataFrame
+
+
+class NothingToReadError(UsageError):
+    """A results folder without a run that can be read.
+
+    Args:
+        got: the folder, and what was found there.
+        remedy: what to do instead.
+        skipped: one line for each folder that was not read.
+    """
+
+    def __init__(self, got: str, remedy: str, skipped: Sequence[str]) -> None:
+        super().__init__("--results holds at least one run that can be read", got, remedy)
+        self.skipped = tuple(skipped)
 
 
 def read_results(folder: Path) -> Results:
     """Read every run in `folder`.
 
     Raises:
-        UsageError: no such folder, or no run in it that can be read.
+        NothingToReadError: there is no run in it that can be read.
+        UsageError: no such folder.
     """
     from gradflow.runs.profiles import read_units  # polars, 0.4 s
     from gradflow.runs.trajectories import read_heat, read_losses
@@ -85,7 +103,9 @@ def read_results(folder: Path) -> Results:
     skipped: list[str] = []
     stored = list(_stored_runs(folder, skipped))
     layers = max(FEWEST_LAYERS, min(MOST_LAYERS, LAYERS_IN_ALL // max(len(stored), 1)))
-    units, faults = read_units([(run.path / "layers.csv", run.rows) for run in stored], layers)
+    units, faults, broken = read_units(
+        [(run.path / "layers.csv", run.rows) for run in stored], layers
+    )
     trained = [run for run in stored if run.step_rows and run.number not in faults]
     losses, more = read_losses([(r.number, r.path / "steps.csv", r.step_rows) for r in trained])
     faults |= more
@@ -94,7 +114,14 @@ def read_results(folder: Path) -> Results:
     if not runs:
         raise _nothing_to_read(folder, skipped)
     heat = read_heat([(r.number, r.path / "layers.csv") for r in trained if r.number not in more])
-    return Results(runs, units, layers, tuple(skipped), losses, heat)
+    return Results(runs, units, layers, tuple(skipped), tuple(_notes(runs, broken)), losses, heat)
+
+
+def _notes(runs: Sequence[StoredRun], broken: Mapping[int, Broken]) -> Iterator[str]:
+    for run in runs:
+        lines = contradiction(run.name, run.summary.verdict, broken.get(run.number))
+        yield from map(clean, lines)
+    yield from map(clean, same_network([(run.name, run) for run in runs]))
 
 
 def skip_line(name: str, reason: str) -> str:
@@ -152,13 +179,12 @@ def _has(folder: Path, name: str) -> bool:
         return False
 
 
-def _nothing_to_read(folder: Path, skipped: list[str]) -> UsageError:
-    rule = "--results holds at least one run that can be read"
+def _nothing_to_read(folder: Path, skipped: Sequence[str]) -> NothingToReadError:
     remedy = "make one with `gradflow run`, or give another --results"
     if (folder / "run.json").is_file():
         remedy = "give the folder that it lies in"
-    why = f" ({skipped[0]})" if len(skipped) == 1 else f" ({len(skipped)} folders skipped)"
-    return UsageError(rule, clean(f"{folder}{why if skipped else ''}"), remedy)
+    what = ", of which all is skipped" if skipped else ""
+    return NothingToReadError(clean(f"{folder}{what}"), remedy, skipped)
 
 
 def _stored_run(number: int, path: Path) -> StoredRun:

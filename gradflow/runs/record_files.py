@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar, get_args, get_type_hints
 
 from gradflow.errors import RunFolderError
+from gradflow.runs.headers import header_fault
 from gradflow.runs.records import LayerRecord, ParamRecord, Record, StepRecord, TimeRecord, columns
 from gradflow.runs.spool import Spool
 
@@ -28,21 +29,15 @@ def read_records(file: Path, record: type[RecordT]) -> Sequence[RecordT]:
     try:
         with file.open(newline="", encoding="utf-8") as lines:
             rows = csv.reader(lines)
-            _check_header(file, next(rows, []), record)
+            if fault := header_fault(next(rows, []), columns(record)):
+                raise RunFolderError(f"{file.parent} is damaged: {file.name} {fault}")
             made = (record(*(f(c) for f, c in zip(parsers, row, strict=True))) for row in rows)
             return Spool(record, rows=made)
     except OSError as error:
-        raise RunFolderError(f"{file} cannot be read: {error.strerror}") from None
+        reason = f"{file.name}: {error.strerror}"
+        raise RunFolderError(f"{file.parent} cannot be read: {reason}") from None
     except (ValueError, csv.Error) as error:
-        raise RunFolderError(f"{file} is damaged: {error}") from None
-
-
-def _check_header(file: Path, header: Sequence[str], record: type[Record]) -> None:
-    missing = [name for name in columns(record) if name not in header]
-    if missing:
-        raise RunFolderError(f"{file} is damaged: no column {', '.join(missing)}")
-    if tuple(header) != columns(record):
-        raise RunFolderError(f"{file} is damaged: its columns are not those of this schema")
+        raise RunFolderError(f"{file.parent} is damaged: {file.name}: {error}") from None
 
 
 def _field_hints(record: type[Record]) -> list[Any]:

@@ -47,7 +47,7 @@ def read_losses(tables: Iterable[Table]) -> tuple[pl.DataFrame, dict[int, str]]:
         try:
             records = read_records(file, StepRecord)
         except RunFolderError as error:
-            faults[number] = str(error).removeprefix(str(file)).strip()
+            faults[number] = str(error).removeprefix(str(file.parent)).strip()
             continue
         if len(records) == rows:
             parts.append(_losses(number, records))

@@ -103,6 +103,8 @@ def words(results: Results, shown: Shown) -> dict[str, Any]:
         "left_out": list(left_out(results, shown)),
         "skipped": results.skipped[:SKIPPED_SHOWN],
         "more_skipped": len(results.skipped) - SKIPPED_SHOWN,
+        "notes": results.notes[:SKIPPED_SHOWN],
+        "more_notes": len(results.notes) - SKIPPED_SHOWN,
     }
 
 
