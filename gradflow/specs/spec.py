@@ -20,9 +20,9 @@ from gradflow.specs.spec_rules import (
     check_fit,
     check_name,
     check_numbers,
-    check_own_forms,
     check_recipe,
     check_stored,
+    check_unit,
     check_user_code,
 )
 from gradflow.specs.stack_fields import DEFAULT_BLOCK, SIZES, StackFields
@@ -64,7 +64,7 @@ class StackSpec(StackFields):
                 object.__setattr__(self, name, float(getattr(self, name)))
         check_fit(self)
         if not self.is_stored(self.scheme):
-            check_own_forms(self, self.wiring(1, 0))  # a scheme refuses what it is not defined for
+            check_unit(self, self.wiring(1, 0))  # a scheme refuses what it is not defined for
         check_user_code(self)
 
     def _resolve_weights(self) -> None:

@@ -48,6 +48,18 @@ def check_user_code(spec: StackFields) -> None:
     if not own or spec.scheme is None or any(map(spec.is_stored, own)):
         return
     check_wirings(spec.scheme, spec.wirings(), spec.domain.norm_kinds)
+    for _, wiring in spec.wirings():
+        check_unit(spec, wiring)
+
+
+def check_unit(spec: StackFields, wiring: Wiring) -> None:
+    """Refuse options that this kind of unit has no place for.
+
+    Raises:
+        UsageError: such an option was given.
+    """
+    check_own_forms(spec, wiring)
+    check_values(spec, wiring)
 
 
 # What a scheme may bring: its units it wires itself.
@@ -158,6 +170,21 @@ def check_own_forms(spec: StackFields, wiring: Wiring) -> None:
         if given not in (None, value, BLOCK_OPTIONS[name]):
             rule = f"--scheme {user_code.shown(str(spec.scheme))} decides {flag(name)} itself"
             raise UsageError(rule, f"{flag(name)} {given}", f"use {remedy}")
+
+
+def check_values(spec: StackFields, wiring: Wiring) -> None:
+    """Refuse values of another width than the stream, where a state has both.
+
+    Raises:
+        UsageError: the heads of values are fewer, or of another size.
+    """
+    heads = int(spec.heads or 1)
+    if wiring.unit == "value-residual" and (spec.kv_heads or heads) * spec.head_size != spec.width:
+        parts = {"heads": heads, "kv_heads": spec.kv_heads, "head_dim": spec.head_dim}
+        got = " ".join(f"{flag(name)} {part}" for name, part in parts.items() if part is not None)
+        rule = f"--scheme {user_code.shown(str(spec.scheme))} hands on values as wide as the stream"
+        remedy = f"use --kv-heads {heads} --head-dim {max(spec.width // heads, 1)}"
+        raise UsageError(rule, f"--width {spec.width} {got}", remedy)
 
 
 def _check_heads(spec: StackFields, heads: int) -> None:
