@@ -170,7 +170,8 @@ DEEPSCALELM = Scheme(
 NGPT = Scheme(
     equation="h' = N(h + alpha (N(f(h)) - h)), N(x) = x/|x|; q and k of norm 1 times s_qk, "
     "softmax of sqrt(d_head) q k; gated ffn, u phi(v) with (u, v) = s_uv sqrt(d) W_1 h",
-    init="every vector of a matrix along the embedding has norm 1; alpha = 0.05, s_qk = s_uv = 1",
+    init="every vector of a matrix along the embedding has norm 1, after every update too; "
+    "alpha = 0.05, s_qk = s_uv = 1",
     paper="Loshchilov et al. 2024, arXiv:2410.01131",
     claim="every vector of the stream has norm 1, before and after each unit",
     wire=lambda _: Wiring(unit="ngpt"),
