@@ -157,7 +157,7 @@ def _stochastic_depth(place: Place) -> Wiring:
 
 STOCHASTIC_DEPTH = Scheme(
     equation="x' = phi(x + b_l f(x)), f as in he-v1, b_l = 1 with probability p_l, else 0",
-    init="He; p_l = 1 - (l/L)(1 - p_L), p_L = 0.5; b_l is drawn anew for each batch, from seed and step",
+    init="He; p_l = 1 - (l/L)(1 - p_L), p_L = 0.5; b_l is drawn for each batch, for all of it",
     paper="Huang et al. 2016, arXiv:1603.09382",
     claim="(3L - 1)/4 branches are active on average; a dropped one has no gradient",
     wire=_stochastic_depth,

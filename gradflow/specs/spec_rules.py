@@ -9,9 +9,9 @@ from gradflow.schemes import Scheme
 from gradflow.specs import user_code
 from gradflow.specs.block_kinds import BLOCK_OPTIONS, BLOCKS, GROUPS, POINTWISE
 from gradflow.specs.fields import at_least, check_choice, flag, positive
+from gradflow.specs.own_forms import check_unit
 from gradflow.specs.stack_fields import StackFields
 from gradflow.specs.user_schemes import check_scheme, check_wirings
-from gradflow.wiring import Wiring
 
 
 def check_name(spec: StackFields, name: str) -> None:
@@ -50,16 +50,6 @@ def check_user_code(spec: StackFields) -> None:
     check_wirings(spec.scheme, spec.wirings(), spec.domain.norm_kinds)
     for _, wiring in spec.wirings():
         check_unit(spec, wiring)
-
-
-def check_unit(spec: StackFields, wiring: Wiring) -> None:
-    """Refuse options that this kind of unit has no place for.
-
-    Raises:
-        UsageError: such an option was given.
-    """
-    check_own_forms(spec, wiring)
-    check_values(spec, wiring)
 
 
 # What a scheme may bring: its units it wires itself.
@@ -145,46 +135,6 @@ def check_fit(spec: StackFields) -> None:
         raise UsageError(rule, f"--seq-len {spec.seq_len}", f"use --seq-len {most} or less")
     if spec.norm_kind is not None:
         _check_norm_kind(spec)
-
-
-# Parts that units of a kind (`Wiring.unit`) have in a form of their own; neither has biases.
-OWN_FORMS = {"ngpt": ("kv_heads", "head_dim", "rope", "bias"), "fixup": ("gated", "bias")}
-
-
-def check_own_forms(spec: StackFields, wiring: Wiring) -> None:
-    """Refuse options that units of this kind would pass over.
-
-    Raises:
-        UsageError: such an option was given.
-    """
-    heads = spec.heads or 1
-    usual = {
-        "kv_heads": (heads, f"--kv-heads {heads}"),
-        "head_dim": (spec.width // heads, f"--head-dim {spec.width // heads}"),
-        "rope": (0.0, "--rope 0"),
-        "gated": (False, "--no-gated"),
-        "bias": ("none", "--bias none"),
-    }
-    for name in OWN_FORMS.get(wiring.unit, ()):
-        given, (value, remedy) = getattr(spec, name), usual[name]
-        if given not in (None, value, BLOCK_OPTIONS[name]):
-            rule = f"--scheme {user_code.shown(str(spec.scheme))} decides {flag(name)} itself"
-            raise UsageError(rule, f"{flag(name)} {given}", f"use {remedy}")
-
-
-def check_values(spec: StackFields, wiring: Wiring) -> None:
-    """Refuse values of another width than the stream, where a state has both.
-
-    Raises:
-        UsageError: the heads of values are fewer, or of another size.
-    """
-    heads = int(spec.heads or 1)
-    if wiring.unit == "value-residual" and (spec.kv_heads or heads) * spec.head_size != spec.width:
-        parts = {"heads": heads, "kv_heads": spec.kv_heads, "head_dim": spec.head_dim}
-        got = " ".join(f"{flag(name)} {part}" for name, part in parts.items() if part is not None)
-        rule = f"--scheme {user_code.shown(str(spec.scheme))} hands on values as wide as the stream"
-        remedy = f"use --kv-heads {heads} --head-dim {max(spec.width // heads, 1)}"
-        raise UsageError(rule, f"--width {spec.width} {got}", remedy)
 
 
 def _check_heads(spec: StackFields, heads: int) -> None:
