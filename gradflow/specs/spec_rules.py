@@ -47,7 +47,7 @@ def check_user_code(spec: StackFields) -> None:
     own = [name for name in (spec.scheme, spec.block) if user_code.is_user_name(name)]
     if not own or spec.scheme is None or any(map(spec.is_stored, own)):
         return
-    check_wirings(spec.scheme, spec.wirings(), spec.domain.norm_kinds)
+    check_wirings(spec.scheme, str(spec.block), spec.wirings(), spec.domain.norm_kinds)
     for _, wiring in spec.wirings():
         check_unit(spec, wiring)
 
