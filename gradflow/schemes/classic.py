@@ -106,6 +106,10 @@ FIXUP = Scheme(
     blocks=("resnet", *TOKENS),
     constants=fixup_constants,
     normalises=False,
+    lacks=(
+        "a classifier that starts at 0: the ce head is drawn as every stack's",
+        "on resnet the paper's form with the activation after the addition: here it comes first",
+    ),
     pitfalls=(
         "L counts residual branches: two per transformer block",
         "L^(-1/2) for every m: it is that of m = 2",
