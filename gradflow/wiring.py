@@ -29,6 +29,38 @@ LEARNED = {
     "vector": "a parameter per feature",
 }
 
+# Kinds of unit, with the settings that each reads; `networks.stack.UNITS` has their classes.
+UNIT_SETTINGS: dict[str, tuple[str, ...]] = {
+    "template": (),
+    "highway": ("gate_bias",),
+    "stochastic": ("keep",),
+    "pb-relax": (),
+    "normformer": (),
+    "fixup": (),
+    "admin": (),
+    "ngpt": (),
+    "b2t": (),
+    "residual-dual": ("first",),
+    "siamesenorm": ("first", "divisor"),
+    "hyper-connections": ("first", "streams", "stream"),
+    "mhc": ("first", "streams", "pre", "off_diagonal"),
+    "attnres": ("first",),
+    "denseformer": ("first", "averaged"),
+    "value-residual": ("first", "weight"),
+}
+
+# How several streams become the output, with how many it takes (None: any number);
+# `networks.readouts.READOUTS` has the functions.
+READOUTS: dict[str, int | None] = {
+    "first": None,
+    "last": None,
+    "sum": None,
+    "mean": None,
+    "dual": 2,
+    "siamese": 2,
+    "depth attention": None,
+}
+
 
 @dataclass(frozen=True)
 class Place:
@@ -72,8 +104,8 @@ class Wiring:
         kinds: kind of norm at a place, where it is not the stack's own.
         alpha: of the pointwise kinds dyt and derf.
         gains: factors on the standard deviation of the branch's matrices, by name; 0 = zero.
-        unit: the class in `networks.stack.UNITS`; `template` computes the equation above.
-        settings: what the other classes need.
+        unit: its kind, of `UNIT_SETTINGS`; `template` computes the equation above.
+        settings: what the other kinds need.
     """
 
     a: float = 1.0

@@ -66,7 +66,8 @@ def norm(p: Params, at: str, x: Tensor) -> Tensor:
 
 
 def ffn(c: Case, x: Tensor) -> Tensor:
-    hidden = PHI[str(c.spec.activation)](affine(c.p, "branch.up", x))
+    up, phi = affine(c.p, "branch.up", x), PHI[str(c.spec.activation)]
+    hidden = phi(affine(c.p, "branch.gate", x)) * up if c.spec.gated else phi(up)
     return affine(c.p, "branch.down", hidden)
 
 

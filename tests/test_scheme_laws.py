@@ -15,7 +15,7 @@ from gradflow.runs.records import LayerRecord
 from gradflow.schemes import SCHEMES
 from gradflow.specs.spec import StackSpec
 from gradflow.theory.predict import predict
-from gradflow.wiring import Place
+from gradflow.wiring import Place, Wiring
 
 SEEDS = range(3)
 
@@ -146,6 +146,41 @@ def test_the_prediction_follows_the_scheme(scheme: str) -> None:
         [row.log10_grad_norm - each[-1].log10_grad_norm for row in each] for each in profiles(spec)
     ]
     assert np.abs(np.mean(rows, axis=0) - predicted).max() < TOLERANCE[scheme]
+
+
+PARTS: list[dict[str, Any]] = [
+    *({"block": block} for block in ("mlp", "conv", "resnet", "attention", "ffn", "transformer")),
+    {"block": "ffn", "gated": True},
+    {"block": "attention", "rope": 1e4, "kv_heads": 2, "head_dim": 8, "causal": True},
+    {"block": "transformer", "gated": True, "rope": 1e4, "loss": "ce"},
+]
+
+
+@pytest.mark.parametrize("scheme", ["rezero", "skipinit", "fixup"])
+@pytest.mark.parametrize("parts", PARTS, ids=lambda p: "-".join(map(str, p.values())))
+def test_a_branch_that_starts_at_0_leaves_the_gradient_as_it_is(
+    scheme: str, parts: dict[str, Any]
+) -> None:
+    """Whatever the branch is: predicted and measured as 0 decades, but for rounding."""
+    if parts["block"] not in SCHEMES[scheme].blocks or (scheme == "fixup" and "gated" in parts):
+        return
+    sizes = {"seq_len": 5} if parts["block"] in ("attention", "ffn", "transformer") else {}
+    spec = StackSpec(scheme=scheme, depth=3, width=32, batch_size=2, **sizes, **parts)
+    told = predict(spec)
+    assert told.reason is None
+    rows, _ = walk(spec, 0, network(spec)).records()
+    got = [row.log10_grad_norm - rows[-1].log10_grad_norm for row in rows]
+    for found in (got, told.log10_grad_norm, told.spread):
+        assert found == pytest.approx([0.0] * len(rows), abs=1e-14)
+
+
+def test_a_branch_that_starts_near_0_is_not_taken_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = replace(SCHEMES["skipinit"], wire=lambda _: Wiring(b=1e-3, learned="scalar"))
+    monkeypatch.setitem(SCHEMES, "skipinit", small)
+    assert "adds up along the shortcut" in str(
+        predict(StackSpec(scheme="skipinit", block="mlp")).reason
+    )
+    assert "resnet" in str(predict(StackSpec(scheme="skipinit", block="resnet")).reason)
 
 
 @pytest.mark.parametrize("scheme", WITHHELD)

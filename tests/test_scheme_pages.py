@@ -46,7 +46,7 @@ def test_a_page_holds_all_that_is_known_of_a_scheme(cli: CommandLine, name: str)
     assert (done.code, done.err) == (0, "")
     assert max(map(len, done.out.splitlines())) <= 80
     texts = (name, scheme.equation, scheme.init, scheme.paper, scheme.claim, *scheme.pitfalls)
-    for text in (*texts, *scheme.blocks):
+    for text in (*texts, *scheme.blocks, *scheme.lacks):
         assert words(text) in words(done.out), text
     for brought in scheme.defaults.values():
         assert str(brought) in done.out
@@ -93,6 +93,30 @@ def test_constants_that_vary_are_shown_by_layer_and_by_unit(
         (1, "attention", 1.0),
         (1, "ffn", 2.0),
     ]
+
+
+# What is known to be missing, by a word of the line that says so.
+LACKS = {
+    "depth-mup": ("over d_head", "output multiplier", "learning rates"),
+    "completep": ("over d_head", "output multiplier", "Adam's eps and weight decay"),
+    "fixup": ("a classifier that starts at 0", "activation after the addition"),
+    "mhc": ("a composite",),
+    "ngpt": ("s_z in the head",),
+}
+
+
+@pytest.mark.parametrize("name", LACKS)
+def test_a_page_says_what_is_not_there(cli: CommandLine, name: str) -> None:
+    out = cli("schemes", name).out
+    assert out.count("not here") == len(LACKS[name])
+    for told in LACKS[name]:
+        assert words(told) in words(out)
+    assert json.loads(cli("schemes", name, "--json").out)["lacks"] == list(SCHEMES[name].lacks)
+
+
+def test_attnres_says_how_closely_it_is_pre_ln(cli: CommandLine) -> None:
+    out = words(cli("schemes", "attnres").out)
+    assert words("exactly as --norm-eps goes to 0 and to 2e-4 at 1e-5") in out
 
 
 def test_a_scheme_without_constants_has_no_table() -> None:

@@ -17,6 +17,7 @@ from user_files import scheme_file
 from gradflow.errors import UsageError
 from gradflow.judging.naming import word
 from gradflow.networks.stack import Block
+from gradflow.schemes import SCHEMES
 from gradflow.specs.grid import expand
 from gradflow.specs.shapes import SHAPES
 from gradflow.specs.spec import StackSpec
@@ -220,8 +221,13 @@ def test_a_shape_goes_with_a_users_own_scheme(tmp_path: Path) -> None:
         ("ngpt", {"head_dim": 4}),
         ("ngpt", {"rope": 1e4}),
         ("ngpt", {"bias": "qkv"}),
+        ("ngpt", {"bias": "all"}),
+        ("ngpt", {"qk_norm": True}),
+        ("ngpt", {"gated": False}),
+        ("ngpt", {"gain": 2.0}),
         ("fixup", {"gated": True}),
         ("fixup", {"bias": "qkv"}),
+        ("fixup", {"bias": "all"}),
     ],
 )
 def test_options_that_a_scheme_s_own_branches_would_pass_over_are_refused(
@@ -232,7 +238,53 @@ def test_options_that_a_scheme_s_own_branches_would_pass_over_are_refused(
     with pytest.raises(UsageError, match=f"--scheme {scheme} decides --") as refused:
         StackSpec(**kept | option)
     name = next(iter(option)).replace("_", "-")
-    assert_one_line(refused.value, (f"decides --{name} itself", f"got --{name}", "use --"))
+    assert_one_line(refused.value, (f"decides --{name} itself", "got --", "use --"))
+
+
+@pytest.mark.parametrize("scheme", ["ngpt", "fixup"])
+@pytest.mark.parametrize("name", ["bias_var", "weight_var"])
+def test_variances_that_a_scheme_s_own_branches_would_pass_over_are_refused(
+    scheme: str, name: str
+) -> None:
+    kept = {"block": "transformer", "scheme": scheme, name: 0.5} | TINY
+    if (scheme, name) == ("fixup", "weight_var"):
+        assert StackSpec(**kept).weight_var == 0.5
+        return
+    with pytest.raises(UsageError, match=f"--scheme {scheme} decides --.*; leave out --"):
+        StackSpec(**kept)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "true"),
+    [("ngpt", {"gated": True, "bias": "none", "gain": 1.0}), ("fixup", {"bias": "none"})],
+)
+def test_saying_what_a_scheme_has_anyway_is_the_same_spec(
+    scheme: str, true: dict[str, Any]
+) -> None:
+    spec = StackSpec(scheme=scheme, block="transformer", **TINY)
+    assert spec == StackSpec(scheme=scheme, block="transformer", **TINY, **true)
+    assert spec.to_json().items() >= true.items()
+    assert StackSpec.from_json(spec.to_json()) == spec
+
+
+@pytest.mark.parametrize("scheme", [n for n, scheme in SCHEMES.items() if not scheme.normalises])
+def test_a_kind_of_norm_is_refused_where_a_scheme_has_none(scheme: str) -> None:
+    with pytest.raises(UsageError, match=f"--scheme {scheme} has no norms; got --norm-kind rms"):
+        StackSpec(scheme=scheme, norm_kind="rmsnorm")
+    assert StackSpec(scheme=scheme).norm_kind is None
+    assert expand({"scheme": [scheme, "pre-ln"], "norm_kind": ["rmsnorm"]}).cells
+
+
+@pytest.mark.parametrize("design", [{"scheme": "rezero"}, {"norm": "none"}])
+def test_queries_and_keys_have_the_kind_of_norm_that_is_given(design: dict[str, Any]) -> None:
+    spec = StackSpec(**design, qk_norm=True, norm_kind="rmsnorm", **TINY)
+    assert dict(Block(spec).named_modules())["0.branch.q_norm"].kind == "rmsnorm"
+    shape = StackSpec(**design, like="qwen3-8b", heads=2, depth=2, width=16, head_dim=8, kv_heads=1)
+    assert dict(Block(shape).named_modules())["0.branch.q_norm"].kind == "rmsnorm"
+
+
+def test_a_shape_s_kind_of_norm_is_left_out_where_a_scheme_has_none() -> None:
+    assert StackSpec(like="llama3-8b", scheme="rezero").norm_kind is None
 
 
 @pytest.mark.parametrize("scheme", ["fixup", "ngpt"])

@@ -18,6 +18,7 @@ from gradflow.engine import memory
 from gradflow.engine.saved import SavedBytes
 from gradflow.engine.tape import Network, record_forward
 from gradflow.engine.walk import loss_gradient, vjp, walk
+from gradflow.errors import UsageError
 from gradflow.networks import depth_mixing, hyper
 from gradflow.networks.hyper import sinkhorn
 from gradflow.networks.inputs import input_shape, state_shape
@@ -260,6 +261,34 @@ def test_the_first_values_get_a_gradient_from_every_layer() -> None:
     assert sizes[0] == 0  # the last unit is an ffn
     assert all(a <= b for a, b in pairwise(sizes))
     assert sizes[-1] > 2 * sizes[1] > 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_gated_ffn_goes_with_every_state(name: str) -> None:
+    if "transformer" in SCHEMES[name].blocks:
+        spec = small(name, gated=True, activation="silu")
+        assert largest_error(spec, perturbed(spec)) < 1e-9
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "heads", [{"kv_heads": 1}, {"head_dim": 8}, {"kv_heads": 1, "head_dim": 2}]
+)
+def test_values_of_another_width_go_with_every_state_but_one_that_holds_them(
+    name: str, heads: dict[str, int]
+) -> None:
+    if name == "value-residual":
+        rule = "--scheme value-residual hands on values as wide as the stream; got --width 12"
+        with pytest.raises(UsageError, match=f"{rule}.*use --kv-heads 3 --head-dim 4"):
+            small(name, **heads)
+        return
+    spec = small(name, **heads)
+    assert walk(spec, 0, network(spec)).records()[0][0].grad_norm > 0
+
+
+def test_fewer_but_wider_values_fit_a_state_of_values() -> None:
+    spec = small("value-residual", heads=6, kv_heads=3, head_dim=4)
+    assert walk(spec, 0, network(spec)).records()[0][0].grad_norm > 0
 
 
 # Constants.

@@ -18,7 +18,7 @@ from gradflow.errors import UsageError
 from gradflow.learning.tasks import build_task
 from gradflow.learning.training import Problem, TaskNetwork, learning_rate, train, train_stack
 from gradflow.measurement import measure
-from gradflow.runs.records import Run
+from gradflow.runs.records import LayerRecord, Run
 from gradflow.specs.recipe import as_trained
 from gradflow.specs.run_options import TRAINING, RunOptions
 from gradflow.specs.spec import StackSpec, run_key
@@ -156,6 +156,74 @@ def test_measured_gradients_are_those_that_train(name: str) -> None:
                 grads = [total([p.grad]) for p in inside]
                 assert [row.grad_norm for row in rows] == pytest.approx(grads, rel=1e-9)
         optimizer.step()
+
+
+def branches(model: TaskNetwork) -> list[float]:
+    """b_l of each layer."""
+    return [unit.scale.factor for block in model.blocks for unit in block.units]
+
+
+def test_stochastic_depth_draws_anew_for_each_batch() -> None:
+    spec = as_trained(small("resnet", scheme="stochastic-depth", depth=4), options())
+    model, shares = TaskNetwork(spec, 0, CPU), torch.zeros(4)
+    for step in range(1000):
+        model.begin(step)
+        shares += torch.tensor(branches(model)) / 1000
+    for layer, share in enumerate(shares.tolist(), 1):  # 5 standard deviations
+        p = 1 - layer / 4 * 0.5
+        assert share == pytest.approx(p, abs=5 * math.sqrt(p * (1 - p) / 1000))
+
+
+def test_a_dropped_branch_is_dropped_in_its_own_step_of_training() -> None:
+    spec = as_trained(small("resnet", scheme="stochastic-depth", depth=4), options())
+    found = train_stack(spec, 0, CPU, options(steps=6, every=1))
+    model, seen = TaskNetwork(spec, 0, CPU), set()
+    assert branches(model) == [float(b) for b in kept_at(found.layers, 0)]
+    for step in range(7):
+        model.begin(step)
+        assert branches(model) == [float(b) for b in kept_at(found.layers, step)]
+        seen.add(tuple(branches(model)))
+    assert len(seen) > 1
+
+
+def kept_at(rows: Sequence[LayerRecord], step: int) -> list[bool]:
+    """Which branches got a gradient at a step, layer by layer."""
+    return [row.branch_gain > 0 for row in rows if row.step == step and row.unit != "input"]
+
+
+def normalise(model: TaskNetwork) -> None:
+    """Every vector of a matrix along the embedding to length 1."""
+    for name, p in model.named_parameters():
+        if ".branch." in name and p.ndim == 2:
+            columns = "down" in name or "out" in name
+            p.data.div_(p.data.norm(dim=0 if columns else 1, keepdim=True))
+
+
+def test_ngpt_keeps_its_vectors_at_length_1_after_every_update() -> None:
+    spec = as_trained(small("transformer", scheme="ngpt", depth=2, dtype="float64"), options())
+    found = train_stack(spec, 0, CPU, options(every=1))
+    twin = TaskNetwork(spec, 0, CPU)
+    optimizer = torch.optim.AdamW(twin.parameters(), 0.01)
+    for step in found.steps:
+        optimizer.zero_grad()
+        loss = twin(build_task(spec, CPU).batch(0, step.step))
+        loss.backward()
+        assert step.loss == pytest.approx(loss.item(), rel=1e-9)
+        (norm,) = {
+            r.norm for r in found.params if (r.step, r.layer, r.param) == (step.step, 1, DOWN)
+        }
+        assert norm == pytest.approx(math.sqrt(spec.hidden), rel=1e-12)
+        if step.update_ratio is None:
+            break
+        before = [p.detach().clone() for p in twin.parameters()]
+        optimizer.step()
+        normalise(twin)
+        moved = [p.detach() - old for p, old in zip(twin.parameters(), before, strict=True)]
+        assert step.update_ratio == pytest.approx(total(moved) / total(before), rel=1e-6)
+    assert step.step == 4
+
+
+DOWN = "branch.down.weight"
 
 
 def total(tensors: Sequence[Tensor | None]) -> float:

@@ -19,13 +19,16 @@ from user_files import LINEAR, branch_file, scheme_file, write
 from gradflow import from_file, measure
 from gradflow.errors import UsageError, closest_first
 from gradflow.judging.naming import names
+from gradflow.networks import readouts
 from gradflow.networks.blocks import BRANCHES
 from gradflow.networks.norms import Norm
-from gradflow.networks.stack import build_block
+from gradflow.networks.stack import UNITS, build_block
 from gradflow.runs.reading import read_results
 from gradflow.runs.records import LayerRecord, Run
 from gradflow.runs.store import load, save
+from gradflow.schemes import SCHEMES
 from gradflow.specs import user_code
+from gradflow.specs.block_kinds import block_kind
 from gradflow.specs.grid import Cell, expand
 from gradflow.specs.run_options import RunOptions
 from gradflow.specs.spec import StackSpec
@@ -34,7 +37,7 @@ from gradflow.sweeps.cells import measure_cell
 from gradflow.sweeps.executors import make_executor
 from gradflow.theory.describe import describe
 from gradflow.theory.units import NoTheoryError
-from gradflow.wiring import Wiring
+from gradflow.wiring import READOUTS, UNIT_SETTINGS, Place, Wiring
 
 CPU = torch.device("cpu")
 TINY = {"depth": 3, "width": 8, "seq_len": 3, "batch_size": 2, "dtype": "float64"}
@@ -92,6 +95,12 @@ def test_theory_takes_a_users_scheme_and_no_users_block(tmp_path: Path) -> None:
         describe(StackSpec(**TINY, block=block))
 
 
+def unit(kind: str, **settings: object) -> dict[str, str]:
+    """The wire of units of a kind."""
+    items = ", ".join(f"{name!r}: {source}" for name, source in settings.items())
+    return {"wire": f"lambda at: Wiring(norms=('in',), unit={kind!r}, settings={{{items}}})"}
+
+
 A_LIST = "blocks of my_scheme.py:SCHEME is a tuple of names"
 # Fields of the scheme, then what the line says.
 BROKEN: list[tuple[dict[str, str], str, str]] = [
@@ -117,6 +126,68 @@ BROKEN: list[tuple[dict[str, str], str, str]] = [
     ({"wire": "lambda at: Wiring()"}, "normalises where a unit has norms", "normalises=False"),
     ({"wire": "lambda at: Wiring(a=0, norms=('in',))"}, "is plain where", "say plain=True"),
     ({"plain": "True"}, "is plain where", "say plain=False"),
+    ({"plain": "'no'"}, "plain of my_scheme.py:SCHEME is True or False", "got 'no'"),
+    ({"input_norm": "'l2'"}, "input_norm of", "got 'l2'; use norm, unit"),
+    (unit("mhc"), "have first, streams, pre, off_diagonal for mhc", "got {}; give first"),
+    (unit("highway", gate_bias=-1), "--block for units of the kind highway", "got transformer"),
+    (unit("siamesenorm", first=True, divisor="'c'"), "have first, divisor", "give divisor"),
+    (
+        unit("attnres", first=False),
+        "first of my_scheme.py:SCHEME at layer 1 (attention) is True",
+        "got False",
+    ),
+    (unit("denseformer", first="at.index == 1", averaged=1), "averaged of", "is 0; got 1"),
+    (
+        unit("hyper-connections", first="at.index == 1", streams=4, stream=4),
+        "stream of",
+        "from 0 to 3; got 4",
+    ),
+    (
+        unit("mhc", first="at.index == 1", streams=0, pre=0, off_diagonal=0),
+        "streams of",
+        "a whole number of at least 1; got 0",
+    ),
+    (unit("residual-dual", first="at.index == 1"), "streams of", "is 2, what units of the kind"),
+    (
+        unit("residual-dual", first="at.index == 1") | {"streams": "lambda at: 2"},
+        "has a readout where its last unit gives several streams",
+        "readout=None with 2",
+    ),
+    (
+        unit("attnres", first="at.index == 1")
+        | {"streams": "lambda at: at.index + 1", "readout": "'dual'"},
+        "takes 2 streams",
+        "got 5",
+    ),
+    (
+        unit("residual-dual", first="at.index == 1")
+        | {"streams": "lambda at: 2", "readout": "'a'"},
+        "readout of my_scheme.py:SCHEME is one of",
+        "got a; use first",
+    ),
+    ({"readout": "'sum'"}, "has a readout where its last unit gives", "readout='sum' with 1"),
+    ({"streams": "lambda at: 3"}, "is 1, what units of the kind template give", "got 3"),
+    ({"streams": "lambda at: at.n"}, "streams of", "AttributeError"),
+    ({"streams": "lambda at: 1.0"}, "streams of", "got float"),
+    (
+        {"wire": "lambda at: Wiring(a=2, norms=('out',), unit='admin')", "profiled": "True"},
+        "a of my_scheme.py:SCHEME at layer 1 (attention) is 1",
+        "got 2",
+    ),
+    ({"profiled": "True"}, "is profiled where all its units", "profiled=True with template"),
+    (unit("admin"), "is profiled where all its units", "profiled=False with admin"),
+    (
+        {
+            "wire": "lambda at: Wiring(norms=('in',), settings={'first': at.index == 1},"
+            " unit='template' if at.index > 1 else 'residual-dual')",
+            "streams": "lambda at: 2 if at.index == 1 else 1",
+        },
+        "are of one kind where one carries several streams",
+        "got residual-dual, template",
+    ),
+    ({"constants": "lambda at: {'c': 1 / (at.layer - 1)}"}, "constants of", "ZeroDivisionError"),
+    ({"constants": "lambda at: {'c': 'large'}"}, "a dictionary of numbers", "'large'"),
+    ({"constants": "lambda at: 3"}, "constants of", "got int"),
     ({"blocks": "'ffn'"}, A_LIST, "got 'ffn'"),
     ({"blocks": "('fnn',)"}, "blocks of", "got 'fnn'; use mlp"),
     ({"defaults": "{'int': 'he'}"}, "defaults of", "got 'int'"),
@@ -134,11 +205,30 @@ def test_a_scheme_that_breaks_the_interface_is_refused_in_one_line(
     texts = {key: broken[key] for key in broken if key == "paper"}
     more = f"TEXTS.update({', '.join(f'{k}={v}' for k, v in texts.items())})"
     own = scheme_file(tmp_path, more, **{k: v for k, v in broken.items() if k not in texts})
-    done = cli.run("--no-timing", "--scheme", own)
-    assert (done.code, done.out) == (2, "")
-    assert rule in done.complaint
-    assert rest in done.complaint
+    for done in (cli.run("--no-timing", "--scheme", own), cli("schemes", own)):
+        assert (done.code, done.out) == (2, "")
+        assert rule in done.complaint
+    assert rest in cli.run("--no-timing", "--scheme", own).complaint
     assert not cli.out.exists() or not any(cli.out.iterdir())
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_a_published_scheme_holds_to_the_interface(tmp_path: Path, name: str) -> None:
+    text = f"from gradflow.schemes import SCHEMES\nSCHEME = SCHEMES[{name!r}]\n"
+    own = from_file(write(tmp_path / "copy.py", text, "SCHEME"))
+    for depth in (3, 4):
+        StackSpec(scheme=own, depth=depth)
+
+
+def test_names_that_a_scheme_can_give_are_those_of_the_classes() -> None:
+    assert tuple(UNIT_SETTINGS) == tuple(UNITS)
+    assert set(READOUTS) == set(readouts.READOUTS)
+    read: dict[str, set[str]] = {}
+    for scheme in SCHEMES.values():
+        kinds = block_kind(scheme.blocks[0]).units
+        wiring = scheme.wire(Place(6, 2, 0, len(kinds), kinds[0]))
+        read.setdefault(wiring.unit, set()).update(wiring.settings)
+    assert read == {kind: set(settings) for kind, settings in UNIT_SETTINGS.items()}
 
 
 def test_a_wiring_that_breaks_deep_in_the_stack_is_found_before_anything_is_measured(

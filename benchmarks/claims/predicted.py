@@ -96,12 +96,22 @@ def hold_all() -> Iterator[Held]:
 
 
 def withheld() -> list[list[str]]:
-    """Scheme and reason, where theory has no answer for its own initialisation."""
+    """Scheme, reason and other blocks, where theory has no answer for a transformer.
+
+    All with the scheme's own initialisation.
+    """
     own = {scheme: spec for scheme, init, spec in specs() if init == "own" and not spec.causal}
     reasons = {scheme: predict(spec).reason for scheme, spec in own.items()}
-    without = [[scheme, reason] for scheme, reason in reasons.items() if reason is not None]
-    others = [name for name in SCHEMES if name not in reasons]
-    return without + [[name, "not defined on transformers"] for name in others]
+    without = {scheme: reason for scheme, reason in reasons.items() if reason is not None}
+    without |= {name: "not defined on them" for name in SCHEMES if name not in reasons}
+    return [[name, reason, ", ".join(predicted_on(name))] for name, reason in without.items()]
+
+
+def predicted_on(scheme: str) -> Iterator[str]:
+    """The blocks of a scheme that theory has an answer for."""
+    for block in SCHEMES[scheme].blocks:
+        if predict(StackSpec(scheme=scheme, block=block)).reason is None:
+            yield block
 
 
 def page(held: Sequence[Held], foot: Sequence[str]) -> str:
@@ -113,8 +123,8 @@ def page(held: Sequence[Held], foot: Sequence[str]) -> str:
             *("# Predicted against measured", "", NOTE),
             f"{good} of {len(held)} within the stated tolerance, {inside} in their band.",
             *("", *table(HEADINGS, map(_row, held), left=3)),
-            *("", "Schemes without a prediction:", ""),
-            *table(["scheme", "why"], withheld(), left=2),
+            *("", "Not predicted on transformers:", ""),
+            *table(["scheme", "why", "predicted on"], withheld(), left=3),
             *("", *foot, ""),
         ]
     )

@@ -63,11 +63,15 @@ class Problem(Generic[BatchT]):
         model: any module; its parameters that require a gradient are changed in place.
         batches: one for each step and one more, for the measurement after the last.
         loss: the scalar to minimise, from model and batch.
+        begin: called with the number of each step before anything else of it is done.
+        constrain: called after every update, as a part of it.
     """
 
     model: nn.Module
     batches: Iterable[BatchT]
     loss: Callable[[nn.Module, BatchT], Tensor]
+    begin: Callable[[int], None] = lambda _: None
+    constrain: Callable[[], None] = lambda: None
 
 
 def train(
@@ -92,6 +96,7 @@ def train(
     parameters = [p for p in problem.model.parameters() if p.requires_grad]
     optimizer = OPTIMIZERS[str(options.optimizer)](parameters, float(options.lr or 0))
     for step, batch in zip(range(options.steps + 1), problem.batches, strict=False):
+        problem.begin(step)
         due = step % int(options.every or 1) == 0 or step == options.steps
         if due:
             observe(step, batch)
@@ -105,7 +110,8 @@ def train(
             yield Step(step, value, size)
             return
         lr = learning_rate(options, step)
-        yield Step(step, value, size, lr, _update(optimizer, parameters, lr))
+        ratio = _update(optimizer, parameters, lr, problem.constrain)
+        yield Step(step, value, size, lr, ratio)
 
 
 def learning_rate(options: RunOptions, step: int) -> float:
@@ -113,12 +119,18 @@ def learning_rate(options: RunOptions, step: int) -> float:
     return float(options.lr or 0) * min(1.0, (step + 1) / max(int(options.warmup or 0), 1))
 
 
-def _update(optimizer: torch.optim.Optimizer, parameters: Parameters, lr: float) -> float | None:
+def _update(
+    optimizer: torch.optim.Optimizer,
+    parameters: Parameters,
+    lr: float,
+    constrain: Callable[[], None],
+) -> float | None:
     """Make one step; |change| / |parameters|, None where all parameters are 0."""
     before = [p.detach().clone() for p in parameters]
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
+    constrain()
     size = _total(before)
     change = [p.detach() - old for p, old in zip(parameters, before, strict=True)]
     return _total(change) / size if size else None
@@ -140,7 +152,7 @@ class TaskNetwork(nn.Module):
 
     def __init__(self, spec: StackSpec, seed: int, device: torch.device) -> None:
         super().__init__()
-        self.spec = spec
+        self.spec, self.seed = spec, seed
         self.embedding = _embedding(spec, seed, device) if spec.kind.domain == "tokens" else None
         self.blocks = build_stack(spec, seed, device)
         self.layers = nn.ModuleList(self.blocks)  # a list alone would not register them
@@ -162,6 +174,18 @@ class TaskNetwork(nn.Module):
         """Give the batch's labels to the classifier, behind whatever makes one of many streams."""
         head = self.head.loss if isinstance(self.head, ReadoutLoss) else self.head
         head.labels = batch.labels
+
+    def begin(self, step: int) -> None:
+        """Draw what the units draw for each step."""
+        for layer, block in enumerate(self.blocks, 1):
+            for unit in block.units:
+                unit.begin(self.seed, layer, step)
+
+    def constrain(self) -> None:
+        """Bring the weights to what the units keep them to."""
+        for block in self.blocks:
+            for unit in block.units:
+                unit.constrain()
 
     def network(self, batch: Batch) -> Network:
         """The same pass for the walk engine, with the parameters (and their norms) as they are."""
@@ -214,7 +238,9 @@ def train_stack(
         found.params.extend(replace(row, step=step) for row in params)
 
     batches = (task.batch(seed, step) for step in range(options.steps + 1))
-    problem = Problem(model, batches, lambda model, batch: model(batch))
+    problem = Problem(
+        model, batches, lambda model, batch: model(batch), model.begin, model.constrain
+    )
     for step in train(problem, options, observe):
         found.steps.append(step_record(seed, step, task))
         tick()

@@ -107,7 +107,11 @@ class NgptUnit(Unit):
         self.alpha = StoredScale(spec.width, ALPHA, 1 / math.sqrt(spec.width))
 
     def settle(self, *_: int) -> None:
-        """Give the vectors of every matrix along the embedding norm 1, as before the first step."""
+        """Before the first step too."""
+        self.constrain()
+
+    def constrain(self) -> None:
+        """Give the vectors of every matrix along the embedding norm 1."""
         for name, part in self.branch.named_children():
             if isinstance(part, Linear):
                 dim = 0 if name == self.branch.output else 1

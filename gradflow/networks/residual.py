@@ -131,6 +131,12 @@ class Unit(nn.Module):
     def settle(self, seed: int, layer: int, /) -> None:
         """What the weights of a layer need after their draw; nothing in the template."""
 
+    def begin(self, seed: int, layer: int, step: int, /) -> None:
+        """What a step of training draws before its pass; nothing in the template."""
+
+    def constrain(self) -> None:
+        """What the weights keep to after every update; nothing in the template."""
+
     def seal(self) -> None:
         """Note what the engines ask of every unit in every pass."""
         named = list(self.named_parameters())

@@ -42,13 +42,18 @@ class HighwayUnit(Unit):
 class StochasticUnit(Unit):
     """x' = x + b_l f(x), b_l = 1 with probability `settings["keep"]`, else 0, Huang et al. 2016.
 
-    arXiv:1603.09382, as in training: b_l is drawn once for the whole batch, from (seed, layer)
+    arXiv:1603.09382, as in training: b_l is drawn once for each batch, from (seed, layer, step)
     alone, on any device alike. A dropped branch has gradients of exactly zero.
     """
 
     def settle(self, seed: int, layer: int, /) -> None:
-        """Draw b_l."""
-        source = generator(torch.device("cpu"), seed, "stochastic depth", layer)
+        """Draw b_l of the first batch."""
+        self.begin(seed, layer, 0)
+
+    def begin(self, seed: int, layer: int, step: int, /) -> None:
+        """Draw b_l of a step's batch."""
+        purpose = f"stochastic depth, step {step}" if step else "stochastic depth"
+        source = generator(torch.device("cpu"), seed, purpose, layer)
         kept = torch.rand((), generator=source).item() < self.wiring.settings["keep"]
         self.scale = Factor(float(kept))
 

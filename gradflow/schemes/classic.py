@@ -106,6 +106,10 @@ FIXUP = Scheme(
     blocks=("resnet", *TOKENS),
     constants=fixup_constants,
     normalises=False,
+    lacks=(
+        "a classifier that starts at 0: the ce head is drawn as every stack's",
+        "on resnet the paper's form with the activation after the addition: here it comes first",
+    ),
     pitfalls=(
         "L counts residual branches: two per transformer block",
         "L^(-1/2) for every m: it is that of m = 2",
@@ -157,7 +161,7 @@ def _stochastic_depth(place: Place) -> Wiring:
 
 STOCHASTIC_DEPTH = Scheme(
     equation="x' = phi(x + b_l f(x)), f as in he-v1, b_l = 1 with probability p_l, else 0",
-    init="He; p_l = 1 - (l/L)(1 - p_L), p_L = 0.5; b_l is drawn from the seed, for the whole batch",
+    init="He; p_l = 1 - (l/L)(1 - p_L), p_L = 0.5; b_l is drawn for each batch, for all of it",
     paper="Huang et al. 2016, arXiv:1603.09382",
     claim="(3L - 1)/4 branches are active on average; a dropped one has no gradient",
     wire=_stochastic_depth,

@@ -77,6 +77,13 @@ KEEL = Scheme(
 )
 
 
+# What both parameterisations say beyond the stream: of width, and of the optimiser.
+MUP_LACKS = (
+    "attention logits over d_head: they are over sqrt(d_head)",
+    "an output multiplier of 1 over the width on the head's logits",
+)
+
+
 def depth_mup_constants(place: Place) -> dict[str, float]:
     """L^(-1/2), L blocks."""
     return {"branch weight": place.depth**-0.5}
@@ -90,6 +97,10 @@ DEPTH_MUP = Scheme(
     wire=lambda place: Wiring(norms=("in",), b=depth_mup_constants(place)["branch weight"]),
     constants=depth_mup_constants,
     final_norm=True,
+    lacks=(
+        *MUP_LACKS,
+        "learning rates by width and depth: --lr is that of all parameters",
+    ),
     pitfalls=("output projections over sqrt(2L) as well",),
 )
 
@@ -110,6 +121,10 @@ COMPLETEP = Scheme(
     wire=lambda place: Wiring(norms=("in",), b=completep_constants(place)["branch weight"]),
     constants=completep_constants,
     final_norm=True,
+    lacks=(
+        *MUP_LACKS,
+        "learning rate, Adam's eps and weight decay by width and depth: they are the same for all",
+    ),
     pitfalls=("the exponent 1/2 of depth-muP", "output projections over sqrt(2L) as well"),
 )
 
@@ -170,7 +185,8 @@ DEEPSCALELM = Scheme(
 NGPT = Scheme(
     equation="h' = N(h + alpha (N(f(h)) - h)), N(x) = x/|x|; q and k of norm 1 times s_qk, "
     "softmax of sqrt(d_head) q k; gated ffn, u phi(v) with (u, v) = s_uv sqrt(d) W_1 h",
-    init="every vector of a matrix along the embedding has norm 1; alpha = 0.05, s_qk = s_uv = 1",
+    init="every vector of a matrix along the embedding has norm 1, after every update too; "
+    "alpha = 0.05, s_qk = s_uv = 1",
     paper="Loshchilov et al. 2024, arXiv:2410.01131",
     claim="every vector of the stream has norm 1, before and after each unit",
     wire=lambda _: Wiring(unit="ngpt"),
@@ -178,6 +194,7 @@ NGPT = Scheme(
     constants=lambda _: {"alpha": 0.05, "s_qk": 1.0, "s_uv": 1.0},
     normalises=False,
     input_norm="unit",
+    lacks=("rows of norm 1 and the scale s_z in the head: it is that of every stack",),
     pitfalls=(
         "softmax over sqrt(d_head) in place of times sqrt(d_head)",
         "weights not normalised before the first step",

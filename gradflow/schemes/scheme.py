@@ -34,6 +34,7 @@ class Scheme:
         streams: streams in the output of the unit at a place.
         readout: how several streams become the output, a name of `readouts.READOUTS`.
         profiled: the shortcuts' weights are measured in a forward pass at initialisation.
+        lacks: what the paper has, or leaves open, and is not here.
         pitfalls: what goes wrong in public re-implementations.
     """
 
@@ -54,4 +55,5 @@ class Scheme:
     streams: Callable[[Place], int] = lambda _: 1
     readout: str | None = None
     profiled: bool = False
+    lacks: tuple[str, ...] = ()
     pitfalls: tuple[str, ...] = ()

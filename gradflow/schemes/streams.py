@@ -141,6 +141,10 @@ MHC = Scheme(
     claim="at initialisation every stream is that of pre-ln",
     wire=_mhc_identity,
     final_norm=True,
+    lacks=(
+        "one published start: this is a composite, H_pre and H_post the fixed mappings of the "
+        "paper's Table 1, H_res that of mHC-lite's code",
+    ),
     streams=lambda _: HYPER_STREAMS,
     readout="mean",
     pitfalls=(
@@ -169,7 +173,8 @@ ATTNRES = Scheme(
     init="the stack's own; w_l = 0",
     paper="Kimi Team 2026 (Attention Residuals), arXiv:2603.15031",
     claim="at initialisation h_l is pre-ln's stream over l, so that output and input gradient "
-    "are those of pre-ln over the number of units + 1",
+    "are those of pre-ln over the number of units + 1, exactly as --norm-eps goes to 0 and to "
+    "2e-4 at 1e-5",
     wire=_attnres,
     final_norm=True,
     streams=lambda place: place.index + 1,

@@ -109,6 +109,8 @@ def _facts(scheme: Scheme) -> Iterator[tuple[str, str]]:
         brings = (f"{key.replace('_', ' ')} {value}" for key, value in scheme.defaults.items())
         yield "brings", f"{', '.join(brings)}; options override it"
     yield "claim", scheme.claim
+    for part in scheme.lacks:
+        yield "not here", part
     for pitfall in scheme.pitfalls:
         yield "goes wrong", pitfall
 
@@ -157,6 +159,7 @@ def _about(name: str, scheme: Scheme) -> dict[str, Any]:
         "claim": scheme.claim,
         "blocks": list(scheme.blocks),
         "defaults": dict(scheme.defaults),
+        "lacks": list(scheme.lacks),
         "pitfalls": list(scheme.pitfalls),
     }
 

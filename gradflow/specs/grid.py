@@ -137,7 +137,8 @@ def _idle(name: str, chosen: Mapping[str, Any]) -> bool:
     if "model" in chosen:
         return False
     if name == "norm_kind":
-        return chosen.get("norm") == "none" or not _has_norms(chosen)
+        has_none = chosen.get("norm") == "none" or not _has_norms(chosen)
+        return has_none and not chosen.get("qk_norm")
     return name in BLOCK_OPTIONS and name not in block_kind(_block(chosen)).options
 
 

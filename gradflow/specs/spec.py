@@ -13,6 +13,7 @@ from gradflow.errors import UsageError
 from gradflow.specs import user_code
 from gradflow.specs.block_kinds import BLOCK_OPTIONS
 from gradflow.specs.fields import flag, known_fields
+from gradflow.specs.own_forms import check_norm_kind, check_unit, own_forms
 from gradflow.specs.pretrained import Pretrained, locate
 from gradflow.specs.run_options import TRAINING, RunOptions
 from gradflow.specs.shapes import SHAPES, changed, missing
@@ -20,7 +21,6 @@ from gradflow.specs.spec_rules import (
     check_fit,
     check_name,
     check_numbers,
-    check_own_forms,
     check_recipe,
     check_stored,
     check_user_code,
@@ -64,7 +64,7 @@ class StackSpec(StackFields):
                 object.__setattr__(self, name, float(getattr(self, name)))
         check_fit(self)
         if not self.is_stored(self.scheme):
-            check_own_forms(self, self.wiring(1, 0))  # a scheme refuses what it is not defined for
+            check_unit(self, self.wiring(1, 0))  # a scheme refuses what it is not defined for
         check_user_code(self)
 
     def _resolve_weights(self) -> None:
@@ -94,9 +94,11 @@ class StackSpec(StackFields):
         self._resolve("block", DEFAULT_BLOCK)
         check_name(self, "block")
         own = self.recipe.defaults if self.scheme else {}  # what is given goes before the shape
-        for name, value in values.items():
+        # Last the kind of norm, which queries and keys may need.
+        for name, value in sorted(values.items(), key=lambda item: item[0] == "norm_kind"):
             fits = name not in BLOCK_OPTIONS or name in self.kind.options
-            if fits and name not in own:
+            idle = name == "norm_kind" and not self._has_norms
+            if fits and not idle and name not in own:
                 self._resolve(name, value)
 
     def _resolve_details(self) -> None:
@@ -104,14 +106,26 @@ class StackSpec(StackFields):
         for name, size in SIZES.items():
             self._resolve(name, size)
         self._resolve("activation", self.kind.activation)
-        if self.normalises:
-            self._resolve("norm_kind", self.domain.norm_kind)
-        else:
-            object.__setattr__(self, "norm_kind", None)
+        for name, value in own_forms(self).items():
+            self._resolve(name, value)
+        self._resolve_norm_kind()
         self._resolve("batch_size", self.domain.batch_size)
         for name, default in BLOCK_OPTIONS.items():
             if name in self.kind.options and not (name == "ffn_mult" and self.ffn_width):
                 self._resolve(name, default)
+
+    def _resolve_norm_kind(self) -> None:
+        """That of the stream's domain; none without norms."""
+        if self._has_norms:
+            self._resolve("norm_kind", self.domain.norm_kind)
+            return
+        check_norm_kind(self)
+        object.__setattr__(self, "norm_kind", None)
+
+    @property
+    def _has_norms(self) -> bool:
+        """Of the units, or of queries and keys."""
+        return self.normalises or bool(self.qk_norm)
 
     def _resolve_design(self) -> None:
         """The fields that a scheme decides, or their defaults where there is none."""

@@ -9,9 +9,9 @@ from gradflow.schemes import Scheme
 from gradflow.specs import user_code
 from gradflow.specs.block_kinds import BLOCK_OPTIONS, BLOCKS, GROUPS, POINTWISE
 from gradflow.specs.fields import at_least, check_choice, flag, positive
+from gradflow.specs.own_forms import check_unit
 from gradflow.specs.stack_fields import StackFields
 from gradflow.specs.user_schemes import check_scheme, check_wirings
-from gradflow.wiring import Wiring
 
 
 def check_name(spec: StackFields, name: str) -> None:
@@ -47,7 +47,9 @@ def check_user_code(spec: StackFields) -> None:
     own = [name for name in (spec.scheme, spec.block) if user_code.is_user_name(name)]
     if not own or spec.scheme is None or any(map(spec.is_stored, own)):
         return
-    check_wirings(spec.scheme, spec.wirings(), spec.domain.norm_kinds)
+    check_wirings(spec.scheme, str(spec.block), spec.wirings(), spec.domain.norm_kinds)
+    for _, wiring in spec.wirings():
+        check_unit(spec, wiring)
 
 
 # What a scheme may bring: its units it wires itself.
@@ -133,31 +135,6 @@ def check_fit(spec: StackFields) -> None:
         raise UsageError(rule, f"--seq-len {spec.seq_len}", f"use --seq-len {most} or less")
     if spec.norm_kind is not None:
         _check_norm_kind(spec)
-
-
-# Parts that units of a kind (`Wiring.unit`) have in a form of their own; neither has biases.
-OWN_FORMS = {"ngpt": ("kv_heads", "head_dim", "rope", "bias"), "fixup": ("gated", "bias")}
-
-
-def check_own_forms(spec: StackFields, wiring: Wiring) -> None:
-    """Refuse options that units of this kind would pass over.
-
-    Raises:
-        UsageError: such an option was given.
-    """
-    heads = spec.heads or 1
-    usual = {
-        "kv_heads": (heads, f"--kv-heads {heads}"),
-        "head_dim": (spec.width // heads, f"--head-dim {spec.width // heads}"),
-        "rope": (0.0, "--rope 0"),
-        "gated": (False, "--no-gated"),
-        "bias": ("none", "--bias none"),
-    }
-    for name in OWN_FORMS.get(wiring.unit, ()):
-        given, (value, remedy) = getattr(spec, name), usual[name]
-        if given not in (None, value, BLOCK_OPTIONS[name]):
-            rule = f"--scheme {user_code.shown(str(spec.scheme))} decides {flag(name)} itself"
-            raise UsageError(rule, f"{flag(name)} {given}", f"use {remedy}")
 
 
 def _check_heads(spec: StackFields, heads: int) -> None:

@@ -6,8 +6,7 @@ that a slip is one line and not a wrong number.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from numbers import Real
 from typing import Any
@@ -15,6 +14,13 @@ from typing import Any
 from gradflow.errors import UsageError
 from gradflow.schemes import Scheme, find
 from gradflow.specs import user_code
+from gradflow.specs.user_units import (
+    check_kind,
+    check_streams,
+    check_whole,
+    is_count,
+    is_number,
+)
 from gradflow.wiring import LEARNED, NORM_PLACES, Place, Wiring
 
 # Norms that stand inside a branch, with the branches that have room for them.
@@ -50,16 +56,24 @@ def scheme_named(name: str) -> Scheme:
     return replace(
         scheme,
         wire=_Guarded(f"wire of {title} gives a gradflow.wiring.Wiring", scheme.wire, Wiring),
-        constants=_Guarded(f"constants of {title} gives a dictionary", scheme.constants, Mapping),
+        constants=_Guarded(
+            f"constants of {title} gives a dictionary of numbers by name",
+            scheme.constants,
+            Mapping,
+            _are_numbers,
+        ),
         input_scale=_Guarded(f"input_scale of {title} gives a number", scheme.input_scale, Real),
+        streams=_Guarded(f"streams of {title} gives a whole number", scheme.streams, int, is_count),
     )
 
 
 class _Guarded:
     """A function of a user's: what it raises, and what it should not return, is told in a line."""
 
-    def __init__(self, rule: str, call: Any, kind: Any) -> None:
-        self.rule, self.call, self.kind = rule, call, kind
+    def __init__(
+        self, rule: str, call: Any, kind: Any, holds: Callable[[Any], bool] = lambda _: True
+    ) -> None:
+        self.rule, self.call, self.kind, self.holds = rule, call, kind, holds
 
     def __call__(self, where: Any) -> Any:
         try:
@@ -71,7 +85,13 @@ class _Guarded:
             raise UsageError(self.rule, got, "mend it") from None
         if not isinstance(value, self.kind):
             raise UsageError(self.rule, type(value).__name__, "mend it")
+        if not self.holds(value):
+            raise UsageError(self.rule, repr(value), "mend it")
         return value
+
+
+def _are_numbers(values: Mapping[Any, Any]) -> bool:
+    return all(isinstance(name, str) and is_number(x) for name, x in values.items())
 
 
 def check_scheme(name: str, fields: Collection[str], blocks: Collection[str]) -> None:
@@ -89,6 +109,11 @@ def check_scheme(name: str, fields: Collection[str], blocks: Collection[str]) ->
     for text in _TEXTS:
         _expect(isinstance(getattr(scheme, text), str), f"{text} of {title} is text", scheme, text)
     # A string is a collection too, of its letters.
+    for switch in ("plain", "normalises", "final_norm", "final_activation", "profiled"):
+        given = getattr(scheme, switch)
+        _expect(isinstance(given, bool), f"{switch} of {title} is True or False", scheme, switch)
+    if scheme.input_norm is not None:
+        _expect_known(f"input_norm of {title}", (scheme.input_norm,), ("norm", "unit"))
     listed = isinstance(scheme.blocks, tuple | list) and bool(scheme.blocks)
     _expect(listed, f"blocks of {title} is a tuple of names", scheme, "blocks")
     _expect_known(f"blocks of {title}", scheme.blocks, blocks)
@@ -98,46 +123,65 @@ def check_scheme(name: str, fields: Collection[str], blocks: Collection[str]) ->
 
 
 def check_wirings(
-    name: str, wirings: Iterable[tuple[Place, Wiring]], norm_kinds: Collection[str]
+    name: str, block: str, wirings: Iterable[tuple[Place, Wiring]], norm_kinds: Collection[str]
 ) -> None:
     """Refuse a user's scheme that wires a unit by values of the wrong kind.
 
     Args:
         name: of the scheme.
+        block: of the stack.
         wirings: those of all places.
         norm_kinds: defined on the stream.
 
     Raises:
         UsageError: the first value that breaks the interface, with its place.
     """
-    scheme = scheme_named(name)
-    has_norms, has_shortcut = scheme.final_norm, False
+    own = _OwnUnits(name, block) if user_code.is_user_name(name) else None
     for place, wiring in wirings:
         where = f"of {user_code.shown(name)} at layer {place.layer} ({place.kind})"
         _check_numbers(wiring, where)
         _check_parts(wiring, where, place.kind)
         _check_norms(wiring, where, norm_kinds, place.kind)
-        has_norms |= bool(wiring.norms)
-        has_shortcut |= wiring.a != 0
-    if user_code.is_user_name(name):
-        _check_summary(name, scheme, has_norms=has_norms, has_shortcut=has_shortcut)
+        if own:
+            own.check(wiring, place, where)
+    if own:
+        own.check_all()
 
 
-def _check_summary(name: str, scheme: Scheme, *, has_norms: bool, has_shortcut: bool) -> None:
-    """What a scheme says of itself holds for its units: titles and tables rely on it."""
-    title = user_code.shown(name)
-    if has_shortcut == scheme.plain:
-        rule = f"{title} is plain where no unit has a shortcut (a = 0), and only there"
-        raise UsageError(rule, f"plain={scheme.plain}", f"say plain={not scheme.plain}")
-    if has_norms != scheme.normalises:
-        rule = f"{title} normalises where a unit has norms, and only there"
-        got = f"normalises={scheme.normalises}"
-        raise UsageError(rule, got, f"say normalises={not scheme.normalises}")
+class _OwnUnits:
+    """The units of a user's scheme, one after the other, and then all together."""
+
+    def __init__(self, name: str, block: str) -> None:
+        self.scheme, self.title, self.block = scheme_named(name), user_code.shown(name), block
+        self.kinds: dict[str, Place] = {}
+        self.has_norms, self.has_shortcut = self.scheme.final_norm, False
+
+    def check(self, wiring: Wiring, place: Place, where: str) -> None:
+        """Hold one unit against its kind."""
+        check_kind(wiring, place, self.block, where)
+        check_streams(self.scheme, wiring, place, where)
+        self.scheme.constants(place)
+        self.has_norms |= bool(wiring.norms)
+        self.has_shortcut |= wiring.a != 0
+        self.kinds[wiring.unit] = self.last = place
+
+    def check_all(self) -> None:
+        """What the scheme says of itself holds for its units: titles and tables rely on it."""
+        if self.has_shortcut == self.scheme.plain:
+            rule = f"{self.title} is plain where no unit has a shortcut (a = 0), and only there"
+            got = f"plain={self.scheme.plain}"
+            raise UsageError(rule, got, f"say plain={not self.scheme.plain}")
+        if self.has_norms != self.scheme.normalises:
+            rule = f"{self.title} normalises where a unit has norms, and only there"
+            got = f"normalises={self.scheme.normalises}"
+            raise UsageError(rule, got, f"say normalises={not self.scheme.normalises}")
+        self.scheme.input_scale(self.last.depth)
+        check_whole(self.scheme, self.title, tuple(self.kinds), self.last)
 
 
 def _check_numbers(wiring: Wiring, where: str) -> None:
     for name in ("a", "b", "c", "alpha"):
-        _expect(_is_number(getattr(wiring, name)), f"{name} {where} is a number", wiring, name)
+        _expect(is_number(getattr(wiring, name)), f"{name} {where} is a number", wiring, name)
     known = wiring.learned is None or wiring.learned in tuple(LEARNED)
     _expect(known, f"learned {where} is None, or one of {', '.join(LEARNED)}", wiring, "learned")
 
@@ -146,7 +190,7 @@ def _check_parts(wiring: Wiring, where: str, branch: str) -> None:
     for name in ("gains", "kinds", "settings"):
         named = isinstance(getattr(wiring, name), Mapping)
         _expect(named, f"{name} {where} is a dictionary", wiring, name)
-    scaled = all(_is_number(gain) and gain >= 0 for gain in wiring.gains.values())
+    scaled = all(is_number(gain) and gain >= 0 for gain in wiring.gains.values())
     _expect(scaled, f"gains {where} are numbers of at least 0", wiring, "gains")
     if branch not in MATRICES and wiring.unit != "template":
         rule = f"units of the kind {wiring.unit} are made of gradflow's own branches"
@@ -165,10 +209,6 @@ def _check_norms(wiring: Wiring, where: str, kinds: Collection[str], branch: str
         if branch not in INSIDE.get(place, (branch,)):
             rule = f"a norm at {place} stands inside {' or '.join(INSIDE[place])}"
             raise UsageError(rule, f"norms {where}: {wiring.norms!r}", "leave it out there")
-
-
-def _is_number(value: object) -> bool:
-    return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
 
 
 def _expect(holds: bool, rule: str, owner: object, name: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from gradflow.schemes.classic import FIXUP_LAST
 from gradflow.specs.spec import StackSpec
 from gradflow.specs.user_code import is_user_name
 from gradflow.theory.units import EPS, Head, NoTheoryError, Shape, Stack, Unit, Weights
@@ -63,22 +64,23 @@ def describe(spec: StackSpec) -> Stack:
     Raises:
         NoTheoryError: a unit is wired, or made of parts, that the template does not cover.
     """
-    _check_parts(spec)
+    if spec.weights:
+        raise NoTheoryError("no formula for trained weights")
+    if spec.norm_eps > EPS and spec.normalises:
+        raise NoTheoryError("no formula for another epsilon of the norms")
     scale = spec.recipe.input_scale(spec.depth) if spec.scheme else 1.0
     return Stack(_shape(spec), _units(spec), scale**2, _head(spec))
 
 
 def _check_parts(spec: StackSpec) -> None:
-    """Refuse parts of attention and ffn, and weights, that no formula here covers."""
+    """Refuse parts of attention and ffn that no formula here covers."""
     beyond = {
-        "trained weights": spec.weights,
         "a gated ffn": spec.gated,
         "rotary positions": spec.rope,
         "grouped key and value heads": spec.kv_heads not in (None, spec.heads),
         "heads of another total width": spec.head_dim
         not in (None, spec.width // (spec.heads or 1)),
         "biases of queries, keys and values alone": spec.bias == "qkv",
-        "another epsilon of the norms": spec.norm_eps > EPS,
     }
     for what, there in beyond.items():
         if there:
@@ -121,12 +123,17 @@ def _shape(spec: StackSpec) -> Shape:
 
 
 def _unit(spec: StackSpec, wiring: Wiring, kind: str) -> Unit:
-    _check_wiring(spec, wiring)
+    is_silent = _is_silent(wiring, kind)
+    if not is_silent:
+        _check_wiring(spec, wiring, kind)
+        _check_parts(spec)
     norms: dict[str, Any] = {
         name: wiring.kinds.get(place, str(spec.norm_kind))
         for place, name in NORMS.items()
         if place in wiring.norms
     }
+    if is_silent:
+        return Unit(kind="ffn", w_out=Weights(0.0), a=wiring.a, norm_out=norms.get("norm_out"))
     return Unit(
         kind=kind,
         activation=ALIKE.get(str(spec.activation), str(spec.activation)),
@@ -138,6 +145,13 @@ def _unit(spec: StackSpec, wiring: Wiring, kind: str) -> Unit:
         **norms,
         **_matrices(spec, wiring, kind),
     )
+
+
+def _is_silent(wiring: Wiring, kind: str) -> bool:
+    """Whether the branch gives 0 at initialisation, whatever it is: the shortcut alone is left."""
+    last = wiring.gains.get(FIXUP_LAST.get(kind, ""), 1.0) if wiring.unit == "fixup" else 1.0
+    beyond = "shared" in wiring.norms or (kind == "resnet" and "out" in wiring.norms)
+    return wiring.unit in AS_TEMPLATE and wiring.b * last == 0 and not beyond
 
 
 # Places of `wiring.NORM_PLACES` that the template has, with their names in `Unit`.
@@ -164,7 +178,11 @@ REASONS = {
 }
 
 
-def _check_wiring(spec: StackSpec, wiring: Wiring) -> None:
+def _check_wiring(spec: StackSpec, wiring: Wiring, kind: str) -> None:
+    if kind == "resnet":
+        raise NoTheoryError(
+            "the resnet block has no formula: it places its norms and activations itself"
+        )
     if is_user_name(spec.block):
         raise NoTheoryError("no formula for a branch of your own")
     if wiring.unit in REASONS:

@@ -28,12 +28,8 @@ def check_spec(spec: StackSpec) -> None:
     """Refuse what the template does not describe.
 
     Raises:
-        NoTheoryError: the block or the loss has no formula.
+        NoTheoryError: the loss has no formula.
     """
-    if spec.block == "resnet":
-        raise NoTheoryError(
-            "the resnet block has no formula: it places its norms and activations itself"
-        )
     if spec.loss == "mse":
         raise NoTheoryError("the gradient of mse contains the output, and so the weights")
 
