@@ -142,8 +142,10 @@ MHC = Scheme(
     wire=_mhc_identity,
     final_norm=True,
     lacks=(
-        "one published start: this is a composite, H_pre and H_post the fixed mappings of the "
-        "paper's Table 1, H_res that of mHC-lite's code",
+        (
+            "one published start: this is a composite, H_pre and H_post the fixed mappings of the "
+            "paper's Table 1, H_res that of mHC-lite's code"
+        ),
     ),
     streams=lambda _: HYPER_STREAMS,
     readout="mean",
