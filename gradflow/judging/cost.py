@@ -115,5 +115,5 @@ def _warnings(timing: Timing, depth: int) -> Iterator[str]:
     if abs(gap) > RECONCILED:
         yield (
             f"unit times add up to {1 + gap:.0%} of the bare pass: units are too small to time "
-            "one by one, or the machine is busy; raise --batch-size or --repeats"
+            "one by one, or the machine is busy; take a larger batch, or more --repeats"
         )

@@ -15,7 +15,7 @@ from gradflow.specs.model_spec import Spec
 
 # Layers of a kind from which on one of them can stand out.
 FEWEST = 4
-# A shortcut is missing where a layer hands on less than this part of what the others do ...
+# A shortcut is missing where a layer hands on less than this part of what it would with one ...
 LOST_PART = 0.25
 # ... if those hand on so much of the gradient that they have one.
 LEAST_SHARE = 0.5
@@ -65,9 +65,12 @@ def _frozen(rows: Sequence[LayerRecord]) -> Iterator[str]:
 
 
 def _without_shortcut(rows: Sequence[LayerRecord], spec: Spec) -> Iterator[str]:
+    """With y = x + f(x) the share is 1 / gain^2, as far as f's part is orthogonal to it."""
     shares = {r.unit: r.identity_share for r in rows if r.identity_share is not None}
+    gains = {r.unit: r.gain or 1.0 for r in rows}
     for unit, share, usual in _beside_others(shares, spec):
-        if usual >= LEAST_SHARE and share < LOST_PART * usual:
+        expected = min(usual, 1 / gains[unit] ** 2)
+        if usual >= LEAST_SHARE and share < LOST_PART * expected:
             yield (
                 f"{unit}: {share:.1%} of its gradient is handed on unchanged, {usual:.1%} in the "
                 "others of its kind; is its shortcut missing?"

@@ -256,6 +256,7 @@ def _to_run(
     device: torch.device,
 ) -> Run:
     spec = _common_spec(request, found.runs)
+    first = [run for run in found.runs if run.layer_records[0].step == 0]
     layers = [row for run in found.runs for row in run.layer_records]
     loss = None if request.loss == "cotangent" else mean(found.losses)
     summary = summarise(first_step(layers) if options.steps else layers, spec, options, loss)
@@ -265,7 +266,7 @@ def _to_run(
         summary=replace(summary, peak_bytes=peak_bytes(device), **summary_of(found.steps)),
         environment=describe(spec, device) | when,
         overhead=None,
-        warnings=tuple(dict.fromkeys(line for run in found.runs for line in run.warnings)),
+        warnings=tuple(dict.fromkeys(line for run in first for line in run.warnings)),
         layer_records=layers,
         param_records=[row for run in found.runs for row in run.param_records],
         time_records=(),
