@@ -280,7 +280,7 @@ def test_a_large_spread_is_said_with_its_remedy() -> None:
 def test_a_sum_that_does_not_add_up_is_said_with_its_remedy(total: float, share: str) -> None:
     said = warnings_of(total=total)
     assert f"add up to {share} of the bare pass" in said
-    assert "--batch-size" in said
+    assert "take a larger batch" in said
 
 
 def test_without_a_bare_pass_nothing_is_said_of_the_sum() -> None:
