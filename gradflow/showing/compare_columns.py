@@ -103,10 +103,12 @@ THEORY_NOTE = " theory: decades above what theory predicts, ! where that is beyo
 
 def gradient_columns(comparison: Comparison) -> tuple[tuple[Column, ...], str]:
     """The columns and their note; theory where it has something to say of any run."""
+    reference = next(row for row in comparison.rows if row.is_reference)
+    note = f"* the reference: {reference.name.run}. {GRADIENT_NOTE}"
     if not any(row.summary.theory_deviation is not None for row in comparison.rows):
-        return GRADIENT, GRADIENT_NOTE
+        return GRADIENT, note
     *columns, profile = GRADIENT
-    return (*columns, THEORY, profile), GRADIENT_NOTE + THEORY_NOTE
+    return (*columns, THEORY, profile), note + THEORY_NOTE
 
 
 TRAINING = (
@@ -172,10 +174,9 @@ def _half_width(ratio: Ratio) -> float | None:
 def cost_notes(comparison: Comparison) -> list[str]:
     """How to read the ratios, and why some are not there."""
     calls = Counter(call(row.total, comparison.noise) for row in comparison.rows)
-    reference = next(row for row in comparison.rows if row.is_reference)
     how = (
-        f"* the reference: {reference.name.run}. Times are per layer; ± is the 95 % interval of "
-        "the ratio. ▲ slower, ▼ faster: the interval is without 1, and the ratio is more than "
+        "Times are per layer, ratios to the reference (*); ± is the 95 % interval of the ratio. "
+        "▲ slower, ▼ faster: the interval is without 1, and the ratio is more than "
         f"{comparison.noise:.1%} away from it."
     )
     notes = [how]
