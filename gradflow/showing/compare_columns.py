@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gradflow.judging.comparison import Comparison, Ratio, Row
 from gradflow.judging.outcome import outcome_sentence
 from gradflow.judging.theory_words import theory_cell
 from gradflow.runs.records import Summary
+from gradflow.showing.terminal import BARS, in_ascii
 from gradflow.units import gib, milliseconds, number, rounded
 
-BARS = "▁▂▃▄▅▆▇█"
 PROFILE_CELLS = 8
 MARKS = {"slower": "▲", "faster": "▼", "not interleaved": "~"}
 
@@ -25,6 +25,15 @@ class Column:
     heading: str
     cell: Callable[[Row], str]
     left: bool = False
+
+
+def ascii_columns(columns: Sequence[Column]) -> list[Column]:
+    """The same in ASCII, before widths are taken of their texts."""
+    return [replace(c, heading=in_ascii(c.heading), cell=_ascii_cell(c)) for c in columns]
+
+
+def _ascii_cell(column: Column) -> Callable[[Row], str]:
+    return lambda row: in_ascii(column.cell(row))
 
 
 def _depth(row: Row) -> str:
