@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from gradflow.errors import UsageError
 from gradflow.judging.gate import Bounds, judge
+from gradflow.judging.places import place
 from gradflow.models.one_pass import called, projection, untouched
 from gradflow.runs.records import LayerRecord, Run
-from gradflow.showing.tables import place
 from gradflow.watching import watch
 
 COLUMNS = ("unit", "log10_grad_norm", "log10_param_grad_norm")

@@ -294,6 +294,18 @@ def test_headings_sort_by_keyboard(page: Page) -> None:
     assert page.js(heading) == "none"
 
 
+def test_the_prime_of_the_equation_stands_on_the_row_of_its_letter(page: Page) -> None:
+    """As a superscript under a brace Chromium puts it far above."""
+    leaves = "[...document.querySelectorAll('math munder *')].filter(e => !e.children.length)"
+    tops = {
+        letter: page.js(
+            f"{leaves}.find(e => e.textContent === '{letter}').getBoundingClientRect().top"
+        )
+        for letter in ("\u2032", "f", "x")
+    }
+    assert abs(tops["\u2032"] - tops["f"]) <= abs(tops["x"] - tops["f"]) + 1
+
+
 def test_text_columns_sort_as_text(page: Page) -> None:
     page.js("document.querySelectorAll('#table th button')[2].click()")
     verdicts = column(page, 2)

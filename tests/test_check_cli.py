@@ -95,6 +95,43 @@ def test_a_gradient_that_is_none_never_passes(
     assert gradflow("check", bad, *words, "--baseline", bad, "--rtol", "1e9").code == 1
 
 
+def test_json_on_stdout_is_one_object_and_nothing_else(gradflow: CommandLine, folder: str) -> None:
+    bad = stored(gradflow.out, with_profile(-9.0, 0.0))
+    (gradflow.out / "foreign").mkdir()
+    found = gradflow("check", folder, bad, str(gradflow.out / "foreign"), "--json")
+    assert found.code == 1
+    content = json.loads(found.out)
+    assert (content["passed"], len(content["unreadable"])) == (False, 1)
+    good, failed = content["runs"]
+    assert good == {
+        "run": Path(folder).name,
+        "passed": True,
+        "compared": [
+            "a finite gradient, not zero, at 4 places in each of 1 seeds",
+            "decades between output and input, at most 3, found 0.00",
+        ],
+        "reasons": [],
+    }
+    assert (failed["run"], failed["passed"]) == (Path(bad).name, False)
+    assert failed["reasons"] == ["seed 0: -9.00 decades from output to input"]
+
+
+def test_json_says_passed_where_the_exit_code_does(gradflow: CommandLine, folder: str) -> None:
+    file = gradflow.out / "check.json"
+    foreign = gradflow.out / "foreign"
+    foreign.mkdir()
+    for words, code in (((folder,), 0), ((folder, str(foreign)), 2)):
+        found = gradflow("check", *words, "--json", str(file))
+        assert found.code == code
+        assert "ok  " in found.out  # beside a file, the words are still there
+        assert json.loads(file.read_text())["passed"] is (code == 0)
+
+
+def test_json_of_a_measured_run_is_one_object(gradflow: CommandLine) -> None:
+    (run,) = json.loads(measured(gradflow, "--json", "-").out)["runs"]
+    assert run["passed"]
+
+
 # --- baselines ----------------------------------------------------------------------------------
 
 
@@ -191,6 +228,7 @@ def test_a_vanishing_stack_fails_by_default(gradflow: CommandLine) -> None:
         ("--rtol", "nan", "--baseline", "x"),
         ("--depth", "3"),
         ("--no-such-option",),
+        ("--json", "no/such/folder.json"),
     ],
 )
 def test_bad_values_are_2_and_one_line(

@@ -208,6 +208,15 @@ def test_the_reference_and_the_noise_are_named() -> None:
     assert "5.0% away" in text
 
 
+def test_the_star_is_explained_without_times_too() -> None:
+    result = compare([run_of(spec_of(depth=2))], run_of())
+    name = "the reference: residual, pre-norm, depth 3."
+    for text, star in ((shown(result), "*"), (as_markdown(result), "\\*")):
+        words = " ".join(text.split())
+        assert f"3{star} " in words
+        assert words.count(f"{star} {name}") == 1
+
+
 def test_runs_without_times_have_no_table_of_costs() -> None:
     text = shown(compare([], run_of()))
     assert "fwd ms" not in text

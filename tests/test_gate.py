@@ -129,6 +129,46 @@ def test_parameters_whose_norm_is_missing_are_not_forgotten() -> None:
     assert not judge(replace(run, param_records=[param]), GENEROUS).passed
 
 
+def test_a_run_that_is_not_finite_is_told_by_where_that_begins_and_one_line_for_each_kind() -> None:
+    """Layer 2 overflows on the way forward; whatever follows is NaN."""
+    nan, inf = math.nan, math.inf
+    spec = spec_of()
+    columns = {
+        "act_max_abs": {2: inf, 3: nan},
+        "gain": dict.fromkeys((1, 2, 3), nan),
+        "log10_param_grad_norm": dict.fromkeys((1, 2, 3), nan),
+    }
+    rows = [row for seed in (0, 1) for row in layer_rows(spec, [nan] * 4, seed, **columns)]
+    run = run_of(spec, rows, options=RunOptions(seeds=2))
+    assert run.summary.verdict == "nonfinite"
+    found = judge(run, Bounds(3.0, 0.5, 2.0, no_nonfinite=True))
+    lost = "is NaN or infinity"
+    assert found.reasons == (
+        "NaN or infinity begins at layer 2 (mlp), forward pass",
+        f"seed 0, layer 0 (input): gradient {lost}, and at 7 more places",
+        f"seed 0, layer 1 (mlp): gradient of the parameters {lost}, and at 5 more places",
+        "seed 0, layer 1 (mlp): gain is NaN, and at 5 more places",
+        "seed 0, layer 1 (mlp): NaN or infinity, and at 5 more places",
+    )
+    assert "nan" not in " ".join(found.compared)
+    against = against_baseline(run, run_with([0.0] * 4, seeds=2), 0.1).reasons
+    there = "in the baseline a number"
+    assert against == (
+        *found.reasons[:3],
+        f"seed 0, layer 0 (input): |g| {lost}, {there}, and at 7 more places",
+        f"seed 0, layer 1 (mlp): |dW| {lost}, {there}, and at 5 more places",
+    )
+
+
+def test_kinds_are_counted_each_by_itself() -> None:
+    found = judge(run_with([-math.inf, 0.0, None, -math.inf, math.nan, 0.0]), ANYTHING)
+    assert found.reasons == (
+        "seed 0, layer 0 (input): gradient is zero, and at 1 more place",
+        "seed 0, layer 2 (mlp): gradient is missing",
+        "seed 0, layer 4 (mlp): gradient is NaN or infinity",
+    )
+
+
 def test_elements_that_are_not_finite_never_pass() -> None:
     assert not judge(run_with([0.0] * 4, nonfinite={1: 1}), ANYTHING).passed
 

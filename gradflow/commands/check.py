@@ -5,13 +5,25 @@ Exit 0 passed, 1 with the reasons, 2 where a run could not be read, 4 without a 
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gradflow.commands.common import Out, Plain, Quiet, Residual, say, shortcut
+from gradflow.commands.common import (
+    Json,
+    Out,
+    Plain,
+    Quiet,
+    Residual,
+    check_target,
+    say,
+    shortcut,
+    write_text,
+)
 from gradflow.commands.stored import Runs, read_runs
 from gradflow.errors import FindingError, UsageError
 from gradflow.options import with_fields
@@ -49,11 +61,13 @@ def check(
     residual: Residual = False,
     plain: Plain = False,
     out: Out = Path("results"),
+    json: Json = None,
     quiet: Quiet = False,
 ) -> None:
     """Hold runs against bounds or a baseline; with options instead of runs: measure, then judge."""
     from gradflow.judging.gate import Bounds, load_baseline
 
+    check_target(json)
     given |= shortcut(given, residual, plain)
     if bool(runs) == bool(given):
         # With neither, an empty glob in a script would pass as a check of the default stack.
@@ -71,12 +85,14 @@ def check(
     found, unreadable = _wanted(runs, given, out, quiet)
     for line in unreadable:
         say(f"not judged: {line}", style="red")
-    failed = [
-        name
-        for run in found
-        for name, judgement in [(_name(run), _judge(run, bounds, expected, rtol))]
-        if not report(name, judgement)
-    ]
+    judged: list[tuple[str, Judgement]] = []
+    for run in found:
+        judged.append((_name(run), _judge(run, bounds, expected, rtol)))
+        if json != "-":
+            report(*judged[-1])
+    if json is not None:
+        write_text(json, as_json(judged, unreadable))
+    failed = [name for name, judgement in judged if not judgement.passed]
     conclude(failed, len(unreadable))
 
 
@@ -137,11 +153,26 @@ def _judge(run: Run, bounds: Bounds, baseline: Run | None, rtol: float) -> Judge
     return found if baseline is None else found + against_baseline(run, baseline, rtol)
 
 
-def report(name: str, judgement: Judgement) -> bool:
-    """Say what was compared and why it fails; returns whether it passed."""
+def report(name: str, judgement: Judgement) -> None:
+    """Say what was compared and why it fails."""
     typer.echo(f"{'ok' if judgement.passed else 'FAILED'}  {name}")
     for line in judgement.compared:
         typer.echo(f"    compared: {line}")
     for reason in judgement.reasons:
         typer.echo(f"    reason: {reason}")
-    return judgement.passed
+
+
+def as_json(judged: Sequence[tuple[str, Judgement]], unreadable: Sequence[str]) -> str:
+    """One JSON object: whether all has passed, each run, and what could not be read."""
+    runs = [
+        {
+            "run": name,
+            "passed": judgement.passed,
+            "compared": judgement.compared,
+            "reasons": judgement.reasons,
+        }
+        for name, judgement in judged
+    ]
+    passed = not unreadable and all(judgement.passed for _, judgement in judged)
+    content = {"passed": passed, "runs": runs, "unreadable": unreadable}
+    return json.dumps(content, indent=2, allow_nan=False) + "\n"

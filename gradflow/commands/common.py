@@ -73,13 +73,15 @@ def check_target(target: str | None, option: str = "--json") -> None:
 
 
 def write_text(target: str, text: str) -> None:
-    """Text to a file, or to stdout for `-`.
+    """Text to a file, or to stdout for `-`; there in ASCII where it cannot be shown otherwise.
 
     Raises:
         UsageError: the file cannot be written.
     """
     if target == "-":
-        sys.stdout.write(text)
+        from gradflow.showing.terminal import can_draw, in_ascii
+
+        sys.stdout.write(text if can_draw(sys.stdout.encoding) else in_ascii(text))
         return
     try:
         Path(target).write_text(text, encoding="utf-8")

@@ -259,5 +259,7 @@ def show(result: Comparison) -> None:
     from rich.console import Console
 
     from gradflow.showing.compare_tables import comparison_view
+    from gradflow.showing.terminal import can_draw, print_view
 
-    Console(highlight=False).print(comparison_view(result))
+    console = Console(highlight=False)
+    print_view(comparison_view(result, drawn=can_draw(console.encoding)), console)

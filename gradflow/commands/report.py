@@ -52,8 +52,10 @@ def report(
     if markdown != "-" and not quiet:
         from rich.console import Console
 
+        from gradflow.showing.terminal import print_view
+
         console = Console()
-        console.print(overview.summary_view(found))
+        print_view(overview.summary_view(found), console)
         console.print(f"page: {page}", soft_wrap=True, markup=False, highlight=False)
 
 

@@ -71,9 +71,10 @@ def show(found: Run) -> None:
     from rich.console import Console
 
     from gradflow.showing.tables import run_view
+    from gradflow.showing.terminal import print_view
 
     console = Console()
-    console.print(run_view(found))
+    print_view(run_view(found), console)
     console.print(f"stored in {found.path}", soft_wrap=True, markup=False, highlight=False)
 
 

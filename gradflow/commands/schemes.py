@@ -32,5 +32,7 @@ def schemes(name: Name = None, *, depth: Depth = None, json: Json = None) -> Non
     if json != "-":
         from rich.console import Console
 
+        from gradflow.showing.terminal import print_view
+
         view = pages.zoo_view() if found is None else pages.scheme_view(*found, depths)
-        Console(highlight=False).print(view)
+        print_view(view, Console(highlight=False))

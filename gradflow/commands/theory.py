@@ -55,4 +55,6 @@ def _stack(asked: Asked, options: RunOptions) -> tuple[StackSpec, RunOptions]:
 def _show(view: Any) -> None:
     from rich.console import Console
 
-    Console(highlight=False).print(view)
+    from gradflow.showing.terminal import print_view
+
+    print_view(view, Console(highlight=False))

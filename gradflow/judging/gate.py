@@ -12,11 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gradflow.errors import BaselineError, RunFolderError
+from gradflow.judging.places import place
 from gradflow.runs.consistency import SAME_NETWORK
 from gradflow.runs.records import LayerRecord, Run
 from gradflow.runs.store import load
 from gradflow.specs.spec import run_key
+from gradflow.units import count
 
+NONFINITE = "NaN or infinity"
+# A row, and what is wrong there.
+Lost = tuple[LayerRecord, str]
 # Reasons of one kind that are listed one by one; the rest is counted.
 SHOWN = 3
 # These move gradients by rounding only; that is what a tolerance is for, so they are only said.
@@ -74,7 +79,7 @@ def judge(run: Run, bounds: Bounds) -> Judgement:
         high = math.inf if bounds.max_gain is None else bounds.max_gain
         found += _gains(run, low, high)
     if bounds.no_nonfinite:
-        found += Judgement(("no NaN or infinity in any layer",), tuple(_nonfinite(run)))
+        found += _nonfinite(run)
     return found
 
 
@@ -88,8 +93,8 @@ def against_baseline(run: Run, baseline: Run, rtol: float) -> Judgement:
     pairs = list(zip(run.first_records, baseline.first_records, strict=True))
     limit = math.log10(1 + rtol)
     reasons = [
-        *_shortened(_apart(pairs, "|g|", "log10_grad_norm", limit)),
-        *_shortened(_apart(pairs, "|dW|", "log10_param_grad_norm", limit)),
+        *_apart(pairs, "|g|", "log10_grad_norm", limit),
+        *_apart(pairs, "|dW|", "log10_param_grad_norm", limit),
     ]
     what = f"gradient norms at {len(pairs)} places, each within {rtol:g} of the baseline"
     elsewhere = [f"  beside a baseline with {line}" for line in _differences(run, baseline, SAID)]
@@ -154,31 +159,38 @@ def _seeds(run: Run) -> Iterator[tuple[str, list[LayerRecord]]]:
 
 def _arrives(run: Run) -> Judgement:
     """A finite gradient that is not zero, at every unit of every seed and at its parameters."""
-    reasons: list[str] = []
     trained = {(row.seed, row.layer, row.unit) for row in run.param_records}
     wanted = run.spec.depth * run.spec.units_per_block + run.spec.input_has_gradient
+    absent: list[str] = []
+    lost: list[Lost] = []
     for seed, rows in _seeds(run):
         if len(rows) != wanted:
-            reasons.append(f"seed {seed}: {len(rows)} of {wanted} places have a gradient")
-        reasons += _shortened(_lost_gradients(rows))
-        reasons += _shortened(_lost_parameters(rows, trained))
+            absent.append(f"seed {seed}: {len(rows)} of {wanted} places have a gradient")
+        lost += [*_lost_gradients(rows), *_lost_parameters(rows, trained)]
     what = f"a finite gradient, not zero, at {wanted} places in each of {run.options.seeds} seeds"
-    return Judgement((what,), tuple(reasons))
+    reasons = [*_shortened(absent), *_by_kind(lost)]
+    return Judgement((what,), (*_beginning(run), *reasons) if reasons else ())
 
 
-def _lost_gradients(rows: Sequence[LayerRecord]) -> Iterator[str]:
+def _beginning(run: Run) -> Iterator[str]:
+    """Where values were lost first: what is not finite after that follows from it."""
+    if run.summary.verdict == "nonfinite" and (where := place(run.summary)):
+        yield f"NaN or infinity begins at {where}"
+
+
+def _lost_gradients(rows: Sequence[LayerRecord]) -> Iterator[Lost]:
     for row in rows:
-        if fault := _fault(row.log10_grad_norm) or ("NaN or infinity" if row.nonfinite else ""):
-            yield f"{_place(row)}: gradient is {fault}"
+        if fault := _fault(row.log10_grad_norm) or (NONFINITE if row.nonfinite else ""):
+            yield row, f"gradient is {fault}"
 
 
 def _lost_parameters(
     rows: Sequence[LayerRecord], trained: set[tuple[int, int, str]]
-) -> Iterator[str]:
+) -> Iterator[Lost]:
     for row in rows:
         has_any = row.param_norm is not None or (row.seed, row.layer, row.unit) in trained
         if has_any and (fault := _fault(row.log10_param_grad_norm)):
-            yield f"{_place(row)}: gradient of the parameters is {fault}"
+            yield row, f"gradient of the parameters is {fault}"
 
 
 def _fault(decades: float | None) -> str:
@@ -187,7 +199,7 @@ def _fault(decades: float | None) -> str:
         return "missing"
     if decades == -math.inf:
         return "zero"
-    return "" if math.isfinite(decades) else "NaN or infinity"
+    return "" if math.isfinite(decades) else NONFINITE
 
 
 def _place(row: LayerRecord) -> str:
@@ -198,12 +210,13 @@ def _place(row: LayerRecord) -> str:
 def _decades(run: Run, limit: float) -> Judgement:
     reasons, found = [], []
     for seed, rows in _seeds(run):
-        ends = [row.log10_grad_norm for row in (rows[0], rows[-1])] if rows else [None, None]
-        if ends[0] is None or ends[1] is None:
+        ends = [row.log10_grad_norm for row in (rows[0], rows[-1])] if rows else []
+        finite = [end for end in ends if end is not None and math.isfinite(end)]
+        if len(finite) < 2:
             continue  # `_arrives` has said so
-        found.append(abs(ends[0] - ends[1]))
-        if not found[-1] <= limit:  # NaN breaks the bound, too
-            total = ends[0] - ends[1]
+        total = finite[0] - finite[1]
+        found.append(abs(total))
+        if abs(total) > limit:
             reasons.append(f"seed {seed}: {total:+.2f} decades from output to input")
     worst = f", found {max(found):.2f}" if found else ""
     what = f"decades between output and input, at most {limit:g}{worst}"
@@ -212,23 +225,30 @@ def _decades(run: Run, limit: float) -> Judgement:
 
 def _gains(run: Run, low: float, high: float) -> Judgement:
     units = [row for row in run.first_records if row.layer > 0]
-    found = [row.gain for row in units if row.gain is not None]
-    reasons = (
-        f"{_place(row)}: gain is {'missing' if row.gain is None else f'{row.gain:.4g}'}"
+    found = [row.gain for row in units if row.gain is not None and not math.isnan(row.gain)]
+    lost = [
+        (row, f"gain is {'missing' if row.gain is None else 'NaN'}")
         for row in units
-        if row.gain is None or not low <= row.gain <= high
+        if row.gain is None or math.isnan(row.gain)
+    ]
+    beyond = (
+        f"{_place(row)}: gain is {row.gain:.4g}"
+        for row in units
+        if row.gain is not None and (row.gain < low or row.gain > high)
     )
     seen = f", found {min(found):.4g} to {max(found):.4g}" if found else ""
     what = f"gain of every unit, {low:g} to {high:g}{seen}"
-    return Judgement((what,), tuple(_shortened(reasons)))
+    return Judgement((what,), (*_by_kind(lost), *_shortened(beyond)))
 
 
-def _nonfinite(run: Run) -> Iterator[str]:
-    yield from _shortened(
-        f"{_place(row)}: NaN or infinity"
+def _nonfinite(run: Run) -> Judgement:
+    lost = [
+        (row, NONFINITE)
         for row in run.layer_records
         if row.nonfinite or not all(map(_finite, (row.act_max_abs, row.act_rms, row.gain)))
-    )
+    ]
+    reasons = (*_beginning(run), *_by_kind(lost)) if lost else ()
+    return Judgement(("no NaN or infinity in any layer",), reasons)
 
 
 def _finite(value: float | None) -> bool:
@@ -238,13 +258,31 @@ def _finite(value: float | None) -> bool:
 def _apart(
     pairs: Sequence[tuple[LayerRecord, LayerRecord]], name: str, column: str, limit: float
 ) -> Iterator[str]:
+    lost: list[Lost] = []
+    apart: list[str] = []
     for row, base in pairs:
         mine, theirs = getattr(row, column), getattr(base, column)
         if mine is None and theirs is None:
             continue
-        if mine is None or theirs is None or not abs(mine - theirs) <= limit:
-            values = ["none" if v is None else f"10^{v:.4f}" for v in (mine, theirs)]
-            yield f"{_place(row)}: {name} {values[0]}, baseline {values[1]}"
+        faults = _fault(mine), _fault(theirs)
+        if any(faults):
+            here, there = (fault or "a number" for fault in faults)
+            lost.append((row, f"{name} is {here}, in the baseline {there}"))
+        elif abs(mine - theirs) > limit:
+            apart.append(f"{_place(row)}: {name} 10^{mine:.4f}, baseline 10^{theirs:.4f}")
+    yield from _by_kind(lost)
+    yield from _shortened(apart)
+
+
+def _by_kind(lost: Iterable[Lost]) -> Iterator[str]:
+    """One line for each thing that is wrong: where it is first, and at how many more places."""
+    found: dict[str, tuple[LayerRecord, int]] = {}
+    for row, what in lost:
+        first, more = found.get(what, (row, -1))
+        found[what] = first, more + 1
+    for what, (row, more) in found.items():
+        rest = f", and at {count(more, 'more place')}" if more else ""
+        yield f"{_place(row)}: {what}{rest}"
 
 
 def _shortened(reasons: Iterable[str]) -> Iterator[str]:

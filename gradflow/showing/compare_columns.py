@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gradflow.judging.comparison import Comparison, Ratio, Row
 from gradflow.judging.outcome import outcome_sentence
 from gradflow.judging.theory_words import theory_cell
 from gradflow.runs.records import Summary
+from gradflow.showing.terminal import BARS, in_ascii
 from gradflow.units import gib, milliseconds, number, rounded
 
-BARS = "▁▂▃▄▅▆▇█"
 PROFILE_CELLS = 8
 MARKS = {"slower": "▲", "faster": "▼", "not interleaved": "~"}
 
@@ -25,6 +25,15 @@ class Column:
     heading: str
     cell: Callable[[Row], str]
     left: bool = False
+
+
+def ascii_columns(columns: Sequence[Column]) -> list[Column]:
+    """The same in ASCII, before widths are taken of their texts."""
+    return [replace(c, heading=in_ascii(c.heading), cell=_ascii_cell(c)) for c in columns]
+
+
+def _ascii_cell(column: Column) -> Callable[[Row], str]:
+    return lambda row: in_ascii(column.cell(row))
 
 
 def _depth(row: Row) -> str:
@@ -103,10 +112,12 @@ THEORY_NOTE = " theory: decades above what theory predicts, ! where that is beyo
 
 def gradient_columns(comparison: Comparison) -> tuple[tuple[Column, ...], str]:
     """The columns and their note; theory where it has something to say of any run."""
+    reference = next(row for row in comparison.rows if row.is_reference)
+    note = f"* the reference: {reference.name.run}. {GRADIENT_NOTE}"
     if not any(row.summary.theory_deviation is not None for row in comparison.rows):
-        return GRADIENT, GRADIENT_NOTE
+        return GRADIENT, note
     *columns, profile = GRADIENT
-    return (*columns, THEORY, profile), GRADIENT_NOTE + THEORY_NOTE
+    return (*columns, THEORY, profile), note + THEORY_NOTE
 
 
 TRAINING = (
@@ -172,10 +183,9 @@ def _half_width(ratio: Ratio) -> float | None:
 def cost_notes(comparison: Comparison) -> list[str]:
     """How to read the ratios, and why some are not there."""
     calls = Counter(call(row.total, comparison.noise) for row in comparison.rows)
-    reference = next(row for row in comparison.rows if row.is_reference)
     how = (
-        f"* the reference: {reference.name.run}. Times are per layer; ± is the 95 % interval of "
-        "the ratio. ▲ slower, ▼ faster: the interval is without 1, and the ratio is more than "
+        "Times are per layer, ratios to the reference (*); ± is the 95 % interval of the ratio. "
+        "▲ slower, ▼ faster: the interval is without 1, and the ratio is more than "
         f"{comparison.noise:.1%} away from it."
     )
     notes = [how]

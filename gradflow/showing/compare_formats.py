@@ -101,8 +101,9 @@ def as_json(comparison: Comparison) -> str:
 
 def as_markdown(comparison: Comparison) -> str:
     """The terminal tables with all rows, the answer first."""
-    columns, _ = gradient_columns(comparison)
-    parts = [answer_lines(comparison), _markdown_table(comparison, columns)]
+    columns, note = gradient_columns(comparison)
+    table = _markdown_table(comparison, columns)
+    parts = [answer_lines(comparison), table, [markdown.escaped(note)]]
     depths = [f"- {markdown.escaped(line)}" for line in depth_lines(comparison)]
     parts += [["Trainable depth:", "", *depths]] if depths else []
     if is_timed(comparison):

@@ -11,24 +11,35 @@ from gradflow.judging.trainable import trainable_depths
 from gradflow.showing.compare_columns import (
     TRAINING,
     TRAINING_NOTE,
+    ascii_columns,
     cost_columns,
     cost_notes,
     gradient_columns,
 )
 from gradflow.showing.compare_layout import table
+from gradflow.showing.terminal import in_ascii
 
 
-def comparison_view(comparison: Comparison) -> RenderableType:
-    """Everything that `gradflow compare` shows; the answer comes last, where the eye is."""
+def comparison_view(comparison: Comparison, *, drawn: bool = True) -> RenderableType:
+    """Everything that `gradflow compare` shows; the answer comes last, where the eye is.
+
+    Args:
+        comparison: the runs.
+        drawn: with block characters; else the tables are in ASCII.
+    """
+    written, said = (tuple, str) if drawn else (ascii_columns, in_ascii)
     columns, note = gradient_columns(comparison)
-    parts: list[RenderableType] = [table(comparison, columns), Text(note, style="dim")]
+    parts: list[RenderableType] = [
+        table(comparison, written(columns)),
+        Text(said(note), style="dim"),
+    ]
     depths = depth_lines(comparison)
     parts += map(Text, ["", "trainable depth", *depths] if depths else [])
     if is_timed(comparison):
-        parts += [Text(), table(comparison, cost_columns(comparison.noise))]
-        parts += [Text(note, style="dim") for note in cost_notes(comparison)]
+        parts += [Text(), table(comparison, written(cost_columns(comparison.noise)))]
+        parts += [Text(said(note), style="dim") for note in cost_notes(comparison)]
     if is_trained(comparison):
-        parts += [Text(), table(comparison, TRAINING), Text(TRAINING_NOTE, style="dim")]
+        parts += [Text(), table(comparison, written(TRAINING)), Text(TRAINING_NOTE, style="dim")]
     answers = answer_lines(comparison)
     return Group(*parts, Text(), *(Text(line, style="bold") for line in answers))
 

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gradflow.judging.comparison import mean_profile
+from gradflow.judging.places import place
 from gradflow.judging.theory_words import theory_sentence
 from gradflow.runs.records import LayerRecord, Run, Summary
 from gradflow.showing.training_tables import training_lines
@@ -96,8 +97,8 @@ def layer_table(run: Run) -> Table:
     table.add_column("unit")
     for heading in [c.heading for c in shown] + [name for name, _ in timed]:
         table.add_column(heading, justify="right")
-    for place, row in enumerate(rows):
-        if hidden and place == ENDS:
+    for i, row in enumerate(rows):
+        if hidden and i == ENDS:
             dots = ["…"] * (len(shown) + len(timed))
             table.add_row("…", f"{hidden} more", *dots, style="dim")
         table.add_row(*_cells(row, shown, timed))
@@ -220,7 +221,7 @@ def _plot(measured: Curve, theory: Curve, depth: int, title: str) -> Text:
 def verdict_lines(summary: Summary) -> Iterator[RenderableType]:
     """The verdict with its place and advice, and the numbers behind it."""
     style = STYLES.get(summary.verdict, "bold red")
-    where = f" at {place(summary)}" if summary.first_layer is not None else ""
+    where = f" at {place(summary)}" if place(summary) else ""
     yield Text.assemble((summary.verdict + where, style), ". ", summary.advice)
     if summary.total_log10_gain is not None:
         yield Text(gain_sentence(summary))
@@ -233,13 +234,6 @@ def verdict_lines(summary: Summary) -> Iterator[RenderableType]:
         yield Text(
             f"Energy of the gradient: {share}, {1 - summary.skip_share:.1%} through branches."
         )
-
-
-def place(summary: Summary) -> str:
-    """Where the finding is: layer, unit and direction."""
-    where = "the input" if summary.first_layer == 0 else f"layer {summary.first_layer}"
-    unit = "" if summary.first_layer == 0 else f" ({summary.first_unit})"
-    return f"{where}{unit}, {summary.first_pass} pass"
 
 
 def gain_sentence(summary: Summary) -> str:

@@ -12,8 +12,8 @@ from rich.text import Text
 from gradflow.judging.outcome import outcome_sentence
 from gradflow.judging.overview import loss_words
 from gradflow.runs.records import LayerRecord, Run, StepRecord
+from gradflow.showing.terminal import BARS
 
-BARS = "▁▂▃▄▅▆▇█"
 LOST = "x"
 # Characters across, and rows down; longer ones are thinned evenly.
 CELLS, MOST_LAYERS, WIDEST = 64, 13, 6

@@ -20,6 +20,7 @@ from gradflow.errors import UsageError
 from gradflow.runs import store
 from gradflow.runs.records import Run
 from gradflow.showing.tables import run_view
+from gradflow.showing.terminal import print_view
 from gradflow.specs.run_options import RunOptions
 from gradflow.watching.discovery import find_layers
 from gradflow.watching.parameters import ParameterWatch, owned_parameters
@@ -96,7 +97,7 @@ class Flow:
         step, _ = verdict_step(run.spec, run.layer_records, run.options)
         heading = Text(f"step {step} of {len(self._tallies)} watched", style="dim")
         notes = (Text(line, style="yellow") for line in run.warnings)
-        (console or Console()).print(Group(heading, run_view(of_step(run, step)), *notes))
+        print_view(Group(heading, run_view(of_step(run, step)), *notes), console or Console())
 
     def save(self, out: Path | str = "results") -> Path | None:
         """Store the run in a new folder in `out`; returns the folder.
