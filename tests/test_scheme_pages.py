@@ -100,7 +100,7 @@ LACKS = {
     "depth-mup": ("over d_head", "output multiplier", "learning rates"),
     "completep": ("over d_head", "output multiplier", "Adam's eps and weight decay"),
     "fixup": ("a classifier that starts at 0", "activation after the addition"),
-    "mhc": ("a composite",),
+    "mhc": ("Table 1 (H_pre, H_post) and mHC-lite's code (H_res)",),
     "ngpt": ("s_z in the head",),
 }
 

@@ -42,6 +42,7 @@ def spec_of(**options: Any) -> StackSpec:
     return StackSpec(**{"depth": 12, "width": 64, **small, **options})
 
 
+LLAMA = {"gated": True, "activation": "silu", "causal": True, "kv_heads": 2, "head_dim": 32}
 QUICK = [
     {"block": "mlp", "norm": "pre", "activation": "gelu"},
     {"block": "mlp", "norm": "post", "activation": "relu", "norm_kind": "rmsnorm"},
@@ -57,6 +58,12 @@ QUICK = [
     {"block": "transformer", "norm": "pre", "init": "gpt2", "loss": "ce"},
     {"block": "transformer", "norm": "post", "init": "xavier", "norm_kind": "rmsnorm"},
     {"block": "transformer", "norm": "pre", "causal": True},
+    {"block": "ffn", "norm": "pre", "gated": True, "activation": "silu"},
+    {"block": "ffn", "norm": "post", "gated": True, "activation": "relu"},
+    {"scheme": "sub-ln", "gated": True, "activation": "gelu"},
+    {**LLAMA, "rope": 1e4},
+    {**LLAMA, "rope": 5e5, "norm": "post", "qk_norm": True},
+    {"block": "attention", "norm": "pre", "kv_heads": 2, "head_dim": 32},
 ]
 
 
@@ -154,6 +161,7 @@ WRONG = [
     ({"block": "mlp", "shortcut": "plain", "norm": "none", "width": 256}, {"weight_var": 1.6}),
     ({"block": "mlp", "norm": "pre"}, {"norm_kind": "rmsnorm"}),
     ({"block": "mlp", "norm": "pre"}, {"activation": "tanh"}),
+    ({"block": "ffn", "norm": "pre", "gated": True, "activation": "silu"}, {"gated": False}),
 ]
 
 
@@ -203,16 +211,20 @@ def test_theory_knows_the_variances_of_torchs_biases(gain: float, bias_var: floa
 
 
 @pytest.mark.parametrize("init", INITS)
-def test_theory_knows_the_weights_that_are_drawn(init: str) -> None:
+@pytest.mark.parametrize("parts", [{}, {"gated": True, "kv_heads": 2, "head_dim": 96}])
+def test_theory_knows_the_weights_that_are_drawn(init: str, parts: dict[str, Any]) -> None:
     """Every matrix and bias of a block of width 256: mean squares, to 5 standard errors."""
-    spec = spec_of(width=256, init=init, activation="relu", gain=1.2)
+    spec = spec_of(width=256, init=init, activation="relu", gain=1.2, **parts)
     block, stack = build_block(spec, 0, 1, CPU), describe(spec)
     names = {
         "attention": {"w_in": "v", "w_out": "out", "w_query": "q", "w_key": "k"},
-        "ffn": {"w_in": "up", "w_out": "down"},
+        "ffn": {"w_in": "up", "w_out": "down", "w_gate": "gate"},
     }
     for unit, known in zip(block.units, stack.units, strict=False):
         for field, name in names[known.kind].items():
+            if not hasattr(unit.branch, name):
+                assert getattr(known, field) is None
+                continue
             told, linear = getattr(known, field), unit.branch.get_submodule(name)
             drawn = float((linear.weight.detach() ** 2).mean()) * linear.weight.shape[1]
             assert drawn == pytest.approx(told.scale, rel=5 * math.sqrt(2 / linear.weight.numel()))

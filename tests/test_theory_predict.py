@@ -24,6 +24,9 @@ from gradflow.theory import (
     predict_stack,
     total_decades,
 )
+from gradflow.theory.layouts import Exchangeable
+from gradflow.theory.norms import Stream
+from gradflow.theory.passes import BRANCHES
 
 WIDE = 8192  # where nothing of finite width is left
 LN = "layernorm"
@@ -110,6 +113,42 @@ def test_a_prenorm_net_is_a_power_law(
     spec = ffn(norm="pre", activation=activation, weight_var=weight_var)
     assert 10 ** squared(spec) == pytest.approx(gradient, rel=2e-3)
     assert predict(spec).act_rms[-1] ** 2 == pytest.approx(stream, rel=2e-3)
+
+
+def test_a_gated_prenorm_net_is_a_steeper_power_law() -> None:
+    """SwiGLU: exponent kappa/v = 1 + E (z phi')^2 / E phi^2 = 2.067; 10^3.09 and 36.58."""
+    spec = ffn(norm="pre", activation="silu", weight_var=1.0, gated=True)
+    assert squared(spec) == pytest.approx(3.090, abs=5e-3)
+    assert predict(spec).act_rms[-1] ** 2 == pytest.approx(36.58, rel=2e-3)
+    ungated = replace(spec, gated=False)
+    assert squared(ungated) < 2.5
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "relu", "tanh"])
+@pytest.mark.parametrize("cosine", [0.0, 0.6])
+def test_the_moments_of_a_gated_ffn_are_those_of_a_sample(activation: str, cosine: float) -> None:
+    """x' = x + W_out (phi(W_gate x) * W_in x) of two rows, both passes, by 10^6 neurons."""
+    shape = Shape(domain="tokens", width=WIDE, batch=1, tokens=2, hidden=WIDE)
+    gate, up = Weights(1.3, 0.1), Weights(0.7, 0.2)
+    unit = Unit(kind="ffn", activation=activation, w_in=up, w_gate=gate, w_out=Weights(0.5))
+    layout = Exchangeable(shape)
+    f, tape = BRANCHES["ffn"](unit, Stream((1.0, cosine)), layout)
+    source = np.random.default_rng(0)
+
+    def rows(weights: Weights) -> np.ndarray:
+        q, p = (weights.scale * x + weights.bias for x in (1.0, cosine))
+        return np.linalg.cholesky([[q, p], [p, q]]) @ source.standard_normal((2, 1_000_000))
+
+    z, h = rows(gate), rows(up)
+    phi = torch.tensor(z, requires_grad=True)
+    value = PHI[activation](phi)
+    slope = torch.autograd.grad(value.sum(), phi)[0].numpy()
+    out = value.detach().numpy() * h
+    for row, (forward, back) in enumerate(zip(f.s, tape.back, strict=True)):
+        pair = lambda x, row=row: float((x[0] * x[row]).mean())  # noqa: E731
+        assert forward == pytest.approx(0.5 * pair(out), rel=0.02, abs=2e-3)
+        true = up.scale * pair(value.detach().numpy()) + gate.scale * pair(slope * h)
+        assert back == pytest.approx(true, rel=0.02, abs=2e-3)
 
 
 @pytest.mark.parametrize(("alpha", "depth", "decades"), [(0.5, 50, 1.851), (1.0, 200, 6.588)])

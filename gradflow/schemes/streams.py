@@ -141,12 +141,7 @@ MHC = Scheme(
     claim="at initialisation every stream is that of pre-ln",
     wire=_mhc_identity,
     final_norm=True,
-    lacks=(
-        (
-            "one published start: this is a composite, H_pre and H_post the fixed mappings of the "
-            "paper's Table 1, H_res that of mHC-lite's code"
-        ),
-    ),
+    lacks=("one published start: it joins Table 1 (H_pre, H_post) and mHC-lite's code (H_res)",),
     streams=lambda _: HYPER_STREAMS,
     readout="mean",
     pitfalls=(

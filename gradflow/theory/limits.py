@@ -79,6 +79,8 @@ def _check_unit(unit: Unit) -> None:
         raise NoTheoryError("attention without a shortcut collapses the tokens at once")
     if unit.kind == "ffn" and not unit.a and "batchnorm" in unit.norms:
         raise NoTheoryError("batchnorm in a plain ffn: the rows' own sizes drift apart")
+    if unit.w_gate is not None and not unit.a:
+        raise NoTheoryError("a gated ffn without a shortcut: its products come far apart")
     odd = unit.activation in ACTIVATIONS and ACTIVATIONS[unit.activation].odd
     if unit.activation not in ACTIVATIONS:
         raise NoTheoryError(f"the activation {unit.activation} has no moments")
@@ -161,9 +163,9 @@ def _correlations(stack: Stack, passes: Passes, layout: Layout) -> Array:
         out = 1.0 if tape.after is None else float(layout.mean(tape.after.scale[0]))
         own, after = (layout.mean(layout.diagonal(s)) - layout.batch_mean(s) for s in (x, y))
         u = layout.mean(layout.diagonal(tape.u)) - layout.batch_mean(tape.u)
-        slopes = tape.inside.slopes
-        gain = unit.w_in.scale * (1.0 if unit.is_single else unit.w_out.scale)
-        through = 0.0 if slopes is None else gain * layout.mean(slopes[1]) * u
+        back = tape.inside.back
+        gain = 1.0 if unit.is_single else unit.w_out.scale
+        through = 0.0 if back is None else gain * layout.mean(back[1]) * u
         if unit.kind == "conv":
             through /= 3
         kept = (unit.a**2 * own + unit.b**2 * through) * out / after

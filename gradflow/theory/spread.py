@@ -26,7 +26,7 @@ from gradflow.theory.maths import Array
 from gradflow.theory.moments import ACTIVATIONS, Moment
 from gradflow.theory.norms import CENTRED, ROW_NORMS
 from gradflow.theory.passes import Passes
-from gradflow.theory.units import Unit
+from gradflow.theory.units import Unit, Weights
 
 _STEP = 1e-4  # for derivatives by ln q
 
@@ -88,7 +88,9 @@ def finite_width(units: Sequence[Unit], passes: Passes, layout: Layout, few: flo
     alone, shared, sizes = (np.zeros(len(units)) for _ in range(3))
     groups: dict[tuple[object, ...], list[int]] = {}
     for place, unit in enumerate(units):
-        groups.setdefault((unit.kind, unit.activation, not unit.a, unit.norms), []).append(place)
+        gated = unit.w_gate and (unit.w_gate, unit.w_in)
+        kind = (unit.kind, unit.activation, not unit.a, unit.norms, gated)
+        groups.setdefault(kind, []).append(place)
     chained = len({unit.kind for unit in units}) == 1 and not any(u.a or u.norms for u in units)
     extra, drift = np.zeros(len(units) + 1), 0.0
     for places in groups.values():
@@ -176,6 +178,8 @@ def _rescaling(found: _Found, layout: Layout) -> Array:
 
 def _slope_noise(unit: Unit, q: Array, size: Array | None) -> Array:
     """Var(phi'^2/E phi'^2 + A (phi - m)^2/E (phi - m)^2) with A = `size`, m = 0 or the mean."""
+    if unit.w_gate is not None:
+        return _gated_noise(unit, unit.w_gate, q)
     phi = ACTIVATIONS[unit.activation]
     keys = np.round(np.stack([np.log(q), np.zeros_like(q) if size is None else size]), 6)
     (log_q, weight), back = np.unique(keys, axis=1, return_inverse=True)
@@ -191,6 +195,22 @@ def _slope_noise(unit: Unit, q: Array, size: Array | None) -> Array:
 
     noise = np.asarray(phi.expect(squared, q)) - (1 + weight) ** 2
     return np.asarray(noise[back.ravel()])
+
+
+def _gated_noise(unit: Unit, gate: Weights, q: Array) -> Array:
+    """Var(z)/(E z)^2 of z = s_in phi^2 + s_gate (phi' h)^2, h ~ N(0, r) the other factor."""
+    phi = ACTIVATIONS[unit.activation]
+    keys, back = np.unique(np.round(np.log(q), 6), return_inverse=True)
+    q = np.exp(keys)
+    r = (unit.w_in.scale * (q - gate.bias) / gate.scale + unit.w_in.bias)[:, None]
+    a, b = unit.w_in.scale, gate.scale
+
+    def square(f: Array, d: Array) -> Array:
+        one, two = a * f * f, b * r * d * d
+        return np.asarray(one * one + 2 * one * two + 3 * two * two)
+
+    mean = phi.expect(lambda f, d: a * f * f + b * r * d * d, q)
+    return np.asarray((np.asarray(phi.expect(square, q)) / np.asarray(mean) ** 2 - 1)[back.ravel()])
 
 
 def _size(unit: Unit, found: _Found) -> Array | None:

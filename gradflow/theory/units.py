@@ -36,6 +36,7 @@ class Unit:
         activation: of mlp, conv and ffn.
         w_in: W, the convolution, or the first matrix of an ffn; the values of attention.
         w_out: the output projection; unused by mlp and conv.
+        w_gate: of a gated ffn, W_out M(phi(W_gate x) * W_in x); None: it has no gate.
         w_query: queries; `w_key` keys, of attention only.
         a: weight of the shortcut; 0 for a plain unit.
         b: weight of the branch's output.
@@ -49,6 +50,7 @@ class Unit:
     activation: str = "linear"
     w_in: Weights = field(default=Weights())
     w_out: Weights = field(default=Weights())
+    w_gate: Weights | None = None
     w_query: Weights = field(default=Weights())
     w_key: Weights = field(default=Weights())
     a: float = 1.0
