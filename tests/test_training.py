@@ -200,9 +200,8 @@ def normalise(model: TaskNetwork) -> None:
 
 
 def test_ngpt_keeps_its_vectors_at_length_1_after_every_update() -> None:
-    spec = as_trained(
-        small("transformer", scheme="ngpt", depth=2, dtype="float64", bias_var=None), options()
-    )
+    sphere = small("transformer", scheme="ngpt", depth=2, dtype="float64", bias_var=None)
+    spec = as_trained(sphere, options())
     found = train_stack(spec, 0, CPU, options(every=1))
     twin = TaskNetwork(spec, 0, CPU)
     optimizer = torch.optim.AdamW(twin.parameters(), 0.01)
