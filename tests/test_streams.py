@@ -228,6 +228,9 @@ def test_attnres_is_pre_ln_over_the_number_of_streams(monkeypatch: pytest.Monkey
     assert y == pytest.approx(1 / 33, rel=EPS_OF_A_MEAN)
     assert g == pytest.approx(1 / 33, rel=EPS_OF_A_MEAN)
     assert max(y_error, g_error) < EPS_OF_A_MEAN
+    y, y_error, g, g_error = against_pre_ln("attnres", norm_eps=1e-6)  # llama's
+    assert (y, g) == (pytest.approx(1 / 33, rel=1e-4), pytest.approx(1 / 33, rel=1e-4))
+    assert max(y_error, g_error) < 1e-4
     monkeypatch.setattr(depth_mixing, "EPS", 1e-16)
     y, y_error, g, g_error = against_pre_ln("attnres", norm_eps=1e-16)
     assert y == pytest.approx(1 / 33, rel=1e-9)
