@@ -69,6 +69,12 @@ def closest_first(name: str, known: Iterable[str]) -> list[str]:
     return sorted(known, key=lambda other: -SequenceMatcher(None, name, other).ratio())
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether Python or torch failed to allocate, on CUDA or on the host."""
+    text = str(error)
+    return isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text
+
+
 def first_line(error: BaseException) -> str:
     """The error's text, or its first line where libraries write pages."""
     return next(iter(str(error).strip().splitlines()), "no reason given")

@@ -20,7 +20,6 @@ from gradflow.engine.environment import describe, resolve_device
 from gradflow.engine.matmul import matmul_flop_per_s
 from gradflow.engine.memory import (
     available_bytes,
-    is_out_of_memory,
     least_bytes,
     make_plan,
     out_of_memory,
@@ -32,7 +31,7 @@ from gradflow.engine.rebuilt import RebuiltBlocks
 from gradflow.engine.tape import Network, visits
 from gradflow.engine.timing import Clock, clock_for, stack_timer, take_times
 from gradflow.engine.walk import walk
-from gradflow.errors import MeasurementError
+from gradflow.errors import MeasurementError, is_out_of_memory
 from gradflow.judging.cost import with_times
 from gradflow.judging.expected import with_theory
 from gradflow.judging.outcome import summary_of

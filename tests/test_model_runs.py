@@ -199,6 +199,18 @@ def test_a_layer_takes_the_time_between_its_gradients() -> None:
     assert run.summary.forward_s == 3.0
 
 
+@pytest.mark.parametrize("steps", [0, 4])
+def test_timing_changes_no_number(steps: int) -> None:
+    """How many passes are timed is up to the machine; each draws, and moves the averages."""
+    values = {"input": "user_models:pairs", "loss": "ce", "dtype": "float32"}
+    how = RunOptions(steps=steps, raw_range=True, device="cpu", timing=False)
+    plain = measured("dropping", how, **values)
+    timed = measured("dropping", replace(how, timing=True, repeats=3, time_budget=1e-9), **values)
+    assert logs(timed) == logs(plain)
+    assert [row.loss for row in timed.step_records] == [row.loss for row in plain.step_records]
+    assert timed.time_records
+
+
 def test_layers_that_run_again_in_the_backward_pass_have_no_times() -> None:
     run = timed("Checkpointed")
     assert all(row.backward_s is None for row in run.layer_records)

@@ -180,3 +180,12 @@ def lazy() -> nn.Module:
     """Sizes that follow from the first input."""
     layers = [nn.Sequential(nn.LazyLinear(WIDTH), nn.Tanh()) for _ in range(3)]
     return nn.Sequential(*layers)
+
+
+def dropping() -> nn.Module:
+    """Random numbers in every pass, and averages that run along."""
+    layers = (
+        nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.Dropout(0.5))
+        for _ in range(3)
+    )
+    return nn.Sequential(*layers)

@@ -149,12 +149,6 @@ def out_of_memory(needed: int, room: int, spec: StackSpec, options: RunOptions) 
     )
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch failed to allocate, on CUDA or on the host."""
-    text = str(error)
-    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in text
-
-
 def reset_peak(device: torch.device) -> None:
     """Begin a new high-water mark, where the system allows it."""
     if device.type == "cuda":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from gradflow.engine.environment import describe, resolve_device
-from gradflow.engine.memory import available_bytes, is_out_of_memory, peak_bytes, reset_peak
+from gradflow.engine.memory import available_bytes, peak_bytes, reset_peak
 from gradflow.engine.timing import Clock, Timer, clock_for, take_times
-from gradflow.errors import MeasurementError
+from gradflow.errors import MeasurementError, is_out_of_memory
 from gradflow.judging.cost import with_times
 from gradflow.judging.outcome import summary_of
 from gradflow.judging.verdict import summarise
@@ -82,7 +81,7 @@ def measure_model(
         with settings_kept():
             found = work.all_seeds()
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, MemoryError) and not is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise MeasurementError(_too_large(request, None, available_bytes(device))) from None
     when = {
@@ -95,12 +94,8 @@ def measure_model(
 @contextmanager
 def settings_kept() -> Iterator[None]:
     """What a user's code may change for all that comes after it is put back at the end."""
-    grad, dtype, threads = (
-        torch.is_grad_enabled(),
-        torch.get_default_dtype(),
-        torch.get_num_threads(),
-    )
-    folder, path = Path.cwd(), list(sys.path)
+    grad, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
+    threads, folder = torch.get_num_threads(), Path.cwd()
     try:
         yield
     finally:
@@ -108,7 +103,6 @@ def settings_kept() -> Iterator[None]:
         torch.set_default_dtype(dtype)
         torch.set_num_threads(threads)
         os.chdir(folder)
-        sys.path[:] = path
 
 
 def check_memory(request: ModelRequest, options: RunOptions, device: torch.device) -> None:
@@ -132,7 +126,8 @@ def _too_large(request: ModelRequest, needed: int | None, free: int) -> str:
 
 def model_timer(request: ModelRequest, options: RunOptions, device: torch.device) -> Timer:
     """Times the first seed of a model."""
-    return timer_of(build_subject(request, options.seed, device, options), request)
+    with settings_kept():
+        return timer_of(build_subject(request, options.seed, device, options), request)
 
 
 def model_bytes(request: ModelRequest, options: RunOptions) -> int:
@@ -173,18 +168,22 @@ class _Work:
     clock: Clock
 
     def all_seeds(self) -> _Found:
-        """Seed by seed; the first is timed."""
+        """Seed by seed; the first is timed, once its numbers are there.
+
+        Passes that are timed draw random numbers and move running averages, and how many there
+        are is up to the machine: none of it may reach the numbers.
+        """
         found = _Found()
         for seed in self.options.all_seeds:
             self.progress(f"building, seed {seed}", 0, 1)
             subject = build_subject(self.request, seed, self.device, self.options)
-            if self.options.timing and found.timing is None:
-                found.timing = self._time(subject)
             self.progress(f"gradients, seed {seed}", 0, 1)
             if self.options.steps:
                 self._train(subject, seed, found)
             else:
                 self._watch(subject, seed, found)
+            if self.options.timing and found.timing is None:
+                found.timing = self._time(subject)
             del subject  # or the next one would be built beside it
         return found
 
@@ -236,7 +235,7 @@ def watched(
 def _backward(subject: Subject, example: Example, request: ModelRequest) -> Tensor:
     with users_own(without_digest(request.model)), torch.enable_grad():
         loss = subject.loss(subject.model, example)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]  # torch's stubs
     return loss.detach()
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gradflow.errors import UsageError, closest_first
+from gradflow.errors import UsageError, closest_first, is_out_of_memory
 from gradflow.specs.pretrained import CONFIG, digest_of
 from gradflow.specs.user_code import told
 
@@ -125,11 +125,6 @@ def load(name: Located) -> Any:
     return vars(module)[place.thing]
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """As torch says it, on CUDA or on the host."""
-    return "out of memory" in str(error) or "allocate memory" in str(error)
-
-
 @contextmanager
 def users_own(what: str) -> Iterator[None]:
     """Errors of a user's code in one line that says where they arose; its output on stderr.
@@ -140,10 +135,10 @@ def users_own(what: str) -> Iterator[None]:
     try:
         with redirect_stdout(sys.stderr):  # stdout may be a JSON object
             yield
-    except (UsageError, MemoryError):
+    except UsageError:
         raise
     except (Exception, SystemExit) as error:
-        if isinstance(error, RuntimeError) and _is_out_of_memory(error):
+        if is_out_of_memory(error):
             raise
         raise UsageError(f"{what} runs", told(error), "mend it") from error
 
