@@ -76,7 +76,8 @@ def flow_of(model: nn.Module, batch: Any, loss: Loss | None = None, seed: int = 
     with untouched(model), torch.enable_grad(), watch(model) as flow:
         torch.manual_seed(seed)
         output = called(model, batch)
-        (projection(output, seed) if loss is None else loss(output)).backward()  # type: ignore[no-untyped-call]
+        scalar = projection(output, seed) if loss is None else loss(output)
+        scalar.backward()  # type: ignore[no-untyped-call]  # torch's stubs
     return flow.run
 
 

@@ -57,7 +57,7 @@ def with_fields(*, lists: bool = False) -> Callable[[Command], Command]:
         hints = get_type_hints(command, include_extras=True)
         own = list(inspect.signature(command).parameters.values())[1:]
         parameters = made + [p.replace(annotation=hints[p.name]) for p in own]
-        wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # Typer's
         wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
         return wrapper
 

@@ -13,7 +13,8 @@ import typer
 import gradflow
 from gradflow.cli import app
 from gradflow.errors import EXIT_INTERRUPTED, EXIT_OK, GradflowError
-from gradflow.runs.records import TABLES, Summary, columns
+from gradflow.runs.records import TABLES, columns
+from gradflow.runs.summary import Summary
 from gradflow.specs.architectures import ARCHITECTURES
 from gradflow.specs.block_kinds import BLOCKS
 from gradflow.specs.fields import flag

@@ -20,8 +20,9 @@ from gradflow.judging.expected import NOT_FINITE, with_theory
 from gradflow.judging.outlook import DEEPEST, NO_THEORY, Reach, healthy_reach, outlook
 from gradflow.judging.overview import sentence
 from gradflow.judging.theory_words import agrees, theory_cell, theory_sentence
-from gradflow.runs.records import LayerRecord, Run, Summary
+from gradflow.runs.records import LayerRecord, Run
 from gradflow.runs.store import load
+from gradflow.runs.summary import Summary
 from gradflow.showing.tables import profile, verdict_lines
 from gradflow.specs.run_options import RunOptions
 from gradflow.specs.spec import StackSpec

@@ -19,7 +19,8 @@ from gradflow.engine.flops import FlopCounter, network_flops
 from gradflow.engine.matmul import LONG_ENOUGH_S, SMALLEST, matmul_flop_per_s
 from gradflow.engine.timing import CpuClock, FakeClock, timed_pass
 from gradflow.judging.cost import with_times
-from gradflow.runs.records import Summary, TimeRecord, Timing
+from gradflow.runs.records import TimeRecord, Timing
+from gradflow.runs.summary import Summary
 from gradflow.showing.tables import speed_lines
 from gradflow.specs.grid import Cell
 from gradflow.specs.run_options import RunOptions

@@ -29,7 +29,7 @@ from gradflow.judging.naming import names, shared
 from gradflow.judging.overview import answer, designs_through, in_order, sentence, times
 from gradflow.runs import store
 from gradflow.runs.reading import Results, read_results
-from gradflow.runs.records import Summary
+from gradflow.runs.summary import Summary
 from gradflow.showing import html_page, report
 from gradflow.showing.chart_rows import Runs, tables
 from gradflow.showing.chart_theme import WIDTH

@@ -15,7 +15,7 @@ from scipy import stats
 
 from gradflow.judging.advice import ADVICE
 from gradflow.judging.verdict import summarise
-from gradflow.runs.records import Summary
+from gradflow.runs.summary import Summary
 from gradflow.specs.run_options import RunOptions
 from gradflow.specs.spec import StackSpec
 

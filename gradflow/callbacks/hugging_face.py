@@ -13,7 +13,7 @@ from gradflow.errors import UsageError
 _Base: Any = base_class("transformers", "TrainerCallback")
 
 
-class HuggingFaceCallback(Watching, _Base):  # type: ignore[misc]
+class HuggingFaceCallback(Watching, _Base):  # type: ignore[misc]  # Any where it is not installed
     """Watches a `transformers.Trainer`: `Trainer(..., callbacks=[HuggingFaceCallback(every=10)])`.
 
     A step is one of the optimizer, so accumulated batches count as one; evaluations are left out.

@@ -9,7 +9,7 @@ from gradflow.callbacks.session import Watching, base_class
 _Base: Any = base_class("lightning.pytorch", "Callback")
 
 
-class LightningCallback(Watching, _Base):  # type: ignore[misc]
+class LightningCallback(Watching, _Base):  # type: ignore[misc]  # Any where it is not installed
     """Watches a `lightning.Trainer`: `Trainer(..., callbacks=[LightningCallback(every=10)])`.
 
     A step is one of an optimizer, so accumulated batches count as one; evaluations are left out.

@@ -69,11 +69,7 @@ def check(
 
     check_target(json)
     given |= shortcut(given, residual, plain)
-    if bool(runs) == bool(given):
-        # With neither, an empty glob in a script would pass as a check of the default stack.
-        rule = "runs are either given as folders or made from options"
-        remedy = "give run folders, or options as for `gradflow run`"
-        raise UsageError(rule, "both" if runs else "neither", remedy)
+    check_source(runs, given)
     bounds = Bounds(max_decades, min_gain, max_gain, no_nonfinite)
     if bounds.empty and baseline is None:
         bounds = Bounds(DEFAULT_DECADES)
@@ -94,6 +90,18 @@ def check(
         write_text(json, as_json(judged, unreadable))
     failed = [name for name, judgement in judged if not judgement.passed]
     conclude(failed, len(unreadable))
+
+
+def check_source(runs: list[str] | None, given: dict[str, Any]) -> None:
+    """Refuse runs and options together, and neither.
+
+    Raises:
+        UsageError: with neither, an empty glob in a script would pass as a check of the default.
+    """
+    if bool(runs) == bool(given):
+        rule = "runs are either given as folders or made from options"
+        remedy = "give run folders, or options as for `gradflow run`"
+        raise UsageError(rule, "both" if runs else "neither", remedy)
 
 
 def conclude(failed: list[str], unreadable: int) -> None:

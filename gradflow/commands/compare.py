@@ -96,16 +96,35 @@ def compare(
         done = measure_grid(grid, out, (executor, workers, address), fresh=fresh, quiet=quiet)
         found = [done.runs.get(cell) for cell in grid.cells]
         chosen, failures = choose_reference(found, reference), failure_lines(done.failures)
-    from gradflow.judging.comparison import compare as side_by_side
+    side_by_side([run for run in found if run], chosen, (noise, failures), targets, quiet=quiet)
+    if failures:
+        raise MeasurementError(f"{count(len(failures), 'cell')} could not be measured; see above")
 
-    there = [run for run in found if run]
-    say_notes(there)
-    result = side_by_side(there, chosen, noise, failures)
+
+def side_by_side(
+    runs: Sequence[Run],
+    reference: Run,
+    how: tuple[float, Sequence[str]],
+    targets: Targets,
+    *,
+    quiet: bool,
+) -> None:
+    """Compare the runs with the reference; write the files and show the tables.
+
+    Args:
+        runs: all of them.
+        reference: one of them.
+        how: the noise threshold, and what could not be measured.
+        targets: files by format.
+        quiet: no tables.
+    """
+    from gradflow.judging.comparison import compare as compared
+
+    say_notes(runs)
+    result = compared(runs, reference, *how)
     write_files(result, targets)
     if not quiet and "-" not in targets.values():
         show(result)
-    if failures:
-        raise MeasurementError(f"{count(len(failures), 'cell')} could not be measured; see above")
 
 
 def check_request(runs: list[str] | None, made: bool, targets: Targets, noise: float) -> None:

@@ -77,8 +77,8 @@ def matching(pattern: str) -> list[Path]:
     with suppress(OSError):  # a name that is too long, for one
         if Path(pattern).exists():
             return [Path(pattern)]
-    # `Path.glob` takes no absolute patterns.
-    matches = [path for name in sorted(glob(pattern)) if not (path := Path(name)).is_file()]  # noqa: PTH207
+    names = sorted(glob(pattern))  # noqa: PTH207 (`Path.glob` takes no absolute patterns)
+    matches = [path for name in names if not (path := Path(name)).is_file()]
     if not matches:
         raise UsageError("a run folder or a glob that matches some", pattern, "look into results/")
     return matches

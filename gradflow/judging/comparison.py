@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gradflow.judging.naming import Name, names
-from gradflow.runs.records import LayerRecord, Run, Summary, TimeRecord
+from gradflow.runs.records import LayerRecord, Run, TimeRecord
+from gradflow.runs.summary import Summary
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

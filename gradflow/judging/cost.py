@@ -6,8 +6,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from gradflow.runs.records import LayerRecord, Run, Summary, Timing
+from gradflow.runs.records import LayerRecord, Run, Timing
 from gradflow.runs.spool import Spool
+from gradflow.runs.summary import Summary
 
 # Above these the run carries a warning that names the remedy.
 NOISY_SPREAD = 0.10

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from typing import Any
 
-from gradflow.runs.records import Summary
+from gradflow.runs.described import Described
 from gradflow.specs.model_request import without_digest
-from gradflow.specs.model_spec import Spec, asked_for
-from gradflow.specs.run_options import RunOptions
+from gradflow.specs.model_spec import asked_for
 from gradflow.specs.spec import StackSpec
 from gradflow.specs.user_code import shown
 
@@ -65,19 +64,6 @@ UNSAID = {
     "steps": 0,
     "warmup": 0,
 }
-
-
-class Described(Protocol):
-    """What words about a run are made from; whole runs have it, and those of a report."""
-
-    @property
-    def spec(self) -> Spec: ...
-    @property
-    def options(self) -> RunOptions: ...
-    @property
-    def summary(self) -> Summary: ...
-    @property
-    def environment(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,12 @@ from rich.table import Table
 from rich.text import Text
 
 from gradflow import markdown
-from gradflow.judging.naming import Described, Name, names
+from gradflow.judging.naming import Name, names
 from gradflow.judging.outcome import outcome_sentence
 from gradflow.judging.theory_words import theory_sentence
+from gradflow.runs.described import Described
 from gradflow.runs.reading import Results, StoredRun
-from gradflow.runs.records import Summary
+from gradflow.runs.summary import Summary
 from gradflow.specs.user_code import shown
 from gradflow.units import count, milliseconds, number, signed
 

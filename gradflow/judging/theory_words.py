@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gradflow.runs.records import Summary
+from gradflow.runs.summary import Summary
 from gradflow.units import signed
 
 

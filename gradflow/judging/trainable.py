@@ -14,7 +14,8 @@ from operator import attrgetter
 from gradflow.judging.comparison import Comparison, Row
 from gradflow.judging.expected import MOST_UNITS, NOT_FINITE
 from gradflow.judging.outlook import DEEPEST, Reach, healthy_reach
-from gradflow.runs.records import Run, Summary
+from gradflow.runs.records import Run
+from gradflow.runs.summary import Summary
 from gradflow.specs.spec import StackSpec
 from gradflow.units import rounded
 

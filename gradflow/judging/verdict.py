@@ -16,7 +16,8 @@ from scipy.special import stdtrit
 
 from gradflow.judging.advice import advice
 from gradflow.judging.digests import Digest, combine, digest
-from gradflow.runs.records import LayerRecord, Summary
+from gradflow.runs.records import LayerRecord
+from gradflow.runs.summary import Summary
 from gradflow.specs.model_spec import Spec
 from gradflow.specs.run_options import RunOptions
 

@@ -102,7 +102,7 @@ def train(
             observe(step, batch)
         optimizer.zero_grad()
         loss = problem.loss(problem.model, batch)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]  # torch's stubs
         value, size = loss.item(), _total([p.grad for p in parameters if p.grad is not None])
         if not math.isfinite(value) and not due:
             observe(step, batch)

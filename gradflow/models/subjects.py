@@ -91,7 +91,7 @@ def converted(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.
         kind = dtype if x.is_floating_point() else wide if x.is_complex() else None
         return x.to(device, kind)
 
-    model._apply(each)  # type: ignore[no-untyped-call]
+    model._apply(each)  # type: ignore[no-untyped-call]  # torch's stubs
     return model
 
 

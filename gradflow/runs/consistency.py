@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
 
-from gradflow.runs.records import LayerRecord, Summary
-from gradflow.specs.model_spec import ModelSpec, Spec
-from gradflow.specs.run_options import RunOptions
+from gradflow.runs.described import Described
+from gradflow.runs.records import LayerRecord
+from gradflow.specs.model_spec import ModelSpec
 from gradflow.specs.spec import run_key
 
 # Verdicts that only finite numbers have.
@@ -27,19 +26,6 @@ SHOWN_NAMES, SHOWN_KEYS = 3, 10
 
 # Layer and unit of the first row that is not finite, and how many rows are not.
 Broken = tuple[int, str, int]
-
-
-class Stored(Protocol):
-    """What is asked of a run here; whole runs have it, and those of a report."""
-
-    @property
-    def spec(self) -> Spec: ...
-    @property
-    def options(self) -> RunOptions: ...
-    @property
-    def summary(self) -> Summary: ...
-    @property
-    def environment(self) -> dict[str, Any]: ...
 
 
 def is_broken(row: LayerRecord) -> bool:
@@ -68,7 +54,7 @@ def contradiction(name: str, verdict: str, broken: Broken | None) -> Iterator[st
         yield f"{name} is stored as {verdict}, but its layers.csv is not finite at {where}"
 
 
-def same_network(named: Sequence[tuple[str, Stored]]) -> Iterator[str]:
+def same_network(named: Sequence[tuple[str, Described]]) -> Iterator[str]:
     """A line for each network that several of these runs measured, as copies of a folder do.
 
     A watched model is told by its layers alone, which have other weights in every training.

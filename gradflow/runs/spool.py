@@ -43,7 +43,7 @@ class Spool(Sequence[RecordT], Generic[RecordT]):
         self.folder = folder
         self._cells = attrgetter(*columns(record))
         place = str(folder) if folder else None
-        self._file = SpooledTemporaryFile(max_size=IN_MEMORY_BYTES, dir=place)  # noqa: SIM115
+        self._file = SpooledTemporaryFile(max_size=IN_MEMORY_BYTES, dir=place)  # noqa: SIM115 (it lives as long)
         weakref.finalize(self, self._file.close)  # it lives as long as the table
         self._places: list[tuple[int, int, int]] = []  # offset, bytes and rows of each chunk
         self._end = 0

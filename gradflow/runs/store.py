@@ -26,10 +26,10 @@ from gradflow.runs.records import (
     ParamRecord,
     Run,
     StepRecord,
-    Summary,
     TimeRecord,
 )
 from gradflow.runs.staging import check_writable, not_stored, publish, remove_abandoned, staging
+from gradflow.runs.summary import Summary
 from gradflow.specs.model_spec import spec_from_json
 from gradflow.specs.run_options import RunOptions
 from gradflow.specs.spec import run_key

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from gradflow.judging.comparison import Comparison, Ratio, Row
 from gradflow.judging.outcome import outcome_sentence
 from gradflow.judging.theory_words import theory_cell
-from gradflow.runs.records import Summary
+from gradflow.runs.summary import Summary
 from gradflow.showing.terminal import BARS, in_ascii
 from gradflow.units import gib, milliseconds, number, rounded
 

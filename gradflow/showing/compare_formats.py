@@ -12,8 +12,8 @@ from typing import Any
 from gradflow import markdown
 from gradflow.judging.comparison import SPEED_KEYS, Comparison, Row
 from gradflow.judging.trainable import TrainableDepth, trainable_depths
-from gradflow.runs.records import Summary
 from gradflow.runs.store import plain
+from gradflow.runs.summary import Summary
 from gradflow.showing.compare_columns import (
     TRAINING,
     Column,

@@ -16,7 +16,7 @@ from rich.text import Text
 from gradflow import markdown
 from gradflow.judging.naming import names
 from gradflow.judging.outlook import NO_THEORY, Outlook, Reach
-from gradflow.runs.records import Summary
+from gradflow.runs.summary import Summary
 from gradflow.showing.tables import ENDS, STYLES, draw
 from gradflow.units import count, number, signed
 

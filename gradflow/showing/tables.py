@@ -18,7 +18,8 @@ from rich.text import Text
 from gradflow.judging.comparison import mean_profile
 from gradflow.judging.places import place
 from gradflow.judging.theory_words import theory_sentence
-from gradflow.runs.records import LayerRecord, Run, Summary
+from gradflow.runs.records import LayerRecord, Run
+from gradflow.runs.summary import Summary
 from gradflow.showing.training_tables import training_lines
 from gradflow.specs.recipe import training_line
 from gradflow.specs.spec import StackSpec

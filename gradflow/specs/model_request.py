@@ -85,8 +85,9 @@ class ModelRequest:
     @property
     def departures(self) -> str:
         """Where it departs from what the model is by itself; or empty."""
-        sizes = [f"{name} {getattr(self, name)}" for name in ("depth", "width")]
-        return ", ".join([s for s in sizes if not s.endswith("None")] + (self.set or "").split())
+        sizes = {"depth": self.depth, "width": self.width}
+        words = [f"{name} {size}" for name, size in sizes.items() if size is not None]
+        return ", ".join(words + (self.set or "").split())
 
     @property
     def settings(self) -> dict[str, Any]:

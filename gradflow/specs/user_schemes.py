@@ -14,13 +14,7 @@ from typing import Any
 from gradflow.errors import UsageError
 from gradflow.schemes import Scheme, find
 from gradflow.specs import user_code
-from gradflow.specs.user_units import (
-    check_kind,
-    check_streams,
-    check_whole,
-    is_count,
-    is_number,
-)
+from gradflow.specs.user_units import check_kind, check_streams, check_whole, is_count, is_number
 from gradflow.wiring import LEARNED, NORM_PLACES, Place, Wiring
 
 # Norms that stand inside a branch, with the branches that have room for them.

@@ -72,7 +72,7 @@ def owned_parameters(places: Sequence[Place]) -> list[Owned]:
 def _innermost(module: nn.Module, name: str, places: dict[int, int]) -> int:
     inner = places[id(module)]
     for part in name.split(".")[:-1]:
-        module = module._modules[part]  # type: ignore[assignment]
+        module = module._modules[part]  # type: ignore[assignment]  # named, so it is there
         inner = places.get(id(module), inner)
     return inner
 
@@ -106,7 +106,8 @@ class ParameterWatch:
         for i, parameter in enumerate(self._parameters):
             if parameter.requires_grad:
                 hook = partial(self._accumulated, i) if self.ranks is None else self._wait
-                yield parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+                add = parameter.register_post_accumulate_grad_hook
+                yield add(hook)  # type: ignore[no-untyped-call]  # torch's stubs
 
     def _accumulated(self, i: int, parameter: Tensor) -> None:
         if self.active and parameter.grad is not None:

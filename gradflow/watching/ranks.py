@@ -93,7 +93,7 @@ def sharded_again(model: nn.Module) -> None:
     """
     for module in model.modules():
         if class_of(module) is not type(module):
-            module.reshard()  # type: ignore[operator]
+            module.reshard()  # type: ignore[operator]  # of `fully_shard`
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -122,14 +122,14 @@ def is_sharded(x: Tensor) -> bool:
 
 def local(x: Tensor) -> Tensor:
     """The part of a tensor that lies on this rank: all of it, or its shard."""
-    return x.to_local() if is_sharded(x) else x  # type: ignore[attr-defined]
+    return x.to_local() if is_sharded(x) else x  # type: ignore[attr-defined]  # a DTensor
 
 
 def copies(x: Tensor, count: int) -> int:
     """How many of `count` ranks have the part of a parameter that this one has."""
     if not is_sharded(x):
         return count
-    mesh, placements = x.device_mesh, x.placements  # type: ignore[attr-defined]
+    mesh, placements = x.device_mesh, x.placements  # type: ignore[attr-defined]  # a DTensor
     return prod(mesh.size(i) for i, at in enumerate(placements) if at.is_replicate())
 
 

@@ -141,7 +141,7 @@ class Recorder:
         if x.requires_grad and not tap.hooked:
             tap.hooked = True
             hook = partial(self.gradient, current, tap)
-            current.handles.append(x.register_hook(hook))  # type: ignore[no-untyped-call]
+            current.handles.append(x.register_hook(hook))  # type: ignore[no-untyped-call]  # torch's stubs
 
     def _recomputed(self, current: Pass, place: int, output: object) -> None:
         """A checkpoint has run a layer again: hook it if its first run had no graph."""

@@ -19,7 +19,8 @@ from gradflow.errors import MeasurementError
 from gradflow.judging.digests import classify
 from gradflow.judging.findings import findings
 from gradflow.judging.verdict import summarise
-from gradflow.runs.records import LayerRecord, ParamRecord, Run, Summary
+from gradflow.runs.records import LayerRecord, ParamRecord, Run
+from gradflow.runs.summary import Summary
 from gradflow.specs.model_spec import ModelSpec, Spec
 from gradflow.specs.run_options import RunOptions
 from gradflow.watching.discovery import Place, unit_name

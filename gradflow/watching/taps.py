@@ -97,7 +97,7 @@ _tap.register_fake(lambda x, *numbers: torch.empty_like(x))
 _tap_gradient.register_fake(lambda g, *numbers: torch.empty_like(g))
 
 
-def _keep_numbers(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+def _keep_numbers(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001 (torch gives it)
     ctx.numbers = inputs[1:4]
 
 

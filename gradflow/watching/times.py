@@ -68,7 +68,7 @@ class Marks:
         if self.last is not None and call.x is self.last[1]:
             call.below = self.last[0]
         elif call.x is not None and call.x.requires_grad:
-            call.x.register_hook(lambda _: self._below(call))  # type: ignore[no-untyped-call]
+            call.x.register_hook(lambda _: self._below(call))  # type: ignore[no-untyped-call]  # torch's stubs
         call.entered = self.mark()
 
     def leave(self, place: int, output: object) -> None:
@@ -84,7 +84,7 @@ class Marks:
         call.x = None
         if y is not None and y.requires_grad:
             self.last = call, y
-            y.register_hook(lambda _: self._above(call))  # type: ignore[no-untyped-call]
+            y.register_hook(lambda _: self._above(call))  # type: ignore[no-untyped-call]  # torch's stubs
 
     def _above(self, call: _Call) -> None:
         call.from_above = self.mark()
@@ -175,7 +175,7 @@ def _on_layer(layer: nn.Module, place: int, marks: Marks) -> Iterator[RemovableH
     def before(_: nn.Module, args: Any, kwargs: Any) -> None:
         marks.enter(place, (args, kwargs))
 
-    def after(_: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG001
+    def after(_: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG001 (torch gives it)
         marks.leave(place, output)
 
     yield layer.register_forward_pre_hook(before, with_kwargs=True)
