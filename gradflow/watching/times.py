@@ -7,6 +7,7 @@ checkpoint that runs them again, have no times.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -50,6 +51,7 @@ class Marks:
     moments: list[Any] = field(default_factory=list)
     calls: list[_Call] = field(default_factory=list)
     open: list[_Call] = field(default_factory=list)
+    counts: Counter[int] = field(default_factory=Counter)
     last: tuple[_Call, Tensor] | None = None
 
     def mark(self) -> int:
@@ -61,8 +63,8 @@ class Marks:
         """A layer is called; by a checkpoint, once more."""
         if in_backward():
             return
-        number = sum(call.key[0] == place for call in self.calls)
-        call = _Call((place, number), 0, stream_of(given))
+        call = _Call((place, self.counts[place]), 0, stream_of(given))
+        self.counts[place] += 1
         self.calls.append(call)
         self.open.append(call)
         if self.last is not None and call.x is self.last[1]:
