@@ -113,14 +113,15 @@ def wandb_watch(stack: ExitStack) -> Step:
 
 
 def torchlens(_: ExitStack) -> Step:
-    """TorchLens' capture of forward and backward; it takes no optimizer step."""
+    """TorchLens' trace of forward and backward with all gradients; it takes no optimizer step."""
     import torchlens
 
     trainer = Trainer()
+    capture = torchlens.options.CaptureOptions(backward_ready=True, save_grads="all")
 
     def step() -> None:
-        log = torchlens.log_forward_pass(trainer.model, trainer.x, save_gradients=True)
-        log[log.layer_labels[-1]].activation.square().mean().backward()
+        trace = torchlens.trace(trainer.model, trainer.x, capture=capture)
+        trace.log_backward(trace[trace.output_layers[0]].out.square().mean())
         trainer.optimizer.zero_grad()
 
     return step
