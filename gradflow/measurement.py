@@ -28,6 +28,8 @@ from gradflow.engine.memory import (
 )
 from gradflow.engine.plan import Plan
 from gradflow.engine.rebuilt import RebuiltBlocks
+from gradflow.engine.seed_blocks import SeedBlocks
+from gradflow.engine.seed_walk import seed_network, walk_seeds
 from gradflow.engine.tape import Network, visits
 from gradflow.engine.timing import Clock, clock_for, stack_timer, take_times
 from gradflow.engine.walk import walk
@@ -115,6 +117,11 @@ def no_scratch(error: OSError) -> MeasurementError:
     )
 
 
+def new_tables(scratch: Path | None) -> Tables:
+    """Empty ones; what does not fit into memory goes to the folder."""
+    return Tables(Spool(LayerRecord, scratch), Spool(ParamRecord, scratch))
+
+
 @dataclass(frozen=True)
 class _Found:
     """All seeds; `pass_s` is the median of the seconds that statistics took of the timed layers."""
@@ -170,7 +177,9 @@ class _Work:
         return compiled.compiled_join() if self.options.compile else None
 
     def all_seeds(self, scratch: Path | None) -> _Found:
-        tables = Tables(Spool(LayerRecord, scratch), Spool(ParamRecord, scratch))
+        if self.plan.seeds > 1:
+            return self._at_once(scratch)
+        tables = new_tables(scratch)
         timing = self._time_sample() if self.plan.is_sampled else None
         losses: list[float] = []
         passes: list[float] = []
@@ -190,9 +199,52 @@ class _Work:
             passes.append(seconds)
             losses.append(loss)
             del network  # or the next one would be built beside it
+        return self._found(tables, losses, passes, steps, timing)
+
+    def _at_once(self, scratch: Path | None) -> _Found:
+        """All seeds in one pass, whose seconds are shared among them."""
+        timing = self._time_sample() if self.plan.timed else None
+        self.progress("building", 0, 1)
+        seeds = self.options.all_seeds
+        each = [new_tables(scratch) for _ in seeds]
+        blocks: Sequence[Block] = SeedBlocks(self.spec, seeds, self.device)
+        network = seed_network(
+            self.spec, seeds, blocks if self.plan.rebuild else blocks[:], self.device
+        )
+        tick = _counter(self.progress, f"gradients, {len(seeds)} seeds", self._visits)
+        start = self.clock.mark()
+        found = walk_seeds(
+            self.spec,
+            network,
+            dict(zip(seeds, each, strict=True)),
+            spans=self.plan.spans,
+            raw_range=self.options.raw_range,
+            tick=tick,
+        )
+        (seconds,) = self.clock.seconds([start, self.clock.mark()])
+        found.finish()
+        tables = each[0]
+        for other in each[1:]:
+            tables.layers.extend(other.layers)
+            tables.params.extend(other.params)
+        return self._found(tables, found.losses.tolist(), [seconds / len(seeds)], [], timing)
+
+    def _found(
+        self,
+        tables: Tables,
+        losses: Sequence[float],
+        passes: Sequence[float],
+        steps: Sequence[StepRecord],
+        timing: Timing | None,
+    ) -> _Found:
         share = max(self.plan.timed, 1) / self.spec.depth
         pass_s = median(passes) * share if passes else None
         return _Found(tables, losses, pass_s, steps, timing, peak_bytes(self.device))
+
+    @property
+    def _visits(self) -> int:
+        """Layers that a pass computes, forward and back."""
+        return visits(self.spec.depth, self.plan.spans) + self.spec.depth
 
     def _time_sample(self) -> Timing:
         self.progress("building", 0, 1)
@@ -217,7 +269,6 @@ class _Work:
 
     def _walk(self, seed: int, network: Network, tables: Tables) -> tuple[float, float]:
         """Seconds of the pass, and the loss."""
-        steps = visits(self.spec.depth, self.plan.spans) + self.spec.depth
         marks = [self.clock.mark()]
         found = walk(
             self.spec,
@@ -226,7 +277,7 @@ class _Work:
             spans=self.plan.spans,
             raw_range=self.options.raw_range,
             tables=tables,
-            tick=_counter(self.progress, f"gradients, seed {seed}", steps),
+            tick=_counter(self.progress, f"gradients, seed {seed}", self._visits),
         )
         marks.append(self.clock.mark())
         (seconds,) = self.clock.seconds(marks)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +19,12 @@ from gradflow.runs.spool import Spool
 from gradflow.stats import Sums, forward_sums
 
 CHUNK_UNITS = 32
+
+
+class ForwardSums(Protocol):
+    """`stats.forward_sums`, or its like for several seeds."""
+
+    def __call__(self, y: Tensor, *, tokens: bool) -> Sums: ...
 
 
 @dataclass(frozen=True)
@@ -38,15 +45,16 @@ class Activations:
 
     Args:
         tokens: as for `stats.forward_sums`.
+        forward_sums: that function, or another in its place.
     """
 
-    def __init__(self, *, tokens: bool) -> None:
-        self._tokens = tokens
+    def __init__(self, *, tokens: bool, forward_sums: ForwardSums = forward_sums) -> None:
+        self._tokens, self._forward_sums = tokens, forward_sums
         self._stacks: dict[str, _Stack] = {}
 
     def see(self, y: Tensor) -> None:
         """The next unit's output."""
-        for name, value in forward_sums(y, tokens=self._tokens).items():
+        for name, value in self._forward_sums(y, tokens=self._tokens).items():
             self._stacks.setdefault(name, _Stack()).push(torch.as_tensor(value))
 
     def pop(self) -> Sums:
@@ -65,7 +73,7 @@ class _Stack:
         self._there: list[Tensor] = []
 
     def push(self, value: Tensor) -> None:
-        if is_at_hand(value):
+        if is_at_hand(value) and value.ndim == 0:
             self._here.append(value.item())
         else:
             self._there.append(value)
@@ -108,21 +116,22 @@ class Collector:
         """The row below those that came before."""
         self._rows.append(_at_hand(row))
         if len(self._rows) > CHUNK_UNITS and row.layer:
-            self._pack()
+            self.take(pack(self._rows[::-1]))
             # The gain of a unit needs the row below, so the lowest begins the next chunk.
             self._rows = self._rows[-1:]
 
     def finish(self) -> None:
         """Put what is left into the tables; waits for the device."""
         if not self._is_finished:
-            self._pack()
+            if self._rows:
+                self.take(pack(self._rows[::-1]))
             self._store()
             self._tables.layers.turn(self._first[0])
             self._tables.params.turn(self._first[1])
             self._is_finished = True
 
-    def _pack(self) -> None:
-        packed = pack(self._rows[::-1])
+    def take(self, packed: Packed) -> None:
+        """The rows below those that came before, packed."""
         self._packed.append(packed)
         if is_at_hand(packed.numbers):
             self._store()

@@ -15,6 +15,7 @@ import torch
 
 from gradflow.engine.plan import Footprint, Plan, choose
 from gradflow.engine.saved import SavedBytes
+from gradflow.engine.together import with_seeds
 from gradflow.errors import MeasurementError, UsageError
 from gradflow.networks.inputs import input_shape, stream_shape
 from gradflow.networks.stack import Block, build_block, layer_kind
@@ -67,13 +68,16 @@ def footprint(spec: StackSpec, seed: int, device: torch.device) -> Footprint:
     kept = [_kept(few, layer, block) for layer, block in zip(layers, blocks, strict=True)]
     itemsize = int(getattr(torch, spec.dtype).itemsize)
     streams = sum(spec.streams(layer, spec.units_per_block - 1) for layer in ends) / 2
+    parameters = max(map(_parameter_bytes, blocks))
     return Footprint(
-        parameters=max(map(_parameter_bytes, blocks)),
+        parameters=parameters,
         objects=max(_MODULE * len(list(block.modules())) for block in blocks),
         graph=int((sum(kept) / len(kept) if spec.has_streams else max(kept)) * scale),
         stream=int(streams * math.prod(stream_shape(spec)) * itemsize),
         rows=_ROW * spec.units_per_block,
         ahead=int(device.type == "cuda"),
+        # Each weight meets each vector of the stream.
+        work=parameters // itemsize * math.prod(stream_shape(spec)) // spec.width,
     )
 
 
@@ -125,7 +129,7 @@ def make_plan(spec: StackSpec, options: RunOptions, device: torch.device) -> Pla
     plan, fits = choose(spec.depth, size, options, free)
     if not fits:
         raise out_of_memory(plan.needed, room, spec, options)
-    return plan
+    return with_seeds(plan, spec, options, size, free)
 
 
 def _for_training(options: RunOptions, size: Footprint) -> tuple[RunOptions, Footprint]:

@@ -31,6 +31,7 @@ class Footprint:
         stream: y between two layers.
         rows: what stays of a layer until its row is written.
         ahead: layers that are drawn before they are asked for, where they are rebuilt.
+        work: multiply-adds of a layer, forward.
     """
 
     parameters: int
@@ -39,6 +40,7 @@ class Footprint:
     stream: int
     rows: int
     ahead: int = 0
+    work: int = 0
 
     @property
     def working(self) -> int:
@@ -57,6 +59,7 @@ class Plan:
         needed: bytes by the estimate.
         everything: bytes with all graphs kept and all parameters resident.
         timed: layers that are timed.
+        seeds: that are measured in one pass.
     """
 
     depth: int
@@ -65,6 +68,7 @@ class Plan:
     needed: int = 0
     everything: int = 0
     timed: int = 0
+    seeds: int = 1
 
     @property
     def keep(self) -> str:
@@ -87,6 +91,10 @@ class Plan:
     @property
     def sentence(self) -> str:
         """What was chosen, and what it costs."""
+        return self._policy + (f"; {self.seeds} seeds in one pass" if self.seeds > 1 else "")
+
+    @property
+    def _policy(self) -> str:
         size = f"about {gib(self.needed)}"
         if self.keep == "graph":
             where = "layers built as they are visited" if self.rebuild else "parameters resident"

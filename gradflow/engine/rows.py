@@ -157,7 +157,8 @@ def _stack(values: list[Tensor | float], device: torch.device) -> Tensor:
         return torch.stack(tensors).double()
     if not tensors and device.type == "cpu":
         return torch.tensor(values, dtype=torch.float64)
-    return torch.stack([_wide(value, device) for value in values])
+    wide = (_wide(value, device) for value in values)
+    return torch.stack(torch.broadcast_tensors(*wide))  # type: ignore[no-untyped-call]  # torch's stubs
 
 
 def _wide(value: Tensor | float, device: torch.device) -> Tensor:

@@ -13,11 +13,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import _engine_run_backward
 
+from gradflow import stats
 from gradflow.engine.collect import Activations, Collector, Tables
 from gradflow.engine.rows import Row
 from gradflow.engine.saved import SavedBytes
@@ -25,9 +27,10 @@ from gradflow.engine.tape import Network as Network
 from gradflow.engine.tape import Tape as Tape
 from gradflow.engine.tape import Tick, record_backward
 from gradflow.engine.tape import record_forward as record_forward
+from gradflow.networks.residual import Unit
 from gradflow.runs.records import LayerRecord, ParamRecord
 from gradflow.specs.spec import StackSpec
-from gradflow.stats import Sums, grad_norm, gradient_sums, part_sums
+from gradflow.stats import Sums
 
 # 2^126 and 2^-126 are normal numbers in float32, in which torch multiplies narrower formats too.
 LARGEST_SHIFT = 126
@@ -75,21 +78,59 @@ def walk(
     tables = tables or Tables()
     tokens = spec.kind.domain == "tokens"
     collector = Collector(seed, tables, tokens=tokens)
-    activations = Activations(tokens=tokens)
-    saved = SavedBytes()
-    activations.see(network.x)
+    observer = Observer(stats, Activations(tokens=tokens), SavedBytes(), collector)
+    loss = observe(network, observer, spans, raw_range=raw_range, tick=tick)
+    return Walk(loss, tables, collector)
 
-    def see(tape: Tape) -> None:
-        activations.see(tape.y.detach())
-        saved.of(tape.unit, tape.x_branch)
 
-    tapes = record_backward(network, spans, see, tick)
+class Reductions(Protocol):
+    """Tensors to sums: `gradflow.stats`, or its like for several seeds."""
+
+    def gradient_sums(self, g: Tensor, /) -> Sums: ...
+    def part_sums(self, skip: Tensor, branch: Tensor, /) -> Sums: ...
+    def grad_norm(self, d: Tensor, /) -> tuple[Tensor, Tensor | float]: ...
+
+
+class Saved(Protocol):
+    """Tells the bytes that autograd keeps for a unit's backward, as `saved.SavedBytes` does."""
+
+    def of(self, unit: Unit, x: Tensor, /) -> int: ...
+
+
+class Rows(Protocol):
+    """Takes the rows of a pass, from the last unit down."""
+
+    def add(self, row: Row, /) -> None: ...
+
+
+@dataclass(frozen=True)
+class Observer:
+    """What sees the tensors of a pass; `lead` are the sizes in front of every number, if any."""
+
+    stats: Reductions
+    activations: Activations
+    saved: Saved
+    rows: Rows
+    lead: tuple[int, ...] = ()
+
+    def see(self, tape: Tape) -> None:
+        """A unit on its way forward."""
+        self.activations.see(tape.y.detach())
+        self.saved.of(tape.unit, tape.x_branch)
+
+
+def observe(
+    network: Network, observer: Observer, spans: Sequence[int], *, raw_range: bool, tick: Tick
+) -> Tensor:
+    """One pass forward and back under an observer; returns the loss."""
+    observer.activations.see(network.x)
+    tapes = record_backward(network, spans, observer.see, tick)
     top = [next(tapes)]
     loss, g = loss_gradient(network.loss, top[0].y)
-    way = _Way(activations, saved, raw_range=raw_range, tick=tick)
+    way = _Way(observer, raw_range=raw_range, tick=tick)
     for row in way.back(_chained(top, tapes), g):
-        collector.add(row)
-    return Walk(loss, tables, collector)
+        observer.rows.add(row)
+    return loss
 
 
 def _chained(first: list[Tape], rest: Iterator[Tape]) -> Iterator[Tape]:
@@ -103,7 +144,7 @@ def loss_gradient(loss: nn.Module, y: Tensor) -> tuple[Tensor, Tensor]:
     """The loss at y_D, and its gradient there."""
     leaf = y.detach().requires_grad_()
     value = loss(leaf)
-    (g,) = torch.autograd.grad(value, leaf)
+    (g,) = torch.autograd.grad(value.sum() if value.ndim else value, leaf)
     # Memory of its own: a sum over streams gives one gradient to all of them.
     return value.detach(), g.contiguous()
 
@@ -129,9 +170,10 @@ def rescale(g: Tensor, size: Tensor) -> tuple[Tensor, Tensor | int]:
     """g * 2^-e with its norm in [0.5, 1), in place and exact, and e.
 
     Zero, infinite and NaN gradients stay as they are. On CUDA, where the norm cannot be read
-    without waiting, one step goes no further than 2^126; the units below go on from there.
+    without waiting, one step goes no further than 2^126; the units below go on from there. The
+    same holds for several sizes at once, each of a part of g along its first axes.
     """
-    if size.device.type == "cpu":
+    if size.device.type == "cpu" and size.ndim == 0:
         value = size.item()
         shift = math.frexp(value)[1] if math.isfinite(value) else 0
         # In two steps, because 2^-shift itself may lie outside the number format.
@@ -142,49 +184,56 @@ def rescale(g: Tensor, size: Tensor) -> tuple[Tensor, Tensor | int]:
     # frexp gives size = m * 2^e, so m / size is 2^-e without rounding.
     mantissa, exponent = torch.frexp(size)
     scale = (mantissa / size).clamp(2.0**-LARGEST_SHIFT, 2.0**LARGEST_SHIFT)
-    return g.mul_(torch.nan_to_num(scale, nan=1.0)), exponent.clamp(-LARGEST_SHIFT, LARGEST_SHIFT)
+    scale = torch.nan_to_num(scale, nan=1.0).view(*size.shape, *(1,) * (g.ndim - size.ndim))
+    return g.mul_(scale), exponent.clamp(-LARGEST_SHIFT, LARGEST_SHIFT)
 
 
 @dataclass(frozen=True)
 class _Way:
     """What the way back needs beside the tapes."""
 
-    activations: Activations
-    saved: SavedBytes
+    observer: Observer
     raw_range: bool
     tick: Tick
 
     def back(self, tapes: Iterable[Tape], g: Tensor) -> Iterator[Row]:
         """Rows from the last unit down to the input; each graph is freed once it has been used."""
-        # What is not a tensor on CUDA would have to be sent there.
-        on_cpu = g.device.type == "cpu"
-        exponent = 0 if on_cpu else torch.zeros((), dtype=torch.int32, device=g.device)
+        activations, gradient_sums = self.observer.activations, self.observer.stats.gradient_sums
+        exponent = _zero(g.device, self.observer.lead)
         layer = None
         for tape in tapes:
             if layer not in (None, tape.layer):
                 self.tick()
             layer = tape.layer
-            sums = self.activations.pop() | gradient_sums(g) | {"exponent": exponent}
+            sums = activations.pop() | gradient_sums(g) | {"exponent": exponent}
             if not self.raw_range:
                 g, shift = rescale(g, torch.as_tensor(sums["grad_norm"]))
                 exponent = exponent + shift
             row, g = self._through(tape, sums, g)
             yield row
         self.tick()
-        sums = self.activations.pop() | gradient_sums(g) | {"exponent": exponent}
-        yield Row(0, "input", g.shape, sums, {})
+        sums = activations.pop() | gradient_sums(g) | {"exponent": exponent}
+        yield Row(0, "input", g.shape[len(self.observer.lead) :], sums, {})
 
     def _through(self, tape: Tape, sums: Sums, g: Tensor) -> tuple[Row, Tensor]:
         """The row of a unit, and the gradient below it."""
+        stats = self.observer.stats
         parts, grads = vjp(tape, g)
         row = Row(
             tape.layer,
             tape.unit.name,
-            tape.y.shape,
+            tape.y.shape[len(self.observer.lead) :],
             sums,
-            part_sums(*parts) if len(parts) == 2 else {},
-            self.saved.of(tape.unit, tape.x_branch),
+            stats.part_sums(*parts) if len(parts) == 2 else {},
+            self.observer.saved.of(tape.unit, tape.x_branch),
             tape.unit.infos,
-            [None if d is None else grad_norm(d) for d in grads],
+            [None if d is None else stats.grad_norm(d) for d in grads],
         )
         return row, parts[0] if len(parts) == 1 else parts[0] + parts[1]
+
+
+def _zero(device: torch.device, lead: tuple[int, ...]) -> Tensor | int:
+    """The exponent of the cotangent. What is no tensor on CUDA would have to be sent there."""
+    if device.type == "cpu" and not lead:
+        return 0
+    return torch.zeros(lead, dtype=torch.int32, device=device)

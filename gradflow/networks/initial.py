@@ -120,16 +120,19 @@ class Weights:
         slots: each gets its parameter here.
         spec: rule and scale of the draw.
         device: where the buffer lies.
+
+    Attributes:
+        flat: the buffer.
     """
 
     def __init__(self, slots: Sequence[Slot], spec: StackSpec, device: torch.device) -> None:
         drawn = [slot for slot in slots if slot.std is not None]
         fixed = [slot for slot in slots if slot.std is None]
         sizes = [math.prod(slot.shape) for slot in drawn + fixed]
-        flat = torch.empty(sum(sizes), dtype=getattr(torch, spec.dtype), device=device)
+        self.flat = torch.empty(sum(sizes), dtype=getattr(torch, spec.dtype), device=device)
         views = [
             part.view(slot.shape)
-            for slot, part in zip(drawn + fixed, torch.split(flat, sizes), strict=True)
+            for slot, part in zip(drawn + fixed, torch.split(self.flat, sizes), strict=True)
         ]
         for slot, view in zip(drawn + fixed, views, strict=True):
             setattr(slot.owner, slot.name, nn.Parameter(view))
@@ -137,7 +140,7 @@ class Weights:
         self._spec = spec
         stds = [slot.std for slot in slots if slot.std is not None]
         self._drawn = list(zip(views[: len(drawn)], drawn, stds, strict=True))
-        self._numbers = flat[: sum(sizes[: len(drawn)])]
+        self._numbers = self.flat[: sum(sizes[: len(drawn)])]
 
     def draw(self, source: torch.Generator) -> None:
         """New values, by one call of the generator; constants as they were, whatever moved them.

@@ -7,6 +7,7 @@ them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -146,6 +147,22 @@ class Unit(nn.Module):
         self.structure = (scalars, *(type(part) for part in self.modules()))
         # A list, because a module's own attributes take long to set.
         self._infos: list[ParamInfo] = []
+
+    def of_seeds(
+        self, weights: Sequence[nn.Parameter], norms: Sequence[Tensor], compiled: Compiled
+    ) -> Unit:
+        """This unit with the weights of several seeds, an axis in front, which `compiled` knows.
+
+        Args:
+            weights: in the order of its own.
+            norms: of each, one number a seed.
+            compiled: computes its `join`.
+        """
+        found = copy(self)
+        found.weights, found.compiled = tuple(weights), compiled
+        pairs = zip(self._known, norms, strict=True)
+        found._infos = [ParamInfo(*known, size) for known, size in pairs]
+        return found
 
     def forget(self) -> None:
         """The weights have new values: what was known of the old ones is not true any more."""

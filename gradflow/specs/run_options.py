@@ -31,6 +31,9 @@ class RunOptions:
     timing: bool = option(True, "measure forward and backward time per unit")
     repeats: int = option(5, "timed repeats at least")
     time_budget: float = option(1.0, "timed passes go on for at least so many seconds")
+    together: bool | None = option(
+        None, "measure all seeds in one pass (where that pays: several seeds of a narrow stack)"
+    )
     raw_range: bool = option(
         False, "do not rescale the gradient: show where the number format itself dies"
     )
@@ -58,6 +61,10 @@ class RunOptions:
         for name in ("time_budget", "vanishing", "exploding"):
             positive(self, name)
         check_choice("--keep", self.keep, KEEPS)
+        if not isinstance(self.together, bool | None):
+            raise UsageError(
+                "--together is a flag", self.together, "use --together or --no-together"
+            )
         self._check_memory()
         self._check_compile()
 
