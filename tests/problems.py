@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import product
 from typing import Any
 
+import pytest
 import torch
 
 from gradflow.engine.tape import Network
@@ -71,6 +73,18 @@ def measure(
 ) -> tuple[list[LayerRecord], list[ParamRecord]]:
     """The engine's records of one seed."""
     return walk(spec, seed, network(spec, seed), raw_range=raw_range).records()
+
+
+def thinned(cases: Iterable[Any], keep: int = 3) -> list[Any]:
+    """A table of cases of which the fast suite takes every so-manieth; CI takes them all."""
+    return [
+        case if i % keep == 0 else pytest.param(*_values(case), marks=pytest.mark.whole)
+        for i, case in enumerate(cases)
+    ]
+
+
+def _values(case: Any) -> tuple[Any, ...]:
+    return case if isinstance(case, tuple) else (case,)
 
 
 def cell(block: str, shortcut: str, norm: str, kind: str, loss: str) -> StackSpec | None:

@@ -9,7 +9,7 @@ from itertools import count
 
 import pytest
 import torch
-from problems import CPU, network, small
+from problems import CPU, network, small, thinned
 from test_policies import SPANS, numbers
 from torch import Tensor
 
@@ -66,7 +66,7 @@ def rebuilt(spec: StackSpec, ahead: Fake | None, alive: int = 1) -> Network:
 
 @pytest.mark.parametrize("kind", [Fake, Late])
 @pytest.mark.parametrize("spans", SPANS.values(), ids=SPANS)
-@pytest.mark.parametrize("depth", [1, 4, 9])
+@pytest.mark.parametrize("depth", thinned([9, 1, 4]))
 def test_the_numbers_are_those_of_layers_that_are_drawn_when_they_are_asked_for(
     depth: int, spans: tuple[int, ...], kind: type[Fake]
 ) -> None:

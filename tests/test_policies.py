@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from problems import CPU, SIZES, STACKS, name, network, retyped, small
+from problems import CPU, SIZES, STACKS, name, network, retyped, small, thinned
 
 from gradflow.engine.rebuilt import RebuiltBlocks
 from gradflow.engine.tape import Network, Tape, record_backward, visits
@@ -31,7 +31,7 @@ def numbers(spec: StackSpec, net: Network, spans: tuple[int, ...] = ()) -> str:
     return repr((found.records(), found.loss.item()))
 
 
-@pytest.mark.parametrize("stack", STACKS, ids=name)
+@pytest.mark.parametrize("stack", thinned(STACKS), ids=name)
 def test_all_policies_give_the_same_numbers_bit_by_bit(stack: StackSpec) -> None:
     spec = retyped(stack, depth=4)
     plain = numbers(spec, network(spec))
@@ -41,7 +41,7 @@ def test_all_policies_give_the_same_numbers_bit_by_bit(stack: StackSpec) -> None
     assert numbers(spec, rebuilt(spec), (2, 1)) == plain
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", thinned(SCHEMES))
 def test_schemes_whose_layers_differ_are_rebuilt_bit_by_bit(scheme: str) -> None:
     spec = StackSpec(scheme=scheme, depth=5, width=16, batch_size=2)
     plain = numbers(spec, network(spec))
@@ -52,7 +52,7 @@ def test_schemes_whose_layers_differ_are_rebuilt_bit_by_bit(scheme: str) -> None
 IN_BLOCKS = [(name, block) for name, scheme in SCHEMES.items() for block in scheme.blocks]
 
 
-@pytest.mark.parametrize(("scheme", "block"), IN_BLOCKS)
+@pytest.mark.parametrize(("scheme", "block"), thinned(IN_BLOCKS))
 def test_every_scheme_is_rebuilt_bit_by_bit_in_every_block(scheme: str, block: str) -> None:
     """Layers that are drawn again at each visit, against layers that stay."""
     spec = StackSpec(scheme=scheme, block=block, depth=3, **SIZES[BLOCKS[block].domain])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import scheme_oracle
 import torch
-from problems import CPU, SIZES, network
+from problems import CPU, SIZES, network, thinned
 from test_walk import (
     assert_layers,
     assert_params,
@@ -103,7 +103,7 @@ def test_the_same_under_a_causal_mask(name: str, block: str) -> None:
     assert largest_error(spec, perturbed(spec)) < 1e-9
 
 
-@pytest.mark.parametrize(("name", "block"), CASES)
+@pytest.mark.parametrize(("name", "block"), thinned(CASES))
 def test_every_column_is_the_equation_s(name: str, block: str) -> None:
     spec = small(name, block)
     net = perturbed(spec)
@@ -137,7 +137,7 @@ def differs(spec: StackSpec, net: Network, other: str) -> bool:
     return relative(engine(net)[0], y.detach()) > 1e-6
 
 
-@pytest.mark.parametrize(("name", "block"), CASES)
+@pytest.mark.parametrize(("name", "block"), thinned(CASES))
 def test_gradients_are_bitwise_those_of_the_whole_graph(name: str, block: str) -> None:
     """In float32; those of rezero's shared alpha come unit by unit in the engine."""
     net = perturbed(small(name, block, dtype="float32"))
@@ -147,7 +147,7 @@ def test_gradients_are_bitwise_those_of_the_whole_graph(name: str, block: str) -
         assert all(torch.equal(g, want) for g, want in zip(weights, true_weights, strict=True))
 
 
-@pytest.mark.parametrize(("name", "block"), CASES)
+@pytest.mark.parametrize(("name", "block"), thinned(CASES))
 def test_saved_bytes_are_those_that_the_graph_holds(name: str, block: str) -> None:
     """But for constants of the wiring, which the graph keeps as numbers of 8 bytes."""
     spec = small(name, block)

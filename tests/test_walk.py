@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import MODERN, PROBLEMS, STACKS, measure, name, network, retyped, small
+from problems import MODERN, PROBLEMS, STACKS, measure, name, network, retyped, small, thinned
 from torch import Tensor, nn
 
 from gradflow import stats
@@ -116,7 +116,7 @@ def assert_right(spec: StackSpec) -> None:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("spec", [*PROBLEMS, *VARIANTS], ids=name)
+@pytest.mark.parametrize("spec", thinned([*PROBLEMS, *VARIANTS], 4), ids=name)
 def test_every_column_is_that_of_the_oracle(spec: StackSpec, dtype: str) -> None:
     assert_right(retyped(spec, dtype=dtype))
 
@@ -170,7 +170,7 @@ def unit_by_unit(net: Network) -> tuple[list[Tensor], list[Tensor | None]]:
     return at_outputs, of_weights
 
 
-@pytest.mark.parametrize("spec", [*STACKS, *VARIANTS, *PROBLEMS[2::9]], ids=name)
+@pytest.mark.parametrize("spec", thinned([*STACKS, *VARIANTS, *PROBLEMS[2::9]]), ids=name)
 def test_gradients_are_bitwise_those_of_the_whole_graph(spec: StackSpec) -> None:
     """Tensors as the engine holds them, and with nothing rescaled the norms that it writes."""
     net = network(spec)
@@ -228,7 +228,7 @@ def test_seeds_differ_and_are_written() -> None:
     assert all(row.seed == seed for seed, tables in runs.items() for t in tables for row in t)
 
 
-@pytest.mark.parametrize("spec", STACKS, ids=name)
+@pytest.mark.parametrize("spec", thinned(STACKS), ids=name)
 def test_rescaling_rounds_nothing(spec: StackSpec) -> None:
     """Multiples by powers of two are exact: all columns but the logarithms (a sum) are the same."""
     for scaled, raw in zip(measure(spec), measure(spec, raw_range=True), strict=True):
@@ -367,7 +367,7 @@ def saved_storages(y: Tensor, params: set[int]) -> int:
     return sum(n for address, n in kept.items() if address not in params)
 
 
-@pytest.mark.parametrize("spec", STACKS, ids=name)
+@pytest.mark.parametrize("spec", thinned(STACKS), ids=name)
 def test_saved_bytes_are_those_that_the_graph_holds(spec: StackSpec) -> None:
     net = network(spec)
     rows, _ = walk(spec, 0, net).records()

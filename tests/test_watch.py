@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import STACKS, measure, name, network, retyped
+from problems import STACKS, measure, name, network, retyped, thinned
 from torch import Tensor, nn
 from zoo import WIDTH, ZOO, Animal, InPlace, Output, Residual, chain
 
@@ -57,7 +57,7 @@ def values(record: LayerRecord | dict[str, Any], names: tuple[str, ...]) -> dict
     return {n: given[n] for n in names if given.get(n) is not None}
 
 
-@pytest.mark.parametrize("spec", STACKS, ids=name)
+@pytest.mark.parametrize("spec", thinned(STACKS), ids=name)
 def test_watch_agrees_with_the_walk_engine(spec: StackSpec) -> None:
     flow = watched_stack(spec)
     layers, params = measure(spec, raw_range=True)
