@@ -68,6 +68,7 @@ TWO_VALUES: dict[str, list[Any]] = {
     "time_budget": [0.5, 1.0],
     "raw_range": [True, False],
     "compile": [True, False],
+    "cuda_graphs": [True, False],
     "keep": ["graph", "sqrt"],
     "rebuild": [True, False],
     "memory_limit": ["1GiB", "2GiB"],

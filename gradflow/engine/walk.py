@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import _engine_run_backward
 
+from gradflow import stats
 from gradflow.engine.collect import Activations, Collector, Tables
 from gradflow.engine.rows import Row
 from gradflow.engine.saved import SavedBytes
@@ -131,7 +132,7 @@ def rescale(g: Tensor, size: Tensor) -> tuple[Tensor, Tensor | int]:
     Zero, infinite and NaN gradients stay as they are. On CUDA, where the norm cannot be read
     without waiting, one step goes no further than 2^126; the units below go on from there.
     """
-    if size.device.type == "cpu":
+    if stats.is_at_hand(size):
         value = size.item()
         shift = math.frexp(value)[1] if math.isfinite(value) else 0
         # In two steps, because 2^-shift itself may lie outside the number format.
@@ -157,8 +158,8 @@ class _Way:
     def back(self, tapes: Iterable[Tape], g: Tensor) -> Iterator[Row]:
         """Rows from the last unit down to the input; each graph is freed once it has been used."""
         # What is not a tensor on CUDA would have to be sent there.
-        on_cpu = g.device.type == "cpu"
-        exponent = 0 if on_cpu else torch.zeros((), dtype=torch.int32, device=g.device)
+        here = stats.is_at_hand(g)
+        exponent = 0 if here else torch.zeros((), dtype=torch.int32, device=g.device)
         layer = None
         for tape in tapes:
             if layer not in (None, tape.layer):
