@@ -30,6 +30,16 @@ def waits(func: Any) -> bool:
     return bool(tags & set(func.tags))
 
 
+def draws(func: Any, args: Any) -> bool:
+    """Whether it takes random numbers; attention takes none where nothing is dropped."""
+    if torch.Tag.nondeterministic_seeded not in func.tags:
+        return False
+    given = dict(zip((a.name for a in func._schema.arguments), args, strict=False))
+    return "dropout_p" not in {a.name for a in func._schema.arguments} or bool(
+        given.get("dropout_p", 0.0)
+    )
+
+
 def tensors(*parts: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(parts) if isinstance(leaf, Tensor)]
 
@@ -39,7 +49,7 @@ class NoReading(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if waits(func) or torch.Tag.nondeterministic_seeded in func.tags:
+        if waits(func) or draws(func, args):
             raise WaitError(f"{func} in a pass that is captured")
         found = func(*args, **kwargs)
         # A number on the host may go into a kernel as an argument.

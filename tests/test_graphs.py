@@ -2,32 +2,64 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from problems import PROBLEMS, SIZES, name, network
-from recorded import FakeCapture, NoReading, WaitError
+from commandline import CommandLine
+from problems import CPU, PROBLEMS, SIZES, name, network, small
+from recorded import GARBAGE, FakeCapture, NoReading, WaitError
+from records import run_of
+from test_ahead import no_sync
 from test_policies import numbers
 from torch import Tensor, nn
 
-from gradflow.engine.graphs import Graphs
+import gradflow
+from gradflow.engine.graphs import Graphs, graphs_on
+from gradflow.engine.memory import footprint, make_plan
+from gradflow.engine.plan import Footprint, Plan, choose, pays_as_graphs, with_graphs
 from gradflow.engine.tape import Network
-from gradflow.engine.timing import FakeClock, mark_bare, mark_units
+from gradflow.engine.timing import CudaClock, FakeClock, mark_bare, mark_units, stack_timer
 from gradflow.engine.walk import walk
+from gradflow.errors import MeasurementError, UsageError
+from gradflow.judging.comparison import time_ratio
+from gradflow.measurement import build_network
+from gradflow.measuring import timer_for
+from gradflow.runs.records import TimeRecord
 from gradflow.schemes import SCHEMES
 from gradflow.specs.block_kinds import BLOCKS
+from gradflow.specs.run_options import RunOptions
 from gradflow.specs.spec import StackSpec
 
-IN_BLOCKS = [(name, block) for name, scheme in SCHEMES.items() for block in scheme.blocks]
-SCHEMED = {
-    f"{scheme}-{block}": StackSpec(
-        scheme=scheme, block=block, depth=3, **SIZES[BLOCKS[block].domain]
-    )
-    for scheme, block in IN_BLOCKS
+
+def schemed(scheme: str, block: str) -> StackSpec:
+    return StackSpec(scheme=scheme, block=block, depth=3, **SIZES[BLOCKS[block].domain])
+
+
+# Every kind of block, loss and norm, not every combination of them; every kind of unit.
+BLOCKWISE = {
+    name(spec): spec
+    for spec in PROBLEMS
+    if (spec.shortcut, spec.norm) == ("residual", "pre")
+    and (spec.norm_kind == spec.domain.norm_kind or (spec.block, spec.loss) == ("ffn", "ce"))
 }
-ALL = {name(spec): spec for spec in PROBLEMS} | SCHEMED
+UNITS = {
+    spec.wiring(1, 0).unit: spec
+    for scheme in SCHEMES
+    if (spec := schemed(scheme, SCHEMES[scheme].blocks[0]))
+}
+FEW = BLOCKWISE | UNITS
+ALL = {name(spec): spec for spec in PROBLEMS} | {
+    f"{scheme}-{block}": schemed(scheme, block)
+    for scheme in SCHEMES
+    for block in SCHEMES[scheme].blocks
+}
+
+MARKED = (mark_units, mark_bare)
 
 
 @pytest.fixture
@@ -59,11 +91,17 @@ def on_meta(net: Network) -> Network:
     return Network(blocks, net.x.to("meta"), loss)
 
 
-@pytest.mark.parametrize("spec", ALL.values(), ids=ALL)
-def test_no_pass_reads_a_value_or_copies_one_to_the_host(spec: StackSpec) -> None:
+@pytest.mark.parametrize("spec", FEW.values(), ids=FEW)
+def test_the_statistics_pass_reads_no_value_and_copies_none_to_the_host(spec: StackSpec) -> None:
     net = on_meta(network(spec))
     with NoReading():
         walk(spec, 0, net)
+
+
+@pytest.mark.parametrize("spec", BLOCKWISE.values(), ids=BLOCKWISE)
+def test_nor_do_the_timed_passes(spec: StackSpec) -> None:
+    net = on_meta(network(spec))
+    with NoReading():
         mark_units(net, FakeClock([1.0]))
         mark_bare(net, FakeClock([1.0]))
 
@@ -86,7 +124,7 @@ def test_no_pass_reads_a_value_or_copies_one_to_the_host(spec: StackSpec) -> Non
 def test_what_reads_a_value_is_seen(read: Any) -> None:
     """The negative control."""
     x = torch.ones(3, device="meta")
-    with NoReading(), pytest.raises((WaitError, NotImplementedError, RuntimeError)):
+    with NoReading(), pytest.raises(WaitError):
         read(x)
 
 
@@ -94,7 +132,387 @@ def test_what_reads_a_value_is_seen(read: Any) -> None:
 
 
 @pytest.mark.usefixtures("far")
-@pytest.mark.parametrize("spec", ALL.values(), ids=ALL)
+@pytest.mark.parametrize("spec", FEW.values(), ids=FEW)
 def test_a_replay_gives_the_eager_numbers_bit_by_bit(spec: StackSpec) -> None:
     net = network(spec)
     assert captured(spec, net, FakeCapture()) == numbers(spec, net)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("far")
+@pytest.mark.parametrize("spec", ALL.values(), ids=ALL)
+def test_so_it_does_for_every_stack(spec: StackSpec) -> None:
+    net = network(spec)
+    assert captured(spec, net, FakeCapture()) == numbers(spec, net)
+
+
+@pytest.mark.parametrize("raw_range", [False, True])
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_so_it_does_in_other_formats_and_ranges(
+    monkeypatch: pytest.MonkeyPatch, dtype: str, raw_range: bool
+) -> None:
+    """Against a pass that reads as it goes, over several chunks of rows."""
+    spec = small("ffn", dtype=dtype, depth=9, gain=1e-2, loss="ce")
+    net = network(spec)
+    eager = walk(spec, 0, net, raw_range=raw_range)
+    plain = repr((eager.records(), eager.loss.item()))
+    monkeypatch.setattr("gradflow.engine.collect.CHUNK_UNITS", 4)
+    monkeypatch.setattr("gradflow.stats.is_at_hand", lambda _: False)
+    assert captured(spec, net, FakeCapture(), raw_range=raw_range) == plain
+
+
+def test_without_a_far_device_the_pass_reads_and_cannot_be_captured() -> None:
+    """The negative control."""
+    spec = small("mlp")
+    with pytest.raises(MeasurementError, match="_local_scalar_dense"):
+        captured(spec, network(spec), FakeCapture())
+
+
+@pytest.mark.usefixtures("far")
+def test_what_a_capture_leaves_is_read_after_the_replay() -> None:
+    spec = small("mlp")
+    net, capture = network(spec), FakeCapture()
+    replay = Graphs(capture, required=True)(partial(walk, spec, 0, net))
+    before = walk(spec, 0, net).loss.item()
+    first = replay()
+    assert first.loss.item() == before
+    first.loss.fill_(GARBAGE)
+    assert replay().loss.item() == before
+    net.x.mul_(2)  # the memory is that of the capture, the numbers those of the replay
+    assert replay().loss.item() == walk(spec, 0, net).loss.item() != before
+
+
+# Times
+
+
+def test_replayed_passes_are_timed_by_the_marks_of_their_capture() -> None:
+    net, capture, log = network(small("transformer")), FakeCapture(), list[str]()
+
+    class Clock(FakeClock):
+        def mark(self) -> float:
+            log.append("mark")
+            return super().mark()
+
+    timer = stack_timer(net, Graphs(capture, required=True))
+    clock = Clock([1.0, 2.0])
+    passes = [timer.timed(clock), timer.timed(Clock([5.0]))]
+    bare = [timer.bare(clock), timer.bare(clock)]
+    assert capture.log == ["warm-up", "capture", "replay", "replay"] * 2
+    assert len(log) == 2 * (2 * 7 + 2)  # in each warm-up and capture, and never in a replay
+    assert passes[0] == passes[1]
+    assert bare[0] == bare[1]
+    assert timer.summary(passes, bare).bare_s == bare[0]
+
+
+def test_a_replayed_bare_pass_leaves_no_gradient() -> None:
+    net = network(small("ffn", loss="ce"))
+    stack_timer(net, Graphs(FakeCapture(), required=True)).bare(FakeClock([1.0]))
+    parameters = [p for block in net.blocks for p in block.parameters()]
+    assert all(p.grad is None for p in (*parameters, *net.loss.parameters()))
+
+
+# What cannot be captured
+
+
+def test_a_kind_of_pass_is_warmed_up_once() -> None:
+    capture = FakeCapture()
+    graphs = Graphs(capture, required=False)
+    for seed in range(2):
+        graphs(partial(torch.full, (2,), seed))()
+    graphs(partial(torch.zeros, 2))()
+    assert capture.log == [
+        *("warm-up", "capture", "replay", "capture", "replay"),
+        *("warm-up", "capture", "replay"),
+    ]
+    assert graphs.captured == 3
+    assert graphs.warnings == ()
+
+
+def test_what_cannot_be_captured_is_done_eagerly_and_nothing_more_is_tried() -> None:
+    capture = FakeCapture(broken="operation not permitted when stream is capturing")
+    graphs = Graphs(capture, required=False)
+    assert [graphs(partial(torch.full, (1,), n))().item() for n in (3, 4)] == [3, 4]
+    assert capture.log == ["warm-up", "capture"]
+    assert graphs.captured == 0
+    (said,) = graphs.warnings
+    assert said == (
+        "a pass could not be captured as a CUDA graph, and ran eagerly: CUDA error: operation not "
+        "permitted when stream is capturing; --no-cuda-graphs runs all so"
+    )
+
+
+def test_it_is_an_error_where_graphs_are_asked_for() -> None:
+    graphs = Graphs(FakeCapture(broken="no"), required=True)
+    with pytest.raises(MeasurementError) as said:
+        graphs(partial(torch.zeros, 2))
+    assert str(said.value) == (
+        "--cuda-graphs could not capture a pass: CUDA error: no; leave it out"
+    )
+
+
+def test_an_error_of_the_work_itself_is_not_blamed_on_the_capture() -> None:
+    def work() -> None:
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match=r"^out of memory"):
+        Graphs(FakeCapture(), required=False)(work)
+
+
+# When
+
+
+NARROW = Footprint(parameters=100, objects=0, graph=1000, stream=4 << 20, rows=0, nodes=10)
+
+
+@pytest.mark.parametrize(
+    ("changes", "width", "stream", "pays"),
+    [
+        ({}, 512, 4 << 20, True),
+        ({}, 513, 4 << 20, False),
+        ({}, 512, (4 << 20) + 1, False),
+        ({"timed": 0}, 8, 8, False),
+        ({"rebuild": True}, 8, 8, False),
+        ({"spans": (1,)}, 8, 8, False),
+    ],
+)
+def test_graphs_pay_where_timed_stacks_are_whole_and_narrow(
+    changes: dict[str, Any], width: int, stream: int, pays: bool
+) -> None:
+    plan = replace(Plan(9, (), rebuild=False, timed=9), **changes)
+    assert pays_as_graphs(plan, width, replace(NARROW, stream=stream)) is pays
+
+
+def test_the_plan_accounts_for_the_memory_of_the_graphs() -> None:
+    options = RunOptions(keep="graph")
+    plan, _ = choose(10, NARROW, options, 1 << 40)
+    more = with_graphs(plan, NARROW)
+    assert more.graphs
+    # A pass of its own: what autograd keeps, the gradients, the nodes.
+    assert more.needed - plan.needed == int(1.2 * 10 * (1000 + 100 + 10))
+    assert "parameters resident, passes replayed as CUDA graphs: about" in more.sentence
+    assert "CUDA" not in plan.sentence
+
+
+class Gpu:
+    """Looks like a GPU to the plan, and allocates on the CPU."""
+
+    type = "cuda"
+
+
+@pytest.mark.parametrize(
+    ("options", "graphs"),
+    [
+        ({}, True),
+        ({"timing": False}, False),
+        ({"cuda_graphs": False}, False),
+        ({"cuda_graphs": True, "timing": False}, True),
+        ({"keep": "sqrt"}, False),
+        ({"steps": 5}, False),
+    ],
+)
+def test_they_are_chosen_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], graphs: bool
+) -> None:
+    spec = small("mlp")
+    size = footprint(spec, 0, CPU)
+    monkeypatch.setattr("gradflow.engine.memory.available_bytes", lambda _: 1 << 34)
+    monkeypatch.setattr("gradflow.engine.memory.footprint", lambda *_: size)
+    assert make_plan(spec, RunOptions(**options), Gpu()).graphs is graphs
+    assert not make_plan(spec, RunOptions(**options | {"cuda_graphs": None}), CPU).graphs
+
+
+def test_they_are_left_out_where_they_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = small("mlp")
+    size = footprint(spec, 0, CPU)
+    monkeypatch.setattr("gradflow.engine.memory.footprint", lambda *_: size)
+    monkeypatch.setattr("gradflow.engine.memory.available_bytes", lambda _: 1 << 34)
+    needed = make_plan(spec, RunOptions(cuda_graphs=False), Gpu()).needed
+    monkeypatch.setattr("gradflow.engine.memory.available_bytes", lambda _: 2 * needed + 1000)
+    plan = make_plan(spec, RunOptions(), Gpu())
+    assert (plan.graphs, plan.keep, plan.needed) == (False, "graph", needed)
+    monkeypatch.setattr("gradflow.engine.memory.available_bytes", lambda _: needed + 1000)
+    with pytest.raises(MeasurementError, match="or leave out --cuda-graphs"):
+        make_plan(spec, RunOptions(cuda_graphs=True), Gpu())
+
+
+def test_the_kernels_of_a_unit_are_not_more_than_the_plan_counts() -> None:
+    """Operations of torch, of which many have no kernel."""
+    spec = small("transformer", loss="ce", depth=2)
+    net, counted = network(spec), 0
+    passes = (partial(walk, spec, 0), *(partial(p, clock=FakeClock([1])) for p in MARKED))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gradflow.stats.is_at_hand", lambda _: False)
+        for work in passes:
+            capture = FakeCapture()
+            Graphs(capture, required=True)(partial(work, net))
+            counted += sum(bool(step.out) for step in capture.steps)
+    assert counted / 4 < footprint(spec, 0, CPU).nodes / 2 / 4096
+
+
+# Options
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--steps", "5"), "--cuda-graphs applies to initialisation, not to training; got --steps"),
+        (("--keep", "sqrt"), "--cuda-graphs keeps the whole stack; got --keep sqrt"),
+        (("--rebuild",), "--cuda-graphs keeps the whole stack; got --rebuild"),
+        (("--model", "hf:gpt2"), "--cuda-graphs is for stacks"),
+        (("--device", "cpu"), "--cuda-graphs needs a GPU; got --device cpu; leave it out"),
+    ],
+)
+def test_what_does_not_go_with_graphs_is_a_usage_error(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, words: Sequence[str], says: str
+) -> None:
+    found = CommandLine(capsys, tmp_path)("run", "--cuda-graphs", *words)
+    assert found.code == 2
+    assert says in found.complaint
+    assert found.complaint.count("\n") <= 1
+
+
+def test_it_is_a_flag_or_left_to_gradflow() -> None:
+    assert RunOptions().cuda_graphs is None
+    with pytest.raises(UsageError, match="--cuda-graphs is a flag"):
+        RunOptions(cuda_graphs="yes")
+
+
+# Runs
+
+
+def measured(
+    monkeypatch: pytest.MonkeyPatch, capture: FakeCapture | None, **options: Any
+) -> gradflow.Run:
+    chosen = RunOptions(device="cpu", repeats=1, time_budget=1e-9, **options)
+    if capture is not None:
+        graphs = Graphs(capture, required=False)
+        monkeypatch.setattr("gradflow.measurement.graphs_on", lambda *_: graphs)
+        monkeypatch.setattr(
+            "gradflow.measurement.make_plan",
+            lambda *words: replace(make_plan(*words), graphs=True),
+        )
+    return gradflow.measure(small("ffn"), chosen, clock=FakeClock([1.0]))
+
+
+@pytest.mark.usefixtures("far")
+def test_a_run_of_graphs_says_so_and_has_the_eager_numbers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    eager, capture = measured(monkeypatch, None, seeds=2), FakeCapture()
+    run = measured(monkeypatch, capture, seeds=2)
+    assert list(run.layer_records) == list(eager.layer_records)
+    assert list(run.param_records) == list(eager.param_records)
+    assert run.summary.loss == eager.summary.loss
+    assert run.environment["cuda_graphs"] is True
+    assert "cuda_graphs" not in eager.environment
+    assert run.warnings == eager.warnings
+    timed = ["warm-up", "capture", "replay"]
+    assert [word for word in capture.log if word != "replay"] == [
+        *timed[:2],
+        *timed[:2],
+        *timed[:2],
+        "capture",  # units, bare, statistics of two seeds
+    ]
+    assert capture.log[-2:] == ["capture", "replay"]
+
+
+@pytest.mark.usefixtures("far")
+def test_a_run_that_could_not_be_captured_warns(monkeypatch: pytest.MonkeyPatch) -> None:
+    eager = measured(monkeypatch, None)
+    run = measured(monkeypatch, FakeCapture(broken="no"))
+    assert list(run.layer_records) == list(eager.layer_records)
+    assert "cuda_graphs" not in run.environment
+    assert "ran eagerly: CUDA error: no" in run.warnings[0]
+
+
+def test_the_timer_of_a_sweep_is_eager_unless_it_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    capture = FakeCapture()
+    monkeypatch.setattr("gradflow.measuring.graphs_on", lambda *_: Graphs(capture, required=True))
+    monkeypatch.setattr("gradflow.engine.memory._for_graphs", lambda options, _: options)
+    timer_for(small("mlp"), RunOptions(), CPU).timed(FakeClock([1.0]))
+    assert capture.log == []
+    timer_for(small("mlp"), RunOptions(cuda_graphs=True), CPU).timed(FakeClock([1.0]))
+    assert capture.log == ["warm-up", "capture", "replay"]
+
+
+def test_replayed_and_eager_times_are_never_ratioed() -> None:
+    eager = run_of()
+    mine = replace(eager, environment=eager.environment | {"cuda_graphs": True})
+    timed = partial(replace, time_records=[TimeRecord(0, 1, "mlp", 1.0, 2.0)])
+    says = ("CUDA graphs against eager", "eager against CUDA graphs", "")
+    pairs = ((mine, eager), (eager, mine), (mine, mine))
+    found = (time_ratio(timed(a), timed(b), ("forward_s",)).reason for a, b in pairs)
+    assert tuple(found) == says
+
+
+# On a GPU
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+GPU = torch.device("cuda")
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("block", ["mlp", "transformer", "resnet"])
+def test_on_a_gpu_a_replay_gives_the_eager_numbers(block: str, dtype: str) -> None:
+    spec = small(block, depth=9, dtype=dtype)
+    net, graphs = build_network(spec, 0, GPU), graphs_on(GPU, RunOptions(cuda_graphs=True))
+    found = graphs(partial(walk, spec, 0, net))()
+    assert repr((found.records(), found.loss.item())) == numbers(spec, net)
+
+
+@needs_gpu
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_on_a_gpu_every_scheme_can_be_captured(scheme: str) -> None:
+    spec = schemed(scheme, SCHEMES[scheme].blocks[0])
+    net, graphs = build_network(spec, 0, GPU), graphs_on(GPU, RunOptions(cuda_graphs=True))
+    assert len(graphs(partial(walk, spec, 0, net))().records()[0]) > 2
+
+
+@needs_gpu
+def test_on_a_gpu_replayed_units_are_timed_one_by_one() -> None:
+    net = build_network(small("transformer", depth=9), 0, GPU)
+    timer = stack_timer(net, graphs_on(GPU, RunOptions(cuda_graphs=True)))
+    clock = CudaClock(GPU)
+    for _ in range(2):
+        (forward, backward), total = timer.timed(clock)
+        assert len(forward) == len(backward) == 18
+        assert all(seconds > 0 for seconds in (*forward, *backward, timer.bare(clock)))
+        assert total == pytest.approx(sum(forward) + sum(backward))
+
+
+@needs_gpu
+def test_on_a_gpu_neither_a_capture_nor_a_replay_waits_for_the_device() -> None:
+    spec = small("transformer", depth=9)
+    net, graphs = build_network(spec, 0, GPU), graphs_on(GPU, RunOptions(cuda_graphs=True))
+    graphs(partial(walk, spec, 0, net))()
+    with no_sync():
+        found = graphs(partial(walk, spec, 0, net))()
+    assert len(found.records()[0]) == 19
+
+
+@needs_gpu
+def test_on_a_gpu_what_waits_runs_eagerly_and_later_passes_are_not_harmed() -> None:
+    graphs = graphs_on(GPU, RunOptions())
+    x = torch.ones(3, device=GPU)
+    assert graphs(lambda: x.sum().item())() == 3
+    assert "ran eagerly: " in graphs.warnings[0]
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    spec = small("transformer")
+    again = graphs_on(GPU, RunOptions(cuda_graphs=True))
+    net = build_network(spec, 0, GPU)
+    found = again(partial(walk, spec, 0, net))()
+    assert repr((found.records(), found.loss.item())) == numbers(spec, net)
+
+
+@needs_gpu
+def test_on_a_gpu_a_narrow_run_is_captured_without_being_asked() -> None:
+    options = RunOptions(device="cuda", seeds=2, repeats=1, time_budget=1e-9)
+    run = gradflow.measure(small("transformer"), options)
+    eager = gradflow.measure(small("transformer"), replace(options, cuda_graphs=False))
+    assert run.environment["cuda_graphs"] is True
+    assert "cuda_graphs" not in eager.environment
+    rows = [(r.log10_grad_norm, r.gain, r.act_rms) for r in run.layer_records]
+    assert rows == [(r.log10_grad_norm, r.gain, r.act_rms) for r in eager.layer_records]
