@@ -12,10 +12,11 @@ to seed beside the weights, such as the coins of stochastic depth, is captured r
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import torch
 
@@ -69,23 +70,32 @@ class CudaCapture:
             graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
             with _given_back(pool), torch.cuda.graph(graph, pool=pool, stream=self._stream):
                 found = work()
+        return _Replay(graph, work, found)
 
-        def replay(held: object = work) -> Found:  # noqa: ARG001 (its tensors are read by the graph)
-            graph.replay()
-            return found
 
-        return replay
+@dataclass(frozen=True)
+class _Replay(Generic[Found]):
+    """A graph; the work holds the tensors that it reads, and `found` those that it fills."""
+
+    graph: torch.cuda.CUDAGraph
+    work: Callable[[], Found]
+    found: Found
+
+    def __call__(self) -> Found:
+        self.graph.replay()
+        return self.found
 
 
 @contextmanager
-def _given_back(pool: Any) -> Any:
+def _given_back(pool: tuple[int, int]) -> Iterator[None]:
     """Where the capture inside fails, torch leaves its allocator in the middle of it."""
     try:
         yield
     except RuntimeError:
-        for leave in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
-            with suppress(RuntimeError):
-                leave(torch.cuda.current_device(), pool)
+        device = torch.cuda.current_device()
+        with suppress(RuntimeError):  # it had ended: torch itself gives the pool back
+            torch._C._cuda_endAllocateToPool(device, pool)
+            torch._C._cuda_releasePool(device, pool)
         raise
 
 
