@@ -129,15 +129,22 @@ def make_plan(spec: StackSpec, options: RunOptions, device: torch.device) -> Pla
     if options.steps:
         options, size = _for_training(options, size)
     plan, fits = choose(spec.depth, size, options, free)
-    captured = with_graphs(plan, size)
-    if options.cuda_graphs:
-        plan, fits = captured, captured.needed <= room
-    elif options.cuda_graphs is None and device.type == "cuda" and not options.steps:
-        fit_too = captured.needed <= room_unasked(options, free)
-        plan = captured if fit_too and pays_as_graphs(plan, spec.width, size) else plan
+    if _is_captured(plan, spec, options, size, device):
+        captured = with_graphs(plan, size)
+        if options.cuda_graphs or captured.needed <= room_unasked(options, free):
+            plan, fits = captured, captured.needed <= room
     if not fits:
         raise out_of_memory(plan.needed, room, spec, options)
     return plan
+
+
+def _is_captured(
+    plan: Plan, spec: StackSpec, options: RunOptions, size: Footprint, device: torch.device
+) -> bool:
+    """Whether CUDA graphs are asked for, or pay."""
+    if options.cuda_graphs is not None:
+        return options.cuda_graphs
+    return device.type == "cuda" and not options.steps and pays_as_graphs(plan, spec.width, size)
 
 
 def _for_graphs(options: RunOptions, device: torch.device) -> RunOptions:
