@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import mean, median
 from time import perf_counter
@@ -17,6 +17,7 @@ from gradflow.engine.ahead import ahead_on
 from gradflow.engine.collect import Tables
 from gradflow.engine.compiled import use
 from gradflow.engine.environment import describe, resolve_device
+from gradflow.engine.graphs import Graphs, graphs_on
 from gradflow.engine.matmul import matmul_flop_per_s
 from gradflow.engine.memory import (
     available_bytes,
@@ -106,6 +107,8 @@ def measure(
     }
     if options.compile:
         environment["compiled"] = compiled.BACKEND
+    if work.graphs and work.graphs.captured:
+        environment["cuda_graphs"] = True
     return _to_run(spec, options, environment, found)
 
 
@@ -132,6 +135,7 @@ class _Found:
     steps: Sequence[StepRecord]
     timing: Timing | None
     peak: int
+    warnings: Sequence[str] = ()
 
 
 def build_network(
@@ -175,6 +179,11 @@ class _Work:
     def join(self) -> Compiled | None:
         """What all units compute by, if compiled."""
         return compiled.compiled_join() if self.options.compile else None
+
+    @cached_property
+    def graphs(self) -> Graphs | None:
+        """What captures the passes, if they are."""
+        return graphs_on(self.device, self.options) if self.plan.graphs else None
 
     def all_seeds(self, scratch: Path | None) -> _Found:
         if self.plan.seeds > 1:
@@ -239,7 +248,8 @@ class _Work:
     ) -> _Found:
         share = max(self.plan.timed, 1) / self.spec.depth
         pass_s = median(passes) * share if passes else None
-        return _Found(tables, losses, pass_s, steps, timing, peak_bytes(self.device))
+        peak, warnings = peak_bytes(self.device), self.graphs.warnings if self.graphs else ()
+        return _Found(tables, losses, pass_s, steps, timing, peak, warnings)
 
     @property
     def _visits(self) -> int:
@@ -253,7 +263,9 @@ class _Work:
 
     def _time(self, network: Network) -> Timing:
         tick = _counter(self.progress, "timing", self.options.repeats)
-        found = take_times(stack_timer(network), self.options, self.clock, tick)
+        timer = stack_timer(network, self.graphs)
+        found = take_times(timer, self.options, self.clock, tick)
+        del timer  # and with it the memory of its graphs
         assert found is not None  # every unit of a stack is timed
         rate = matmul_flop_per_s(self.device, self.spec.dtype, self.clock)
         return replace(found, matmul_flop_per_s=rate)
@@ -269,8 +281,8 @@ class _Work:
 
     def _walk(self, seed: int, network: Network, tables: Tables) -> tuple[float, float]:
         """Seconds of the pass, and the loss."""
-        marks = [self.clock.mark()]
-        found = walk(
+        work = partial(
+            walk,
             self.spec,
             seed,
             network,
@@ -279,6 +291,9 @@ class _Work:
             tables=tables,
             tick=_counter(self.progress, f"gradients, seed {seed}", self._visits),
         )
+        do = self.graphs(work) if self.graphs else work
+        marks = [self.clock.mark()]
+        found = do()
         marks.append(self.clock.mark())
         (seconds,) = self.clock.seconds(marks)
         found.finish()
@@ -312,7 +327,7 @@ def _to_run(
         summary=replace(summary, peak_bytes=found.peak, **summary_of(found.steps)),
         environment=environment,
         overhead=None,
-        warnings=(),
+        warnings=tuple(found.warnings),
         layer_records=found.tables.layers,
         param_records=found.tables.params,
         time_records=(),

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from gradflow.engine.compiled import compiled_join
+from gradflow.engine.graphs import graphs_on
 from gradflow.engine.memory import footprint, make_plan, resident_bytes
 from gradflow.engine.timing import Timer, stack_timer
 from gradflow.measurement import Progress, build_timed, measure
@@ -44,7 +45,9 @@ def timer_for(spec: StackSpec | ModelRequest, options: RunOptions, device: torch
         return model_timer(spec, options, device)
     plan = make_plan(spec, options, device)
     join = compiled_join() if options.compile else None
-    return stack_timer(build_timed(spec, options.seed, device, plan, join))
+    # Only where all networks that take turns are captured can their times be divided.
+    repeat = graphs_on(device, options) if options.cuda_graphs else None
+    return stack_timer(build_timed(spec, options.seed, device, plan, join), repeat)
 
 
 def timed_bytes(spec: StackSpec | ModelRequest, options: RunOptions, device: torch.device) -> int:

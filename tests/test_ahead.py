@@ -10,6 +10,7 @@ from itertools import count
 import pytest
 import torch
 from problems import CPU, network, small, thinned
+from recorded import NoReading
 from test_policies import SPANS, numbers
 from torch import Tensor
 
@@ -21,6 +22,8 @@ from gradflow.engine.tape import Network
 from gradflow.engine.timing import CudaClock, bare_pass, timed_pass
 from gradflow.engine.walk import walk
 from gradflow.measurement import build_network
+from gradflow.networks.stack import build_block, redraw
+from gradflow.schemes import SCHEMES
 from gradflow.specs.run_options import RunOptions
 from gradflow.specs.spec import StackSpec
 
@@ -148,6 +151,23 @@ def test_the_estimate_has_the_layer_that_is_drawn_ahead() -> None:
     assert more.needed - plain.needed == pytest.approx(1200, abs=1)  # with the allocator's share
 
 
+META = torch.device("meta")
+SCHEMED = [scheme for scheme in SCHEMES if scheme not in ("stochastic-depth", "admin")]
+
+
+@pytest.mark.parametrize("scheme", SCHEMED)
+def test_a_layer_is_drawn_again_without_a_copy_from_the_host(
+    monkeypatch: pytest.MonkeyPatch, scheme: str
+) -> None:
+    """On a device without values; its random numbers are left out, for it has no generator."""
+    monkeypatch.setattr("gradflow.networks.stack.generator", lambda *_: None)
+    monkeypatch.setattr("gradflow.networks.initial._draw", lambda *_: None)
+    spec = StackSpec(scheme=scheme, block=SCHEMES[scheme].blocks[0], depth=4)
+    block = build_block(spec, 0, 2, META)
+    with NoReading():
+        redraw(block, spec, 0, 3, META)
+
+
 # On a GPU
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -180,6 +200,17 @@ def test_no_pass_waits_for_the_device(plan: Plan, dtype: str, shortcut: str) -> 
     with no_sync():
         found = walk(spec, 0, made, spans=plan.spans)
     assert len(found.records()[0]) == 2 * 9 + 1
+
+
+@needs_gpu
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_no_scheme_waits_for_the_device_in_a_pass(scheme: str) -> None:
+    spec = StackSpec(scheme=scheme, block=SCHEMES[scheme].blocks[0], depth=6, width=16)
+    plan = Plan(6, (1,), rebuild=True)
+    made = build_network(spec, 0, GPU, plan)
+    walk(spec, 0, made, spans=plan.spans).records()
+    with no_sync():
+        walk(spec, 0, made, spans=plan.spans)
 
 
 @needs_gpu

@@ -69,6 +69,7 @@ TWO_VALUES: dict[str, list[Any]] = {
     "raw_range": [True, False],
     "compile": [True, False],
     "together": [True, False],
+    "cuda_graphs": [True, False],
     "keep": ["graph", "sqrt"],
     "rebuild": [True, False],
     "memory_limit": ["1GiB", "2GiB"],

@@ -176,7 +176,7 @@ def test_rows_that_wait_on_a_device_are_the_same(
     spec = small("transformer", depth=9, loss=loss)
     plain = numbers(spec, network(spec))
     monkeypatch.setattr("gradflow.engine.collect.CHUNK_UNITS", 4)
-    monkeypatch.setattr("gradflow.engine.collect.is_at_hand", lambda _: False)
+    monkeypatch.setattr("gradflow.stats.is_at_hand", lambda _: False)
     found = walk(spec, 0, rebuilt(spec), spans=(3, 1))
     assert len(found.tables.layers) == 0
     assert repr((found.records(), found.loss.item())) == plain

@@ -185,6 +185,18 @@ def test_it_is_not_chosen_where_memory_would_force_another_policy() -> None:
     assert with_seeds(plan, NARROW, asked, size, 1 << 40).keep != "graph"
 
 
+def test_captured_passes_go_before() -> None:
+    """What a graph replays starts no operation by itself, so there is nothing to save."""
+    size = footprint(NARROW, 0, CPU)
+    captured = Plan(20, (), rebuild=False, timed=20, graphs=True)
+    options = RunOptions(seeds=8)
+    assert with_seeds(captured, NARROW, options, size, 1 << 40) == captured
+    asked = replace(options, together=True)
+    assert with_seeds(captured, NARROW, asked, size, 1 << 40).seeds == 8
+    with pytest.raises(UsageError, match="not for --cuda-graphs"):
+        with_seeds(captured, NARROW, replace(asked, cuda_graphs=True), size, 1 << 40)
+
+
 REFUSED = {
     "training": ({}, {"steps": 3}),
     "--compile": ({}, {"compile": True}),

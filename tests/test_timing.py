@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator, Sequence
-from itertools import count
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -127,20 +127,18 @@ def test_a_bare_pass_computes_every_gradient(monkeypatch: pytest.MonkeyPatch) ->
 class CountedPasses:
     """Stands in for the two passes and notes their turns; both take as long as they are told."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    def __init__(self, seconds: float) -> None:
         self.turns: list[str] = []
         self.paused: list[bool] = []
-        self._numbers = count()
         self._seconds = seconds
-        monkeypatch.setattr(timing, "timed_pass", self.timed)
-        monkeypatch.setattr(timing, "bare_pass", self.bare)
+        self.timer = replace(stack_timer(net()), timed=self.timed, bare=self.bare)
 
-    def timed(self, _: Network, __: Clock) -> tuple[list[float], list[float]]:
+    def timed(self, _: Clock) -> tuple[tuple[list[float], list[float]], float]:
         self._note("timed")
         share = self._seconds / 12  # six units' passes take half, the bare pass the other half
-        return [share] * 3, [share] * 3
+        return ([share] * 3, [share] * 3), self._seconds / 2
 
-    def bare(self, _: Network, __: Clock) -> float:
+    def bare(self, _: Clock) -> float:
         self._note("bare")
         return self._seconds / 2
 
@@ -153,12 +151,12 @@ class CountedPasses:
     ("repeats", "budget", "pairs"), [(3, 0.5, 3), (3, 4.5, 5), (1, 1.0, 1), (7, 7.0, 7)]
 )
 def test_repeats_until_both_the_least_number_and_the_budget(
-    monkeypatch: pytest.MonkeyPatch, repeats: int, budget: float, pairs: int
+    repeats: int, budget: float, pairs: int
 ) -> None:
-    passes = CountedPasses(monkeypatch, seconds=1.0)
+    passes = CountedPasses(seconds=1.0)
     ticks: list[None] = []
     options = RunOptions(repeats=repeats, time_budget=budget)
-    found = take_times(stack_timer(net()), options, FakeClock([1.0]), lambda: ticks.append(None))
+    found = take_times(passes.timer, options, FakeClock([1.0]), lambda: ticks.append(None))
     assert passes.turns == ["timed", "bare"] * (pairs + 1)
     assert all(passes.paused)
     assert gc.isenabled()

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from gradflow import stats
 from gradflow.engine.rows import Packed, Row, pack, unpack
 from gradflow.runs.records import LayerRecord, ParamRecord
 from gradflow.runs.spool import Spool
@@ -33,11 +34,6 @@ class Tables:
 
     layers: Spool[LayerRecord] = field(default_factory=lambda: Spool(LayerRecord))
     params: Spool[ParamRecord] = field(default_factory=lambda: Spool(ParamRecord))
-
-
-def is_at_hand(x: Tensor) -> bool:
-    """Whether reading it waits for no device."""
-    return x.device.type == "cpu"
 
 
 class Activations:
@@ -73,7 +69,7 @@ class _Stack:
         self._there: list[Tensor] = []
 
     def push(self, value: Tensor) -> None:
-        if is_at_hand(value) and value.ndim == 0:
+        if value.ndim == 0 and stats.is_at_hand(value):
             self._here.append(value.item())
         else:
             self._there.append(value)
@@ -84,7 +80,7 @@ class _Stack:
 
 def _at_hand(row: Row) -> Row:
     """On CPU the numbers as numbers: small tensors that live on would break up the heap."""
-    if any(isinstance(v, Tensor) and not is_at_hand(v) for v in row.sums.values()):
+    if any(isinstance(v, Tensor) and not stats.is_at_hand(v) for v in row.sums.values()):
         return row
     return replace(
         row,
@@ -133,7 +129,7 @@ class Collector:
     def take(self, packed: Packed) -> None:
         """The rows below those that came before, packed."""
         self._packed.append(packed)
-        if is_at_hand(packed.numbers):
+        if stats.is_at_hand(packed.numbers):
             self._store()
 
     def _store(self) -> None:

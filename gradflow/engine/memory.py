@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from gradflow.engine.plan import Footprint, Plan, choose
+from gradflow.engine.plan import Footprint, Plan, choose, pays_as_graphs, room_unasked, with_graphs
 from gradflow.engine.saved import SavedBytes
 from gradflow.engine.together import with_seeds
 from gradflow.errors import MeasurementError, UsageError
@@ -33,6 +33,8 @@ _FEW = 2
 _TRAINED_COPIES = 5
 # Bytes that Python and torch take for a module with its parameters, and for what stays of a unit.
 _MODULE, _ROW = 3 << 10, 48
+# Kernels of a unit in all its passes, and what a graph keeps of one: arguments, 4 KiB at most.
+_KERNELS, _NODE = 300, 4 << 10
 
 
 def available_bytes(device: torch.device) -> int:
@@ -78,6 +80,7 @@ def footprint(spec: StackSpec, seed: int, device: torch.device) -> Footprint:
         ahead=int(device.type == "cuda"),
         # Each weight meets each vector of the stream.
         work=parameters // itemsize * math.prod(stream_shape(spec)) // spec.width,
+        nodes=_KERNELS * _NODE * spec.units_per_block,
     )
 
 
@@ -115,8 +118,11 @@ def make_plan(spec: StackSpec, options: RunOptions, device: torch.device) -> Pla
     """The memory policy; refuses a stack that cannot fit before the system kills the process.
 
     Raises:
+        UsageError: the policy does not go with training, or with the device.
         MeasurementError: more is needed than is available, or allowed.
     """
+    if options.cuda_graphs:
+        options = _for_graphs(options, device)
     free = available_bytes(device)
     limit = options.memory_limit_bytes
     room = free if limit is None else min(free, limit)
@@ -127,9 +133,30 @@ def make_plan(spec: StackSpec, options: RunOptions, device: torch.device) -> Pla
     if options.steps:
         options, size = _for_training(options, size)
     plan, fits = choose(spec.depth, size, options, free)
+    if _is_captured(plan, spec, options, size, device):
+        captured = with_graphs(plan, size)
+        if options.cuda_graphs or captured.needed <= room_unasked(options, free):
+            plan, fits = captured, captured.needed <= room
     if not fits:
         raise out_of_memory(plan.needed, room, spec, options)
     return with_seeds(plan, spec, options, size, free)
+
+
+def _is_captured(
+    plan: Plan, spec: StackSpec, options: RunOptions, size: Footprint, device: torch.device
+) -> bool:
+    """Whether CUDA graphs are asked for, or pay."""
+    if options.cuda_graphs is not None:
+        return options.cuda_graphs
+    return device.type == "cuda" and not options.steps and pays_as_graphs(plan, spec.width, size)
+
+
+def _for_graphs(options: RunOptions, device: torch.device) -> RunOptions:
+    """All layers and graphs at once."""
+    if device.type != "cuda":
+        remedy = "leave it out, or use --device cuda"
+        raise UsageError("--cuda-graphs needs a GPU", f"--device {device}", remedy)
+    return replace(options, keep="graph", rebuild=False)
 
 
 def _for_training(options: RunOptions, size: Footprint) -> tuple[RunOptions, Footprint]:
@@ -146,6 +173,7 @@ def out_of_memory(needed: int, room: int, spec: StackSpec, options: RunOptions) 
     sizes = ("depth", "batch_size", "seq_len", "image_size", "ffn_mult", "width")
     lower = ", ".join(flag(name) for name in sizes if getattr(spec, name) is not None)
     policy = ", or leave --keep and --rebuild to gradflow" if options.is_policy_given else ""
+    policy = ", or leave out --cuda-graphs" if options.cuda_graphs else policy
     limited = options.memory_limit_bytes is not None and room >= options.memory_limit_bytes
     return MeasurementError(
         f"out of memory: this stack needs at least {gib(needed)}, {gib(room)} are "

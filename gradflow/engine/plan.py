@@ -17,6 +17,9 @@ AUTO_SHARE = 0.5
 # Deeper stacks are rebuilt without being asked: to make so many modules costs more than to draw
 # their weights twice. They are timed by a sample of layers, as are all that are not resident.
 DEEP, SAMPLE = 2000, 16
+# A kernel is launched in about 5 microseconds. Up to this width and size of the stream most take no
+# longer: a GPU moves 4 MiB in and out, or multiplies 256 rows by 512 x 512, in about that time.
+NARROW, SMALL = 512, 4 << 20
 MARGIN = 1.2  # what allocators lose: 18 % at 400 units of width 128
 
 
@@ -32,6 +35,7 @@ class Footprint:
         rows: what stays of a layer until its row is written.
         ahead: layers that are drawn before they are asked for, where they are rebuilt.
         work: multiply-adds of a layer, forward.
+        nodes: what a device takes to hold a layer's passes as CUDA graphs.
     """
 
     parameters: int
@@ -41,6 +45,7 @@ class Footprint:
     rows: int
     ahead: int = 0
     work: int = 0
+    nodes: int = 0
 
     @property
     def working(self) -> int:
@@ -60,6 +65,7 @@ class Plan:
         everything: bytes with all graphs kept and all parameters resident.
         timed: layers that are timed.
         seeds: that are measured in one pass.
+        graphs: passes are captured as CUDA graphs.
     """
 
     depth: int
@@ -69,6 +75,7 @@ class Plan:
     everything: int = 0
     timed: int = 0
     seeds: int = 1
+    graphs: bool = False
 
     @property
     def keep(self) -> str:
@@ -98,7 +105,8 @@ class Plan:
         size = f"about {gib(self.needed)}"
         if self.keep == "graph":
             where = "layers built as they are visited" if self.rebuild else "parameters resident"
-            return f"all graphs kept, {where}: {size}"
+            how = ", passes replayed as CUDA graphs" if self.graphs else ""
+            return f"all graphs kept, {where}{how}: {size}"
         times = {1: "twice", 2: "three times"}[len(self.spans)]
         done = "built and computed" if self.rebuild else "computed"
         kept = f"{count(self.streams, 'stream')} and {count(self.alive, 'graph')}"
@@ -138,11 +146,33 @@ def choose(depth: int, size: Footprint, options: RunOptions, free: int) -> tuple
     """
     limit = options.memory_limit_bytes
     most = free if limit is None else min(free, limit)
-    room = int(free * AUTO_SHARE) if limit is None else most
+    room = room_unasked(options, free)
     plans = [_sized(plan, size) for plan in _candidates(depth, size, options)]
     fitting = [plan for plan in plans if plan.needed <= room]
     chosen = fitting[0] if fitting else min(plans, key=lambda plan: plan.needed)
     return _with_times(chosen, size, options, most), chosen.needed <= most
+
+
+def room_unasked(options: RunOptions, free: int) -> int:
+    """Bytes that a choice of its own may take."""
+    limit = options.memory_limit_bytes
+    return int(free * AUTO_SHARE) if limit is None else min(free, limit)
+
+
+def with_graphs(plan: Plan, size: Footprint) -> Plan:
+    """The plan with CUDA graphs.
+
+    The memory of a captured pass is its own. So the bare pass, which has the gradients of all
+    parameters, does not share that of the timed one.
+    """
+    each = size.parameters + size.graph + size.nodes
+    return replace(plan, graphs=True, needed=plan.needed + int(MARGIN * plan.depth * each))
+
+
+def pays_as_graphs(plan: Plan, width: int, size: Footprint) -> bool:
+    """Whether a pass is repeated for its times, and its kernels are short."""
+    whole = plan.keep == "graph" and not plan.rebuild and plan.timed > 0
+    return whole and width <= NARROW and size.stream <= SMALL
 
 
 def _candidates(depth: int, size: Footprint, options: RunOptions) -> Iterator[Plan]:

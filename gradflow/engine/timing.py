@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from gradflow.specs.run_options import RunOptions
 
 # Forward and backward seconds of each unit, first to last.
 Pass = tuple[list[float], list[float]]
+Found = TypeVar("Found")
 
 
 class Clock(Protocol):
@@ -52,17 +53,23 @@ class CpuClock:
 
 
 class CudaClock:
-    """Events in the current CUDA stream."""
+    """Events in the current stream of a CUDA device, the current one if None.
+
+    The events are external: captured in a CUDA graph, they are recorded anew by every replay.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._device = device
 
     def mark(self) -> torch.cuda.Event:
         """An event behind all work issued so far."""
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch's stubs
-        event.record()
+        event = torch.cuda.Event(enable_timing=True, external=True)  # type: ignore[no-untyped-call]  # torch's stubs
+        event.record(torch.cuda.current_stream(self._device))
         return event
 
     def seconds(self, marks: Sequence[torch.cuda.Event]) -> list[float]:
-        """Waits for the last event, then reads them all."""
-        marks[-1].synchronize()
+        """Waits for all work, then reads the events."""
+        torch.cuda.current_stream(self._device).synchronize()
         return [before.elapsed_time(after) / 1e3 for before, after in pairwise(marks)]
 
 
@@ -89,7 +96,14 @@ class FakeClock:
 
 def clock_for(device: torch.device) -> Clock:
     """The clock that fits the device."""
-    return CudaClock() if device.type == "cuda" else CpuClock()
+    return CudaClock(device) if device.type == "cuda" else CpuClock()
+
+
+class Repeat(Protocol):
+    """Makes of work that is issued once what issues it time and again."""
+
+    def __call__(self, work: Callable[[], Found], /) -> Callable[[], Found]:
+        """What does the work at every call, and returns what it found."""
 
 
 @dataclass(frozen=True)
@@ -136,12 +150,22 @@ def take_times(
     return timer.summary(passes, bare)
 
 
-def stack_timer(network: Network) -> Timer:
-    """Times a stack; its parameters' `.grad` are None afterwards."""
+def stack_timer(network: Network, repeat: Repeat | None = None) -> Timer:
+    """Times a stack; its parameters' `.grad` are None afterwards.
+
+    Args:
+        network: the stack.
+        repeat: how its passes are issued again; None if eagerly.
+    """
+    units = _issued(mark_units, network, repeat)
+    whole = _issued(mark_bare, network, repeat)
 
     def timed(clock: Clock) -> tuple[Pass, float]:
-        found = timed_pass(network, clock)
+        found = _unit_seconds(units(clock), clock)
         return found, sum(map(sum, found))
+
+    def bare(clock: Clock) -> float:
+        return clock.seconds(whole(clock))[0]
 
     # Not the network itself: it may have to go before the summary.
     names, flops = unit_names(network), network_flops(network)
@@ -149,11 +173,37 @@ def stack_timer(network: Network) -> Timer:
     def summary(passes: Sequence[tuple[Pass, float]], bare: Sequence[float]) -> Timing:
         return replace(summarise(names, [units for units, _ in passes], bare), flops=flops)
 
-    return Timer(timed, partial(bare_pass, network), summary)
+    return Timer(timed, bare, summary)
+
+
+def _issued(
+    mark: Callable[[Network, Clock], Found], network: Network, repeat: Repeat | None
+) -> Callable[[Clock], Found]:
+    """A pass with its marks, made repeatable when it is first asked for."""
+    if repeat is None:
+        return partial(mark, network)
+    made: list[Callable[[], Found]] = []
+
+    def issue(clock: Clock) -> Found:
+        if not made:  # later clocks of the device read these marks as well
+            made.append(repeat(partial(mark, network, clock)))
+        return made[0]()
+
+    return issue
 
 
 def timed_pass(network: Network, clock: Clock) -> Pass:
     """Forward and backward seconds of each unit, first to last, in one pass."""
+    return _unit_seconds(mark_units(network, clock), clock)
+
+
+def bare_pass(network: Network, clock: Clock) -> float:
+    """Seconds of one forward + backward through the whole stack by torch alone."""
+    return clock.seconds(mark_bare(network, clock))[0]
+
+
+def mark_units(network: Network, clock: Clock) -> tuple[list[Any], list[Any]]:
+    """A pass, unit by unit: marks around each unit's forward, and around each one's backward."""
     tapes = []
     marks = [clock.mark()]
     for tape in record_forward(network):
@@ -166,11 +216,16 @@ def timed_pass(network: Network, clock: Clock) -> Pass:
         parts, _ = vjp(tapes.pop(), g)
         g = parts[0] if len(parts) == 1 else parts[0] + parts[1]
         marks.append(clock.mark())
-    return clock.seconds(forward), clock.seconds(marks)[::-1]
+    return forward, marks
 
 
-def bare_pass(network: Network, clock: Clock) -> float:
-    """Seconds of one forward + backward through the whole stack by torch alone."""
+def _unit_seconds(marks: tuple[list[Any], list[Any]], clock: Clock) -> Pass:
+    forward, backward = marks
+    return clock.seconds(forward), clock.seconds(backward)[::-1]
+
+
+def mark_bare(network: Network, clock: Clock) -> list[Any]:
+    """One forward + backward through the whole stack by torch alone: marks at its ends."""
     marks = [clock.mark()]
     y = network.x.detach().requires_grad_()
     for block in network.blocks:
@@ -180,7 +235,7 @@ def bare_pass(network: Network, clock: Clock) -> float:
     for block in network.blocks:
         block.zero_grad()
     network.loss.zero_grad()
-    return clock.seconds(marks)[0]
+    return marks
 
 
 @contextmanager

@@ -173,7 +173,7 @@ def rescale(g: Tensor, size: Tensor) -> tuple[Tensor, Tensor | int]:
     without waiting, one step goes no further than 2^126; the units below go on from there. The
     same holds for several sizes at once, each of a part of g along its first axes.
     """
-    if size.device.type == "cpu" and size.ndim == 0:
+    if size.ndim == 0 and stats.is_at_hand(size):
         value = size.item()
         shift = math.frexp(value)[1] if math.isfinite(value) else 0
         # In two steps, because 2^-shift itself may lie outside the number format.
@@ -199,7 +199,7 @@ class _Way:
     def back(self, tapes: Iterable[Tape], g: Tensor) -> Iterator[Row]:
         """Rows from the last unit down to the input; each graph is freed once it has been used."""
         activations, gradient_sums = self.observer.activations, self.observer.stats.gradient_sums
-        exponent = _zero(g.device, self.observer.lead)
+        exponent = _zero(g, self.observer.lead)
         layer = None
         for tape in tapes:
             if layer not in (None, tape.layer):
@@ -232,8 +232,8 @@ class _Way:
         return row, parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
 
-def _zero(device: torch.device, lead: tuple[int, ...]) -> Tensor | int:
+def _zero(g: Tensor, lead: tuple[int, ...]) -> Tensor | int:
     """The exponent of the cotangent. What is no tensor on CUDA would have to be sent there."""
-    if device.type == "cpu" and not lead:
+    if not lead and stats.is_at_hand(g):
         return 0
-    return torch.zeros(lead, dtype=torch.int32, device=device)
+    return torch.zeros(lead, dtype=torch.int32, device=g.device)

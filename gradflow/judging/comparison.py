@@ -180,6 +180,9 @@ def _obstacles(run: Run, reference: Run) -> Iterator[str]:
     if run.options.compile != reference.options.compile:
         compiled, other = ("compiled", "eager") if run.options.compile else ("eager", "compiled")
         yield f"{compiled} against {other}"
+    if run.environment.get("cuda_graphs") != reference.environment.get("cuda_graphs"):
+        replayed = ("CUDA graphs", "eager")
+        yield " against ".join(replayed if run.environment.get("cuda_graphs") else replayed[::-1])
     for key in SPEED_KEYS:
         mine, theirs = run.environment.get(key), reference.environment.get(key)
         if mine != theirs:

@@ -136,7 +136,9 @@ class Weights:
         ]
         for slot, view in zip(drawn + fixed, views, strict=True):
             setattr(slot.owner, slot.name, nn.Parameter(view))
-        self._fixed = list(zip(views[len(drawn) :], fixed, strict=True))
+        # Brought to the device once: to copy them from the host at each draw would wait for it.
+        starts = [_on(device, slot.constant) for slot in fixed]
+        self._fixed = list(zip(views[len(drawn) :], starts, strict=True))
         self._spec = spec
         stds = [slot.std for slot in slots if slot.std is not None]
         self._drawn = list(zip(views[: len(drawn)], drawn, stds, strict=True))
@@ -152,11 +154,15 @@ class Weights:
             if slot.matrix and self._spec.init == "orthogonal" and self._spec.weight_var is None:
                 _orthogonalise(view)
             view.mul_(std)
-        for view, slot in self._fixed:
-            if isinstance(slot.constant, Tensor):
-                view.copy_(slot.constant)
+        for view, start in self._fixed:
+            if isinstance(start, Tensor):
+                view.copy_(start)
             else:
-                view.fill_(slot.constant)
+                view.fill_(start)
+
+
+def _on(device: torch.device, start: float | Tensor) -> float | Tensor:
+    return start.to(device) if isinstance(start, Tensor) else start
 
 
 def fill(

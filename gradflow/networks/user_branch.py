@@ -89,7 +89,8 @@ class UserBranch(Branch):
             yield _slot(spec, part, self, gains.get(part.role, 1.0))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.checked:
+        # Of a CUDA graph the state cannot be read; its kind of pass was checked in the warm-up.
+        if self.checked or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
             return self._apply_module(x)
         before = _generator_state(x.device)
         y = self._apply_module(x)

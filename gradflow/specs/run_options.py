@@ -38,6 +38,9 @@ class RunOptions:
         False, "do not rescale the gradient: show where the number format itself dies"
     )
     compile: bool = option(False, "compile one unit and use it for all layers")
+    cuda_graphs: bool | None = option(
+        None, "replay passes as CUDA graphs (where a timed stack is narrow, on a GPU)"
+    )
     keep: str = option("auto", "what stays in memory for the backward pass", KEEPS)
     rebuild: bool | None = option(
         None, "build each layer again when it is visited, instead of keeping all parameters"
@@ -67,6 +70,7 @@ class RunOptions:
             )
         self._check_memory()
         self._check_compile()
+        self._check_graphs()
 
     def _check_compile(self) -> None:
         if not isinstance(self.compile, bool):
@@ -74,6 +78,21 @@ class RunOptions:
         if self.compile and self.steps:
             rule = "--compile applies to initialisation, not to training"
             raise UsageError(rule, f"--steps {self.steps}", "leave out one of the two")
+
+    def _check_graphs(self) -> None:
+        if not isinstance(self.cuda_graphs, bool | None):
+            raise UsageError(
+                "--cuda-graphs is a flag", self.cuda_graphs, "use --cuda-graphs or --no-cuda-graphs"
+            )
+        if not self.cuda_graphs:
+            return
+        remedy = "leave out one of the two"
+        if self.steps:
+            rule = "--cuda-graphs applies to initialisation, not to training"
+            raise UsageError(rule, f"--steps {self.steps}", remedy)
+        if self.keep not in ("auto", "graph") or self.rebuild:
+            got = "--rebuild" if self.rebuild else f"--keep {self.keep}"
+            raise UsageError("--cuda-graphs keeps the whole stack", got, remedy)
 
     def _check_memory(self) -> None:
         if not isinstance(self.rebuild, bool | None):

@@ -17,7 +17,7 @@ Asked = StackSpec | ModelRequest
 STACK_FIELDS = {f.name: f for f in fields(StackSpec)}
 MODEL_FIELDS = {f.name: f for f in fields(ModelRequest)}
 # Options for the layers that gradflow builds: models keep all their graphs, and run as they are.
-PLANNED = ("keep", "rebuild", "memory_limit", "raw_range", "compile", "together")
+PLANNED = ("keep", "rebuild", "memory_limit", "raw_range", "compile", "cuda_graphs", "together")
 
 
 def specification(values: Mapping[str, Any]) -> tuple[Asked, RunOptions]:

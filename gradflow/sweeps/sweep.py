@@ -216,7 +216,9 @@ def _timed_well(run: Run, cell: Cell, here: Mapping[str, Any], *, shared: bool) 
     repeats = len({record.repeat for record in run.time_records})
     threads = run.environment.get("threads")
     alone = shared or not run.environment.get("contended")
-    return repeats >= cell.options.repeats and alone and threads == here.get("threads", threads)
+    replayed = bool(run.environment.get("cuda_graphs")) == bool(cell.options.cuda_graphs)
+    same_way = replayed and threads == here.get("threads", threads)
+    return repeats >= cell.options.repeats and alone and same_way
 
 
 def _timed(run: Run, cell: Cell, rounds: Rounds, name: str) -> Run:

@@ -1,0 +1,164 @@
+"""Passes that are captured once as CUDA graphs and replayed: what `--cuda-graphs` does.
+
+In a narrow stack a kernel takes less time than its launch, and an eager pass measures how fast
+Python is. A graph launches all kernels of a pass at once. Passes can be captured because they read
+nothing from the device: statistics stay there until the pass is over (see `collect`), marks are
+events, and weights and input are drawn before. So what a captured pass returns are tensors and
+events, to be read after a replay; the kernels are those of the eager pass, and so are the numbers.
+
+Each seed is captured anew: that takes no longer than an eager pass does, and what differs from seed
+to seed beside the weights, such as the coins of stochastic depth, is captured rightly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Generic, Protocol, TypeVar
+
+import torch
+
+from gradflow.engine.timing import collector_paused
+from gradflow.errors import MeasurementError, first_line
+from gradflow.specs.run_options import RunOptions
+
+Found = TypeVar("Found")
+
+
+class Capture(Protocol):
+    """Makes work on a device repeatable without the host."""
+
+    def warm_up(self, work: Callable[[], object]) -> None:
+        """Do the work once, eagerly: libraries load and allocate what they need."""
+
+    def capture(self, work: Callable[[], Found]) -> Callable[[], Found]:
+        """Note what the work issues and do none of it.
+
+        Returns:
+            What does it all; it returns what the work returned, the tensors with new values.
+
+        Raises:
+            RuntimeError: the work waits for the device, or does what no graph can hold.
+        """
+
+
+class CudaCapture:
+    """CUDA graphs, each with a memory pool of its own.
+
+    Warm-up and capture share a stream, so that the workspaces that libraries keep for it are not
+    allocated in a pool.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch's stubs
+
+    def warm_up(self, work: Callable[[], object]) -> None:
+        """On the stream of the capture; the current stream goes on after it."""
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            work()
+        current.wait_stream(self._stream)
+
+    def capture(self, work: Callable[[], Found]) -> Callable[[], Found]:
+        """A graph, replayed in the stream that is current then."""
+        # The outer stream context: that of torch's own does not end where a capture fails.
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream), collector_paused():
+            graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+            with _given_back(pool), torch.cuda.graph(graph, pool=pool, stream=self._stream):
+                found = work()
+        return _Replay(graph, work, found)
+
+
+@dataclass(frozen=True)
+class _Replay(Generic[Found]):
+    """A graph; the work holds the tensors that it reads, and `found` those that it fills."""
+
+    graph: torch.cuda.CUDAGraph
+    work: Callable[[], Found]
+    found: Found
+
+    def __call__(self) -> Found:
+        self.graph.replay()
+        return self.found
+
+
+@contextmanager
+def _given_back(pool: tuple[int, int]) -> Iterator[None]:
+    """Where the capture inside fails, torch leaves its allocator in the middle of it."""
+    try:
+        yield
+    except RuntimeError:
+        device = torch.cuda.current_device()
+        with suppress(RuntimeError):  # it had ended: torch itself gives the pool back
+            torch._C._cuda_endAllocateToPool(device, pool)
+            torch._C._cuda_releasePool(device, pool)
+        raise
+
+
+class Graphs:
+    """Captures passes as long as that works; a `Repeat`.
+
+    Args:
+        capture: real or fake.
+        required: what cannot be captured is an error; else it is done eagerly, as is all that
+            comes after it.
+
+    Attributes:
+        captured: how many passes were.
+        failure: why one was not; None if all were.
+    """
+
+    def __init__(self, capture: Capture, *, required: bool) -> None:
+        self._capture, self._required = capture, required
+        self._warm: set[object] = set()
+        self.captured = 0
+        self.failure: str | None = None
+
+    def __call__(self, work: Callable[[], Found], /) -> Callable[[], Found]:
+        """The work as a graph, or as it is.
+
+        Raises:
+            MeasurementError: it cannot be captured, and is required to be.
+        """
+        if self.failure:
+            return work
+        self._warm_up(work)
+        try:
+            replay = self._capture.capture(work)
+        except RuntimeError as error:
+            self.failure = first_line(_cause(error))
+            if self._required:
+                what = "--cuda-graphs could not capture a pass"
+                raise MeasurementError(f"{what}: {self.failure}; leave it out") from None
+            return work
+        self.captured += 1
+        return replay
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What a run has to say of it."""
+        said = "a pass could not be captured as a CUDA graph, and ran eagerly"
+        return (f"{said}: {self.failure}; --no-cuda-graphs runs all so",) if self.failure else ()
+
+    def _warm_up(self, work: Callable[[], object]) -> None:
+        """Once for each kind of pass: the next seed has the same kernels."""
+        kind = work.func if isinstance(work, partial) else work
+        if kind not in self._warm:
+            self._capture.warm_up(work)
+            self._warm.add(kind)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The first of the errors: ending a capture that failed fails too, and says less."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error
+
+
+def graphs_on(device: torch.device, options: RunOptions) -> Graphs:
+    """For the passes on a CUDA device."""
+    return Graphs(CudaCapture(device), required=bool(options.cuda_graphs))
