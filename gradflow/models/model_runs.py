@@ -36,7 +36,7 @@ from gradflow.specs.model_spec import ModelSpec
 from gradflow.specs.run_options import RunOptions
 from gradflow.units import gib
 from gradflow.watching import watch
-from gradflow.watching.discovery import find_layers
+from gradflow.watching.discovery import Place, find_layers, repeats
 from gradflow.watching.times import bare_step, put_together, timed_step
 
 Progress = Callable[[str, int, int], None]
@@ -144,7 +144,7 @@ def model_bytes(request: ModelRequest, options: RunOptions) -> int:
 def timer_of(subject: Subject, request: ModelRequest) -> Timer:
     """Times a model with its first batch; parameters' `.grad` are None afterwards."""
     model, example = subject.model, next(subject.batches())
-    places = find_layers(model, request.patterns)
+    places = layers_of(subject, example, request)
 
     def step() -> None:
         _backward(subject, example, request)
@@ -155,6 +155,16 @@ def timer_of(subject: Subject, request: ModelRequest) -> Timer:
         bare=partial(bare_step, step),
         summary=partial(put_together, [place.name for place in places]),
     )
+
+
+def layers_of(subject: Subject, example: Example, request: ModelRequest) -> list[Place]:
+    """The layers of a model; where only a run tells them, after one."""
+    model = subject.model
+    if request.patterns is not None or repeats(model):
+        return find_layers(model, request.patterns)
+    with untouched(model), watch(model) as flow:
+        _backward(subject, example, request)
+    return flow.places
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,9 @@ from gradflow.runs.records import Run
 from gradflow.showing.tables import run_view
 from gradflow.showing.terminal import print_view
 from gradflow.specs.run_options import RunOptions
-from gradflow.watching.discovery import find_layers
-from gradflow.watching.parameters import ParameterWatch, owned_parameters
+from gradflow.watching.discovery import Place, find_layers, repeats
+from gradflow.watching.loops import called_again, candidates
+from gradflow.watching.parameters import ParameterWatch
 from gradflow.watching.passes import Pass
 from gradflow.watching.ranks import ranks_of, sharded_again, unwrapped
 from gradflow.watching.recorder import Recorder
@@ -70,6 +71,11 @@ class Flow:
                 found["ranks"] = self._ranks.count
             self._run = to_run(self._watched, self._tallies, self._options, found)
         return self._run
+
+    @property
+    def places(self) -> list[Place]:
+        """The modules that are watched; a model that has not run may still show others."""
+        return self._watched.layers
 
     @property
     def layers(self) -> pd.DataFrame:
@@ -135,7 +141,7 @@ class Flow:
         """Say that a training step is over, where no torch optimizer says it."""
         if not self._recorder.ran:
             return
-        passes = self._recorder.close()
+        passes = self._settle(self._recorder.close())
         if self._recorder.active and (passes or self._ranks):
             self._tallies += self._tally(passes)
             self._run = None
@@ -143,6 +149,19 @@ class Flow:
         self._parameters.reset()
         self._step += 1
         self._recorder.active = self._parameters.active = self._step % self._every == 0
+
+    def _settle(self, passes: list[Pass]) -> list[Pass]:
+        """The passes without the modules that do not count, which the first of them tell."""
+        if self._watched.kept is not None or not self._recorder.active:
+            return passes
+        mine = called_again(self._watched.places, passes), bool(passes)
+        votes = self._ranks.gather(mine) if self._ranks else [mine]
+        if any(ran for _, ran in votes):
+            kept = {i for again, _ in votes for i in again} or range(self._watched.found)
+            self._watched = replace(self._watched, kept=kept)
+            self._parameters.keep(self._watched.owned)
+            self._recorder.kept = kept
+        return [one for one in passes if one.only(self._recorder.kept)]
 
     def _tally(self, passes: Sequence[Pass]) -> list[Tally]:
         """The step, unless no layer has run; the only place that waits for device and ranks."""
@@ -232,8 +251,11 @@ def watch(
     if _is_compiled(model):
         torch.compiler.reset()  # graphs that exist do not see hooks that come later
     patterns = [layers] if isinstance(layers, str) else layers
-    places = find_layers(inner, patterns)
-    watched = Watched(inner, places, owned_parameters(places), ranks)
+    found = find_layers(inner, patterns)
+    if patterns is not None or repeats(inner):
+        watched = Watched(inner, found, len(found), ranks, range(len(found)))
+    else:
+        watched = Watched(inner, [*found, *candidates(inner, found)], len(found), ranks)
     # One state of one model, measured as its number format delivers it.
     options = replace(options or RunOptions(), seeds=1, timing=False, raw_range=True)
     flow = Flow(watched, every, options, scaler)

@@ -10,9 +10,8 @@ of shards are put together to those of whole parameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -56,11 +55,17 @@ class Seen:
         return not is_sharded(grad) and (self.identity, self.version) == (id(grad), grad._version)
 
 
-def owned_parameters(places: Sequence[Place]) -> list[Owned]:
-    """Every parameter of the layers once: tied ones belong to the first that has them."""
-    depth = {id(p.module): i for i, p in enumerate(places)}
+def owned_parameters(places: Sequence[Place], kept: Collection[int] | None = None) -> list[Owned]:
+    """Every parameter of the layers once: tied ones belong to the first that has them.
+
+    Args:
+        places: the layers.
+        kept: which of them count; None is all.
+    """
+    layers = [(i, p) for i, p in enumerate(places) if kept is None or i in kept]
+    depth = {id(layer.module): i for i, layer in layers}
     found: dict[int, Owned] = {}
-    for place, layer in enumerate(places):
+    for place, layer in layers:
         for name, parameter in layer.module.named_parameters():
             if is_lazy(parameter) or id(parameter) in found:
                 continue
@@ -89,7 +94,8 @@ class ParameterWatch:
     def __init__(self, owned: Sequence[Owned], ranks: Ranks | None = None) -> None:
         self.owned, self.ranks = owned, ranks
         self.active = True
-        self._parameters: list[Tensor] = [one.parameter for one in owned]
+        self._parameters: list[nn.Parameter] = [one.parameter for one in owned]
+        self._kept = {id(p) for p in self._parameters}
         self._copies: list[Tensor] = []
         self.reset()
 
@@ -103,17 +109,29 @@ class ParameterWatch:
 
     def hooks(self) -> Iterator[RemovableHandle]:
         """Hooks that see each gradient once it has been written."""
-        for i, parameter in enumerate(self._parameters):
+        hook = self._accumulated if self.ranks is None else self._wait
+        for parameter in self._parameters:
             if parameter.requires_grad:
-                hook = partial(self._accumulated, i) if self.ranks is None else self._wait
                 add = parameter.register_post_accumulate_grad_hook
                 yield add(hook)  # type: ignore[no-untyped-call]  # torch's stubs
 
-    def _accumulated(self, i: int, parameter: Tensor) -> None:
-        if self.active and parameter.grad is not None:
+    def keep(self, owned: Sequence[Owned]) -> None:
+        """Go on with some of the parameters, in this order."""
+        places = {id(p): i for i, p in enumerate(self._parameters)}
+        order = [places[id(one.parameter)] for one in owned]
+        self._copies, self._weights, self._updates = (
+            [values[i] for i in order] if values else []
+            for values in (self._copies, self._weights, self._updates)
+        )
+        self.owned = owned
+        self._parameters = [one.parameter for one in owned]
+        self._kept = {id(p) for p in self._parameters}
+
+    def _accumulated(self, parameter: Tensor) -> None:
+        if self.active and parameter.grad is not None and id(parameter) in self._kept:
             self._arrived = True
             with torch.no_grad():
-                self._see(i, parameter.grad)
+                self._see(parameter, parameter.grad)
 
     def _wait(self, _: Tensor) -> None:
         """Measure all gradients when backward ends: they are not averaged yet."""
@@ -125,14 +143,16 @@ class ParameterWatch:
     @torch.no_grad()
     def _written(self) -> None:
         self._waits = False
-        for i, parameter in enumerate(self._parameters):
+        for parameter in self._parameters:
             if self.active and parameter.grad is not None:
-                self._see(i, parameter.grad)
+                self._see(parameter, parameter.grad)
 
-    def _see(self, i: int, grad: Tensor) -> None:
+    def _see(self, parameter: Tensor, grad: Tensor) -> None:
         values = _values(grad)
         size = norm(values)
-        self._grads[i] = Seen(size, count_nonfinite(values, size), id(grad), grad._version)
+        self._grads[id(parameter)] = Seen(
+            size, count_nonfinite(values, size), id(grad), grad._version
+        )
 
     @torch.no_grad()
     def before_step(self) -> None:
@@ -159,12 +179,12 @@ class ParameterWatch:
     def _use(self) -> None:
         """Gradients as the optimizer uses them, where they have changed since they came."""
         self._arrived = False
-        for i, parameter in enumerate(self._parameters):
-            grad, seen = parameter.grad, self._grads.get(i)
+        for parameter in self._parameters:
+            grad, seen = parameter.grad, self._grads.get(id(parameter))
             if grad is not None and seen is None:
-                self._see(i, grad)
+                self._see(parameter, grad)
             elif grad is not None and seen is not None and not seen.still(grad):
-                self._used[i] = norm(_values(grad))
+                self._used[id(parameter)] = norm(_values(grad))
 
     @torch.no_grad()
     def read(self) -> list[Tensor]:
@@ -178,13 +198,14 @@ class ParameterWatch:
         )
         rows: list[Tensor] = []
         for i in places:
-            seen = self._grads.get(i)
+            key = id(self._parameters[i])
+            seen = self._grads.get(key)
             count = seen.nonfinite if seen else missing
             rows += [
                 self._weights[i],
                 seen.size if seen else missing,
                 count.double() if isinstance(count, Tensor) else none,
-                self._used.get(i, seen.size if seen else missing),
+                self._used.get(key, seen.size if seen else missing),
                 self._updates[i] if self._updates else missing,
             ]
         return torch.stack(rows).view(-1, len(COLUMNS))

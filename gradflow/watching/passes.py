@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -131,6 +132,11 @@ class Pass:
             call.x.enters.append(call)
         self.calls.append(call)
         return y
+
+    def only(self, kept: Collection[int]) -> bool:
+        """Leave out the calls of other places; whether some are left."""
+        self.calls = [call for call in self.calls if call.place in kept]
+        return bool(self.calls)
 
     def close(self) -> None:
         """Take the hooks off the tensors and let go of every gradient."""

@@ -6,7 +6,7 @@ accumulation, or one loss over two calls of the model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 
 import torch
@@ -31,6 +31,7 @@ class Recorder:
         paused: the model runs without gradients, as in an evaluation.
         muted: what runs is left out.
         ran: a layer has been called since the step began, measured or not.
+        kept: the places that count.
     """
 
     def __init__(self, places: Sequence[Place]) -> None:
@@ -40,6 +41,7 @@ class Recorder:
         self.active = True
         self.paused = self.muted = False
         self.ran = False
+        self.kept: Collection[int] = range(len(places))
 
     def begin(self) -> None:
         """The model is called: a new pass, unless a checkpoint calls it again."""
@@ -73,7 +75,7 @@ class Recorder:
 
     def enter(self, place: int, given: object) -> None:
         """A layer is about to run on what it is given."""
-        if not self.watches():
+        if not self.watches() or place not in self.kept:
             return
         current = self.current()
         call = Call(place, current.counted(place))
@@ -85,7 +87,7 @@ class Recorder:
 
     def leave(self, place: int, output: object) -> None:
         """A layer has returned its output."""
-        if not self.active or not self.passes or in_transform():
+        if not self.active or not self.passes or place not in self.kept or in_transform():
             return
         current = self.passes[-1]
         if in_backward():

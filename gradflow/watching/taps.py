@@ -46,6 +46,8 @@ class Traced:
         self.ran = True
         if in_backward() or not self.recorder.watches() or not x.numel():
             return
+        if place not in self.recorder.kept:
+            return
         current = self.recorder.current()
         tap = self.recorder.tap(current, x)
         tap.hooked = graph
