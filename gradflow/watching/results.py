@@ -24,7 +24,8 @@ from gradflow.runs.summary import Summary
 from gradflow.specs.model_spec import ModelSpec, Spec
 from gradflow.specs.run_options import RunOptions
 from gradflow.watching.discovery import Place, unit_name
-from gradflow.watching.parameters import MISSING, Owned, owned_parameters
+from gradflow.watching.graphed import MISSING
+from gradflow.watching.parameters import Owned, owned_parameters
 from gradflow.watching.ranks import Ranks, class_of
 from gradflow.watching.sums import Columns
 from gradflow.watching.tally import Key, Tally, in_order

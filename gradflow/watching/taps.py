@@ -84,14 +84,18 @@ _LIVE: dict[int, Traced] = {}
 _NUMBERS = count()
 
 
-@torch.library.custom_op("gradflow::tap", mutates_args=())
+# They call Python and keep what they find: reduce-overhead captures what lies between them.
+OUTSIDE_GRAPHS = torch.Tag.cudagraph_unsafe
+
+
+@torch.library.custom_op("gradflow::tap", mutates_args=(), tags=OUTSIDE_GRAPHS)
 def _tap(x: Tensor, watcher: int, place: int, entering: bool, graph: bool) -> Tensor:
     if watcher in _LIVE:
         _LIVE[watcher].forward(x, place, entering=entering, graph=graph)
     return x.clone()
 
 
-@torch.library.custom_op("gradflow::tap_gradient", mutates_args=())
+@torch.library.custom_op("gradflow::tap_gradient", mutates_args=(), tags=OUTSIDE_GRAPHS)
 def _tap_gradient(g: Tensor, watcher: int, place: int, entering: bool) -> Tensor:
     if watcher in _LIVE:
         _LIVE[watcher].backward(g, place, entering=entering)
