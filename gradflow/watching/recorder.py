@@ -110,9 +110,12 @@ class Recorder:
             if y is not None and y.numel():
                 self._hook(current, current.complete(call, self.tap(current, y)), y)
 
-    def gradient(self, owner: Pass, tap: Tap, g: Tensor) -> None:
-        """The gradient of a watched tensor has come."""
-        if owner not in self.passes or not (self.active or owner.captured):
+    def gradient(self, owner: Pass, tap: Tap, g: Tensor | None) -> None:
+        """The gradient of a watched tensor has come; None is that of one of its siblings.
+
+        A hook on a piece, as of `chunk`, is called for every piece.
+        """
+        if g is None or owner not in self.passes or not (self.active or owner.captured):
             return
         with torch.no_grad():
             owner.arrived = True

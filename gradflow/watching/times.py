@@ -72,7 +72,7 @@ class Marks:
         if self.last is not None and call.x is self.last[1]:
             call.below = self.last[0]
         elif call.x is not None and call.x.requires_grad:
-            call.x.register_hook(lambda _: self._below(call))  # type: ignore[no-untyped-call]  # torch's stubs
+            call.x.register_hook(lambda g: self._below(call, g))  # type: ignore[no-untyped-call]  # torch's stubs
         call.entered = self.mark()
 
     def leave(self, place: int, output: object) -> None:
@@ -88,13 +88,15 @@ class Marks:
         call.x = None
         if y is not None and y.requires_grad:
             self.last = call, y
-            y.register_hook(lambda _: self._above(call))  # type: ignore[no-untyped-call]  # torch's stubs
+            y.register_hook(lambda g: self._above(call, g))  # type: ignore[no-untyped-call]  # torch's stubs
 
-    def _above(self, call: _Call) -> None:
-        call.from_above = self.mark()
+    def _above(self, call: _Call, g: Tensor | None) -> None:
+        if g is not None:  # nor that of another piece of one tensor
+            call.from_above = self.mark()
 
-    def _below(self, call: _Call) -> None:
-        call.to_below = self.mark()
+    def _below(self, call: _Call, g: Tensor | None) -> None:
+        if g is not None:
+            call.to_below = self.mark()
 
     def seconds(self) -> Seconds:
         """Forward and backward seconds of the calls that have both; may wait for the device."""
