@@ -40,7 +40,7 @@ def timer_for(spec: StackSpec | ModelRequest, options: RunOptions, device: torch
         MeasurementError: it does not fit into memory.
     """
     if isinstance(spec, ModelRequest):
-        from gradflow.models.model_runs import model_timer
+        from gradflow.models.model_times import model_timer
 
         return model_timer(spec, options, device)
     plan = make_plan(spec, options, device)

@@ -70,6 +70,21 @@ class Routed(Net):
         return y
 
 
+class Looped(nn.Module):
+    """One block for all steps: only a run tells that it is the layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(WIDTH, WIDTH)
+        self.blocks = nn.ModuleList([Gated()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for _ in range(3):
+            x = self.blocks[0](x)
+        return x
+
+
 @dataclass(frozen=True)
 class Job:
     """A training under watch.
@@ -84,6 +99,7 @@ class Job:
         evaluates: call the model without gradients before it is watched.
         every: that of `watch`.
         part: which part of how many one process alone takes.
+        layers: patterns of their names.
     """
 
     wrap: Callable[[nn.Module], nn.Module]
@@ -95,6 +111,7 @@ class Job:
     evaluates: bool = False
     every: int = 1
     part: tuple[int, int] = (0, 1)
+    layers: str | None = "blocks.*"
 
 
 def ddp(model: nn.Module) -> nn.Module:
@@ -129,11 +146,13 @@ JOBS = {
     "ddp, micro-batches": Job(ddp, pieces=2, every=2),
     "ddp, static graph": Job(static),
     "ddp, routed": Job(ddp_unused, Routed),
+    "ddp, looped": Job(ddp, Looped, layers=None),
     "ddp, nan": Job(ddp, spoil=True),
     "fsdp2": Job(sharded),
     "fsdp2, evaluated": Job(sharded, evaluates=True),
     "fsdp2, clipped": Job(sharded, clip=0.01),
     "fsdp2, micro-batches": Job(sharded, pieces=2, every=2),
+    "fsdp2, looped": Job(sharded, Looped, layers=None),
     "fsdp2, nan": Job(sharded, spoil=True),
 }
 FOUR = {"fsdp2, copies of shards": Job(hybrid), "fsdp2, empty shards": Job(sharded)}
@@ -163,7 +182,7 @@ def train(job: Job, rank: int = 0, count: int = 1) -> Flow:
     if job.evaluates:
         with torch.no_grad():
             model(batches(job, rank, count)[0])
-    with gradflow.watch(seen, "blocks.*", every=job.every, group=group) as flow:
+    with gradflow.watch(seen, job.layers, every=job.every, group=group) as flow:
         for x in batches(job, *((rank, count) if count > 1 else job.part)):
             optimizer.zero_grad()
             _backward(model, x, job.pieces)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ TYPES = {
     "gemma2": (f"{FEW} num_attention_heads=4 num_key_value_heads=2", "Gemma2ForCausalLM", 2),
     "bert": (f"{FEW} num_attention_heads=4", "BertModel", 2),
     "distilbert": (f"{FEW} n_heads=4", "DistilBertModel", 2),
+    "albert": (f"{FEW} num_attention_heads=4 embedding_size=16", "AlbertModel", 2),
     "t5": (f"{FEW} num_heads=4", "T5Model", 4),
     "bart": (FEW, "BartModel", 4),
     "vit": ("num_attention_heads=4 image_size=32", "ViTModel", 2),
@@ -82,6 +84,29 @@ def test_norms_are_those_of_autograd() -> None:
     below = out.hidden_states[:2]
     want = torch.autograd.grad((c / c.norm() * out.logits).sum(), below)
     got = [row.grad_norm for row in run.layer_records[:2]]
+    assert got == pytest.approx([float(g.norm()) for g in want], rel=1e-9)
+
+
+def test_the_shared_block_of_albert_has_a_row_for_each_call() -> None:
+    run = measure_model(
+        small("albert", depth=4), replace(OPTIONS, timing=True, repeats=1, time_budget=1e-9)
+    )
+    unit = "encoder.albert_layer_groups.0"
+    units = [unit, *(f"{unit}#{n}" for n in (2, 3, 4))]
+    assert [row.unit for row in run.layer_records] == ["input", *units]
+    assert [row.unit for row in run.time_records] == units
+    model = resolve(run.spec.request).model().double()
+    assert {row.unit for row in run.param_records} == {unit}  # all calls take part in its gradient
+    assert len(run.param_records) == len(list(model.get_submodule(unit).parameters()))
+    torch.manual_seed(0)
+    model = resolve(run.spec.request).model().double()
+    ids = torch.randint(29, (2, 5), generator=torch.Generator().manual_seed(0))
+    out = model(ids, output_hidden_states=True)
+    source = torch.Generator().manual_seed(0)
+    y = out.last_hidden_state
+    c = torch.randn(y.shape, generator=source, dtype=torch.float64)
+    want = torch.autograd.grad((c / c.norm() * y).sum(), out.hidden_states)
+    got = [row.grad_norm for row in run.layer_records]
     assert got == pytest.approx([float(g.norm()) for g in want], rel=1e-9)
 
 

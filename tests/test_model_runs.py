@@ -209,6 +209,7 @@ def test_timing_changes_no_number(steps: int) -> None:
     assert logs(timed) == logs(plain)
     assert [row.loss for row in timed.step_records] == [row.loss for row in plain.step_records]
     assert timed.time_records
+    assert timed.summary.forward_flop  # counted in a pass of its own
 
 
 def test_layers_that_run_again_in_the_backward_pass_have_no_times() -> None:

@@ -110,6 +110,21 @@ def test_the_table_fits_80_columns_whatever_is_in_it(
     assert ("…" in "".join(text)) == (depth > 11)  # none is cut
 
 
+def test_long_names_keep_the_end_that_tells_them_apart() -> None:
+    spec = spec_of(depth=2, block="transformer")
+    sizes = {"gain": 1.0, "skip_gain": 1.0, "branch_gain": 1.0, "act_rms": 1.0, "forward_s": 1.0}
+    rows = [
+        replace(row, unit=f"model.language_model.encoder.layers.{row.layer}#{row.layer + 9}")
+        for row in layer_rows(spec, [0.0] * 5, log10_param_grad_norm=1.0, backward_s=1.0, **sizes)
+    ]
+    text = lines(layer_table(run_of(spec, rows, times=[TIME])))
+    assert max(map(len, text)) <= 80
+    names = [line.split()[1] for line in text[1:]]
+    assert all(name.startswith("…") for name in names)
+    assert [name[-len("layers.0#9") :].lstrip(".") for name in names[:1]] == ["layers.0#9"]
+    assert names[-1].endswith("layers.2#11")
+
+
 def test_columns_that_nothing_fills_are_left_out() -> None:
     spec = spec_of(depth=1)
     bare = LayerRecord(0, 0, 0, "input", 1.0, 1.0, 1.0, 0.0)

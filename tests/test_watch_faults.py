@@ -98,7 +98,9 @@ def named(run: Run, *words: str) -> bool:
 
 
 def test_a_nan_in_the_forward_pass() -> None:
-    summary = watched(Model("nan")).summary
+    run = watched(Model("nan"))
+    assert run.warnings == ()  # the verdict says it all
+    summary = run.summary
     assert (summary.verdict, summary.first_unit, summary.first_pass) == (
         "nonfinite",
         NAME,
@@ -116,6 +118,8 @@ def test_an_infinity_in_the_backward_pass_alone() -> None:
     rows = {row.unit: row for row in run.layer_records}
     assert rows[NAME].nonfinite == 0
     assert rows[f"blocks.{PLACE - 1}"].nonfinite == 1
+    # Of the two, it is the block above that has lost them.
+    assert named(run, "backward pass", f"blocks.{PLACE - 1}")
 
 
 def test_a_detached_layer() -> None:

@@ -55,6 +55,22 @@ def test_micro_batches_give_the_numbers_of_the_batch() -> None:
     assert column(flows[1], "nonfinite") == [0, 0, 0]
 
 
+def test_micro_batches_may_be_pieces_of_a_tensor_with_a_gradient() -> None:
+    """A hook on a piece is called for all of them, with no gradient for the others."""
+    flows = []
+    for pieces in (1, 4):
+        model, x = model_of(), batch().requires_grad_()
+        with gradflow.watch(model, "blocks.*") as flow:
+            for piece in x.chunk(pieces):
+                y = piece
+                for block in model.blocks:
+                    y = block(y)
+                y.square().sum().backward(retain_graph=True)
+        flows.append(flow)
+    for name in ("act_rms", "grad_norm", "gain"):
+        assert column(flows[1], name) == pytest.approx(column(flows[0], name), rel=1e-12)
+
+
 def test_micro_batches_of_two_sizes_count_by_their_elements() -> None:
     x, flows = batch(), []
     for sizes in ([8], [2, 6]):

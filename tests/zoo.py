@@ -132,6 +132,46 @@ class Recursive(Chain):
         return x
 
 
+class Inner(nn.Module):
+    """Holds one block, and runs it three times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.groups = nn.ModuleList([Residual()])
+        self.steps = nn.Embedding(3, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i in range(3):
+            x = self.groups[0](x + self.steps.weight[i])
+        return x
+
+
+class Universal(nn.Module):
+    """One block for all steps, deep inside; a part that the loss does not see comes last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.encoder = nn.Linear(WIDTH, WIDTH), Inner()
+        self.pooler = nn.Sequential(nn.Linear(WIDTH, 2), nn.Tanh())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.encoder(self.first(x))
+        self.pooler(y)
+        return y
+
+
+class LoopedStack(nn.Module):
+    """Two blocks, run through twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(Residual(), Residual())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.blocks(self.blocks(x))
+        return y
+
+
 class Checkpointed(Chain):
     """Layers are run again in backward."""
 
@@ -447,7 +487,9 @@ ZOO: dict[str, Animal] = {
     "dataclass": Animal(lambda: chain(Dataclass), 3),
     "keywords": Animal(lambda: chain(Residual, Keywords), 3),
     "shared": Animal(shared, 3),
-    "recursive": Animal(lambda: chain(Residual, Recursive, depth=1), 4),
+    "recursive": Animal(lambda: chain(Residual, Recursive, depth=1), 3),
+    "universal": Animal(Universal, 3),
+    "looped stack": Animal(LoopedStack, 4),
     "checkpoint": Animal(lambda: chain(Residual, Checkpointed), 3),
     "reentrant checkpoint": Animal(lambda: chain(Residual, Reentrant), 3),
     "skipped layer": Animal(lambda: chain(Residual, Skipping), 2),

@@ -1,4 +1,4 @@
-"""Floating-point operations of a stack's passes, counted from the operations that torch runs."""
+"""Floating-point operations of passes, counted from the operations that torch runs."""
 
 from __future__ import annotations
 
@@ -23,15 +23,21 @@ FORMULAS: dict[Any, Callable[..., int]] = flop_registry | {
 }
 
 
+# How formulas refuse shapes that they do not know.
+REFUSALS = (AssertionError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError)
+
+
 class FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's stubs
     """Adds up `total` while it is entered.
+
+    `is_complete` says whether torch's formulas took everything that they are for.
 
     Torch's own `FlopCounterMode` follows modules by hooks, which `torch.autograd.grad` refuses.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's stubs
-        self.total = 0
+        self.total, self.is_complete = 0, True
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -44,7 +50,10 @@ class FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch'
         found = func(*args, **(kwargs or {}))
         formula = FORMULAS.get(func.overloadpacket)
         if formula is not None:
-            self.total += formula(*args, **(kwargs or {}), out_val=found)
+            try:
+                self.total += formula(*args, **(kwargs or {}), out_val=found)
+            except REFUSALS:
+                self.is_complete = False
         return found
 
 

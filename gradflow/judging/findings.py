@@ -37,11 +37,24 @@ def findings(
         params: their parameters.
         spec: tells which layers are of one kind.
     """
+    yield from _lost_on_the_way(rows)
     yield from _without_gradient(rows)
     yield from _frozen(rows)
     yield from _without_shortcut(rows, spec)
     yield from _other_scale(params, spec)
     yield from _out_of_range(rows)
+
+
+def _lost_on_the_way(rows: Sequence[LayerRecord]) -> Iterator[str]:
+    """The layer whose backward pass is given finite numbers and hands on others."""
+    if not all(math.isfinite(row.act_max_abs or 0.0) for row in rows):
+        return  # it follows from what the verdict names
+    for below, row in pairwise(rows):
+        if below.nonfinite and row.nonfinite == 0:
+            yield (
+                f"{row.unit}: the gradient at its output is finite, that at {below.unit} is not; "
+                "values are lost in the backward pass between the two."
+            )
 
 
 def _without_gradient(rows: Sequence[LayerRecord]) -> Iterator[str]:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from functools import partial
 from itertools import count
-from pathlib import Path
 from statistics import mean, median
 from time import perf_counter
 from typing import Any
@@ -18,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from gradflow.engine.environment import describe, resolve_device
+from gradflow.engine.matmul import matmul_flop_per_s
 from gradflow.engine.memory import available_bytes, peak_bytes, reset_peak
-from gradflow.engine.timing import Clock, Timer, clock_for, take_times
+from gradflow.engine.timing import Clock, clock_for, take_times
 from gradflow.errors import MeasurementError, is_out_of_memory
 from gradflow.judging.cost import with_times
 from gradflow.judging.outcome import summary_of
@@ -27,8 +24,9 @@ from gradflow.judging.verdict import summarise
 from gradflow.learning.training import Problem, step_record, train
 from gradflow.models.batches import Example
 from gradflow.models.hugging_face import resolve
-from gradflow.models.one_pass import untouched
-from gradflow.models.subjects import Subject, build_subject
+from gradflow.models.model_times import timer_of
+from gradflow.models.one_pass import settings_kept, untouched
+from gradflow.models.subjects import Subject, backward, build_subject
 from gradflow.runs.records import Run, StepRecord, Timing, first_step
 from gradflow.specs.located import users_own
 from gradflow.specs.model_request import ModelRequest, without_digest
@@ -36,8 +34,6 @@ from gradflow.specs.model_spec import ModelSpec
 from gradflow.specs.run_options import RunOptions
 from gradflow.units import gib
 from gradflow.watching import watch
-from gradflow.watching.discovery import find_layers
-from gradflow.watching.times import bare_step, put_together, timed_step
 
 Progress = Callable[[str, int, int], None]
 # Parameters and their gradients; with them, training has two moments and the values before.
@@ -91,20 +87,6 @@ def measure_model(
     return _to_run(request, options, found, when, device)
 
 
-@contextmanager
-def settings_kept() -> Iterator[None]:
-    """What a user's code may change for all that comes after it is put back at the end."""
-    grad, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
-    threads, folder = torch.get_num_threads(), Path.cwd()
-    try:
-        yield
-    finally:
-        torch.set_grad_enabled(grad)
-        torch.set_default_dtype(dtype)
-        torch.set_num_threads(threads)
-        os.chdir(folder)
-
-
 def check_memory(request: ModelRequest, options: RunOptions, device: torch.device) -> None:
     """Refuse a model of `transformers` that cannot fit before the system kills the process.
 
@@ -124,12 +106,6 @@ def _too_large(request: ModelRequest, needed: int | None, free: int) -> str:
     return f"out of memory: {name} {size}, {gib(free)} are free; lower {lower}"
 
 
-def model_timer(request: ModelRequest, options: RunOptions, device: torch.device) -> Timer:
-    """Times the first seed of a model."""
-    with settings_kept():
-        return timer_of(build_subject(request, options.seed, device, options), request)
-
-
 def model_bytes(request: ModelRequest, options: RunOptions) -> int:
     """Parameters and gradients of a model of `transformers`; of others nothing is known."""
     if not request.is_from_library:
@@ -139,22 +115,6 @@ def model_bytes(request: ModelRequest, options: RunOptions) -> int:
         numbers = build.parameters
     copies = TRAINED_COPIES if options.steps else COPIES
     return numbers * copies * int(getattr(torch, request.dtype).itemsize)
-
-
-def timer_of(subject: Subject, request: ModelRequest) -> Timer:
-    """Times a model with its first batch; parameters' `.grad` are None afterwards."""
-    model, example = subject.model, next(subject.batches())
-    places = find_layers(model, request.patterns)
-
-    def step() -> None:
-        _backward(subject, example, request)
-        model.zero_grad(set_to_none=True)
-
-    return Timer(
-        timed=partial(timed_step, places, step),
-        bare=partial(bare_step, step),
-        summary=partial(put_together, [place.name for place in places]),
-    )
 
 
 @dataclass(frozen=True)
@@ -193,7 +153,11 @@ class _Work:
         def tick() -> None:
             self.progress("timing", min(next(done), self.options.repeats), self.options.repeats)
 
-        return take_times(timer_of(subject, self.request), self.options, self.clock, tick)
+        found = take_times(timer_of(subject, self.request), self.options, self.clock, tick)
+        if found is None:
+            return None
+        rate = matmul_flop_per_s(self.device, self.request.dtype, self.clock)
+        return replace(found, matmul_flop_per_s=rate)
 
     def _watch(self, subject: Subject, seed: int, found: _Found) -> None:
         marks = [self.clock.mark()]
@@ -228,15 +192,8 @@ def watched(
     limits = RunOptions(seed=seed, vanishing=options.vanishing, exploding=options.exploding)
     model = subject.model
     with untouched(model), watch(model, request.patterns, options=limits) as flow:
-        loss = _backward(subject, example, request)
+        loss = backward(subject, example, request)
     return flow.run, loss.item()
-
-
-def _backward(subject: Subject, example: Example, request: ModelRequest) -> Tensor:
-    with users_own(without_digest(request.model)), torch.enable_grad():
-        loss = subject.loss(subject.model, example)
-        loss.backward()  # type: ignore[no-untyped-call]  # torch's stubs
-    return loss.detach()
 
 
 def _at_step(run: Run, step: int) -> Run:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,6 +46,20 @@ def projection(output: Any, seed: int) -> Tensor:
 
 def _generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+@contextmanager
+def settings_kept() -> Iterator[None]:
+    """What a user's code may change for all that comes after it is put back at the end."""
+    grad, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
+    threads, folder = torch.get_num_threads(), Path.cwd()
+    try:
+        yield
+    finally:
+        torch.set_grad_enabled(grad)
+        torch.set_default_dtype(dtype)
+        torch.set_num_threads(threads)
+        os.chdir(folder)
 
 
 @contextmanager

@@ -72,6 +72,14 @@ def build_subject(
     return _trained(subject, build, request, seed) if options.steps else subject
 
 
+def backward(subject: Subject, example: Example, request: ModelRequest) -> Tensor:
+    """One forward and one backward pass; returns the loss."""
+    with users_own(without_digest(request.model)), torch.enable_grad():
+        loss = subject.loss(subject.model, example)
+        loss.backward()  # type: ignore[no-untyped-call]  # torch's stubs
+    return loss.detach()
+
+
 def _whole(subject: Subject) -> Subject:
     """Lazy parameters get their sizes when the model is first called."""
     if any(map(is_lazy, subject.model.parameters())):

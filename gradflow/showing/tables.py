@@ -21,6 +21,7 @@ from gradflow.judging.theory_words import theory_sentence
 from gradflow.runs.records import LayerRecord, Run
 from gradflow.runs.summary import Summary
 from gradflow.showing.training_tables import training_lines
+from gradflow.showing.unit_cells import UnitCell
 from gradflow.specs.recipe import training_line
 from gradflow.specs.spec import StackSpec
 from gradflow.specs.user_code import shown
@@ -122,9 +123,9 @@ def end_rows(records: Iterable[LayerRecord]) -> tuple[list[LayerRecord], int]:
 
 def _cells(
     row: LayerRecord, shown: Sequence[Column], timed: Sequence[tuple[str, str]]
-) -> Iterator[str]:
+) -> Iterator[RenderableType]:
     yield str(row.layer)
-    yield row.unit
+    yield UnitCell(row.unit)
     for column in shown:
         yield number(getattr(row, column.field), column.digits)
     for _, field in timed:

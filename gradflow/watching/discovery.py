@@ -63,6 +63,11 @@ def find_layers(model: nn.Module, patterns: Sequence[str] | None = None) -> list
     return _places(found or _top(model))
 
 
+def repeats(model: nn.Module) -> bool:
+    """Whether modules that have parts are repeated in it; then those are its layers."""
+    return bool(_blocks(model, "", leaves=False))
+
+
 Named = list[tuple[str, nn.Module]]
 
 

@@ -22,8 +22,10 @@ from gradflow.runs.records import Run
 from gradflow.showing.tables import run_view
 from gradflow.showing.terminal import print_view
 from gradflow.specs.run_options import RunOptions
-from gradflow.watching.discovery import find_layers
-from gradflow.watching.parameters import ParameterWatch, owned_parameters
+from gradflow.watching import graphs
+from gradflow.watching.discovery import Place, find_layers, repeats
+from gradflow.watching.loops import called_again, candidates
+from gradflow.watching.parameters import ParameterWatch
 from gradflow.watching.passes import Pass
 from gradflow.watching.ranks import ranks_of, sharded_again, unwrapped
 from gradflow.watching.recorder import Recorder
@@ -48,6 +50,7 @@ class Flow:
         self._watched, self._every, self._options = watched, every, options
         self._scaler, self._ranks = scaler, watched.ranks
         self._recorder = Recorder(watched.places)
+        self._recorder.prepare(p.device for p in watched.model.parameters())
         self._parameters = ParameterWatch(watched.owned, watched.ranks)
         self._tallies: list[Tally] = []
         self._run: Run | None = None
@@ -70,6 +73,11 @@ class Flow:
                 found["ranks"] = self._ranks.count
             self._run = to_run(self._watched, self._tallies, self._options, found)
         return self._run
+
+    @property
+    def places(self) -> list[Place]:
+        """The modules that are watched; a model that has not run may still show others."""
+        return self._watched.layers
 
     @property
     def layers(self) -> pd.DataFrame:
@@ -133,25 +141,53 @@ class Flow:
 
     def end_step(self) -> None:
         """Say that a training step is over, where no torch optimizer says it."""
-        if not self._recorder.ran:
-            return
-        passes = self._recorder.close()
-        if self._recorder.active and (passes or self._ranks):
-            self._tallies += self._tally(passes)
+        recorder = self._recorder
+        if graphs.is_capturing():  # and nothing of it has run
+            recorder.close()
+            self._parameters.reset()
+        elif recorder.ran or recorder.captured:
+            self._end(self._settle(recorder.close()))
+
+    def _end(self, passes: list[Pass]) -> None:
+        """Keep what was measured; a step of graphs that were not replayed is none."""
+        recorder = self._recorder
+        found: list[Tally] = []
+        if recorder.active and (passes or recorder.captured or self._ranks):
+            found = self._tally(passes)
+            self._tallies += found
             self._run = None
-        self._recorder.release()
-        self._parameters.reset()
-        self._step += 1
-        self._recorder.active = self._parameters.active = self._step % self._every == 0
+        recorder.release()
+        self._parameters.release()
+        if found or passes or not recorder.active or not recorder.captured:
+            self._step += 1
+        recorder.active = self._parameters.active = self._step % self._every == 0
+
+    def _settle(self, passes: list[Pass]) -> list[Pass]:
+        """The passes without the modules that do not count, which the first of them tell."""
+        if self._watched.kept is not None or not self._recorder.active:
+            return passes
+        recorder = self._recorder
+        all_passes = [*passes, *recorder.captured]
+        mine = called_again(self._watched.places, all_passes), bool(all_passes)
+        votes = self._ranks.gather(mine) if self._ranks else [mine]
+        if any(ran for _, ran in votes):
+            kept = {i for again, _ in votes for i in again} or range(self._watched.found)
+            self._watched = replace(self._watched, kept=kept)
+            self._parameters.keep(self._watched.owned)
+            recorder.kept = kept
+        recorder.captured = [one for one in recorder.captured if one.only(recorder.kept)]
+        return [one for one in passes if one.only(recorder.kept)]
 
     def _tally(self, passes: Sequence[Pass]) -> list[Tally]:
         """The step, unless no layer has run; the only place that waits for device and ranks."""
+        captured = self._recorder.captured
         pools = list(self._recorder.pools.values())
+        pools += self._recorder.graph_pools.values() if captured else ()
         own = self._parameters.read()
         tables, others = to_host(pools, [*own, *scale_of(self._scaler)])
         scale = float(others[-1][0]) if len(others) > len(own) else 1.0
         params = self._parameters.whole(self._parameters.in_order(others[: len(own)]))
-        mine = seen(passes, tables)
+        mine = seen([*passes, *(one for one in captured if one.was_replayed(tables))], tables)
         parts = self._ranks.gather(mine) if self._ranks else [mine]
         return tally(self._step, parts, params, scale)
 
@@ -232,8 +268,11 @@ def watch(
     if _is_compiled(model):
         torch.compiler.reset()  # graphs that exist do not see hooks that come later
     patterns = [layers] if isinstance(layers, str) else layers
-    places = find_layers(inner, patterns)
-    watched = Watched(inner, places, owned_parameters(places), ranks)
+    found = find_layers(inner, patterns)
+    if patterns is not None or repeats(inner):
+        watched = Watched(inner, found, len(found), ranks, range(len(found)))
+    else:
+        watched = Watched(inner, [*found, *candidates(inner, found)], len(found), ranks)
     # One state of one model, measured as its number format delivers it.
     options = replace(options or RunOptions(), seeds=1, timing=False, raw_range=True)
     flow = Flow(watched, every, options, scaler)

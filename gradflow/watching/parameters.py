@@ -10,9 +10,8 @@ of shards are put together to those of whole parameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -22,13 +21,13 @@ from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from gradflow.stats import count_nonfinite, norm
+from gradflow.watching import graphs
 from gradflow.watching.discovery import Place
+from gradflow.watching.graphed import COLUMNS, MISSING, GraphedParameters
 from gradflow.watching.ranks import Ranks, copies, is_sharded, local
 
-COLUMNS = ("norm", "grad", "nonfinite", "used", "update")
 # Of these powers of a shard's numbers the sum is that of the whole parameter.
 POWERS = np.array([1 if name == "nonfinite" else 2 for name in COLUMNS])
-MISSING = -1.0
 # Below so many elements a call costs more than what it computes.
 SMALL = 1 << 13
 
@@ -56,11 +55,17 @@ class Seen:
         return not is_sharded(grad) and (self.identity, self.version) == (id(grad), grad._version)
 
 
-def owned_parameters(places: Sequence[Place]) -> list[Owned]:
-    """Every parameter of the layers once: tied ones belong to the first that has them."""
-    depth = {id(p.module): i for i, p in enumerate(places)}
+def owned_parameters(places: Sequence[Place], kept: Collection[int] | None = None) -> list[Owned]:
+    """Every parameter of the layers once: tied ones belong to the first that has them.
+
+    Args:
+        places: the layers.
+        kept: which of them count; None is all.
+    """
+    layers = [(i, p) for i, p in enumerate(places) if kept is None or i in kept]
+    depth = {id(layer.module): i for i, layer in layers}
     found: dict[int, Owned] = {}
-    for place, layer in enumerate(places):
+    for place, layer in layers:
         for name, parameter in layer.module.named_parameters():
             if is_lazy(parameter) or id(parameter) in found:
                 continue
@@ -89,7 +94,9 @@ class ParameterWatch:
     def __init__(self, owned: Sequence[Owned], ranks: Ranks | None = None) -> None:
         self.owned, self.ranks = owned, ranks
         self.active = True
-        self._parameters: list[Tensor] = [one.parameter for one in owned]
+        self._parameters: list[nn.Parameter] = [one.parameter for one in owned]
+        self._kept = {id(p) for p in self._parameters}
+        self._graphed = GraphedParameters(map(local, self._parameters), graphs.KINDS)
         self._copies: list[Tensor] = []
         self.reset()
 
@@ -101,23 +108,40 @@ class ParameterWatch:
         self._weights: list[Tensor] = []
         self._updates: list[Tensor] = []
 
+    def release(self) -> None:
+        """The numbers of the step have been read."""
+        self.reset()
+        self._graphed.release()
+
     def hooks(self) -> Iterator[RemovableHandle]:
         """Hooks that see each gradient once it has been written."""
-        for i, parameter in enumerate(self._parameters):
+        hook = self._accumulated if self.ranks is None else self._wait
+        for parameter in self._parameters:
             if parameter.requires_grad:
-                hook = partial(self._accumulated, i) if self.ranks is None else self._wait
                 add = parameter.register_post_accumulate_grad_hook
                 yield add(hook)  # type: ignore[no-untyped-call]  # torch's stubs
 
-    def _accumulated(self, i: int, parameter: Tensor) -> None:
-        if self.active and parameter.grad is not None:
+    def keep(self, owned: Sequence[Owned]) -> None:
+        """Go on with some of the parameters, in this order."""
+        places = {id(p): i for i, p in enumerate(self._parameters)}
+        order = [places[id(one.parameter)] for one in owned]
+        self._copies, self._weights, self._updates = (
+            [values[i] for i in order] if values else []
+            for values in (self._copies, self._weights, self._updates)
+        )
+        self.owned = owned
+        self._parameters = [one.parameter for one in owned]
+        self._kept = {id(p) for p in self._parameters}
+
+    def _accumulated(self, parameter: Tensor) -> None:
+        if self._watches() and parameter.grad is not None and id(parameter) in self._kept:
             self._arrived = True
             with torch.no_grad():
-                self._see(i, parameter.grad)
+                self._see(parameter, parameter.grad)
 
     def _wait(self, _: Tensor) -> None:
         """Measure all gradients when backward ends: they are not averaged yet."""
-        if self.active and not self._waits:
+        if self._watches() and not self._waits:
             self._waits = self._arrived = True
             # A callback of a callback comes after those by which DDP and FSDP2 finish.
             at_end_of_backward(lambda: at_end_of_backward(self._written))
@@ -125,51 +149,74 @@ class ParameterWatch:
     @torch.no_grad()
     def _written(self) -> None:
         self._waits = False
-        for i, parameter in enumerate(self._parameters):
-            if self.active and parameter.grad is not None:
-                self._see(i, parameter.grad)
+        for parameter in self._parameters:
+            if self._watches() and parameter.grad is not None:
+                self._see(parameter, parameter.grad)
 
-    def _see(self, i: int, grad: Tensor) -> None:
+    def _see(self, parameter: Tensor, grad: Tensor) -> None:
         values = _values(grad)
         size = norm(values)
-        self._grads[i] = Seen(size, count_nonfinite(values, size), id(grad), grad._version)
+        count = count_nonfinite(values, size)
+        self._grads[id(parameter)] = Seen(size, count, id(grad), grad._version)
+        if graphs.is_capturing():
+            self._graphed.seen.add(id(parameter))
+            self._graphed.put(parameter, "grad", size)
+            self._graphed.put(parameter, "nonfinite", count)
+
+    def _watches(self) -> bool:
+        """Whether what happens now is measured: what a graph captures always is."""
+        return self.active or graphs.is_capturing()
 
     @torch.no_grad()
     def before_step(self) -> None:
         """The optimizer is about to step: gradients as it uses them, and the weights."""
-        if not self.active:
+        if not self._watches():
             return
         parameters = self._local()
         self._copies = self._copies or [torch.empty_like(p) for p in parameters]
         torch._foreach_copy_(self._copies, parameters)
         self._weights = norms(self._copies)
+        self._put("norm", self._weights)
         self._use()
 
     @torch.no_grad()
     def after_step(self) -> None:
         """The optimizer has stepped."""
-        if not self.active:
+        if not self._watches():
             return
         if self._arrived:
             self._use()  # the optimizer has called a closure, which clips on its own
         if self._weights:
             torch._foreach_sub_(self._copies, self._local())
             self._updates = norms(self._copies)
+            self._put("update", self._updates)
+
+    def _put(self, name: str, values: Sequence[Tensor]) -> None:
+        if graphs.is_capturing():
+            self._graphed.steps = True
+            for parameter, value in zip(self._parameters, values, strict=True):
+                self._graphed.put(parameter, name, value)
 
     def _use(self) -> None:
         """Gradients as the optimizer uses them, where they have changed since they came."""
         self._arrived = False
-        for i, parameter in enumerate(self._parameters):
-            grad, seen = parameter.grad, self._grads.get(i)
-            if grad is not None and seen is None:
-                self._see(i, grad)
-            elif grad is not None and seen is not None and not seen.still(grad):
-                self._used[i] = norm(_values(grad))
+        for parameter in self._parameters:
+            key, grad = id(parameter), parameter.grad
+            if grad is None:
+                continue
+            seen = self._grads.get(key)
+            if seen is None and key not in self._graphed.seen:
+                self._see(parameter, grad)
+            elif seen is None or not seen.still(grad):
+                self._used[key] = norm(_values(grad))
+                if graphs.is_capturing():
+                    self._graphed.put(parameter, "used", self._used[key])
 
     @torch.no_grad()
     def read(self) -> list[Tensor]:
         """For each device a tensor (parameters there, `COLUMNS`); not seen is `MISSING`."""
-        self._weights = self._weights or norms(self._local())
+        if not self._weights and not self._graphed.steps:
+            self._weights = norms(self._local())
         return [self._table(device, places) for device, places in self._by_device().items()]
 
     def _table(self, device: torch.device, places: Sequence[int]) -> Tensor:
@@ -178,16 +225,18 @@ class ParameterWatch:
         )
         rows: list[Tensor] = []
         for i in places:
-            seen = self._grads.get(i)
+            key = id(self._parameters[i])
+            seen = self._grads.get(key)
             count = seen.nonfinite if seen else missing
             rows += [
-                self._weights[i],
+                self._weights[i] if self._weights else missing,
                 seen.size if seen else missing,
                 count.double() if isinstance(count, Tensor) else none,
-                self._used.get(i, seen.size if seen else missing),
+                self._used.get(key, seen.size if seen else missing),
                 self._updates[i] if self._updates else missing,
             ]
-        return torch.stack(rows).view(-1, len(COLUMNS))
+        found = torch.stack(rows).view(-1, len(COLUMNS))
+        return self._graphed.over(found, [self._parameters[i] for i in places])
 
     def in_order(self, tables: Sequence[np.ndarray]) -> np.ndarray:
         """The tables of `read` on the host, as one with a row for each of `owned`."""

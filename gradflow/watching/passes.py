@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -91,6 +92,7 @@ class Pass:
         held: gradients at the outputs of layers whose input's gradient has not come yet.
         handles: of the hooks on tensors.
         arrived: some gradient has come.
+        captured: it is part of a CUDA graph, and runs whenever that is replayed.
     """
 
     calls: list[Call] = field(default_factory=list)
@@ -100,6 +102,7 @@ class Pass:
     held: dict[int, Tensor] = field(default_factory=dict)
     handles: list[RemovableHandle] = field(default_factory=list)
     arrived: bool = False
+    captured: bool = False
 
     def know(self, x: Tensor, tap: Tap) -> None:
         """This tensor, as it is now, has this tap."""
@@ -131,6 +134,16 @@ class Pass:
             call.x.enters.append(call)
         self.calls.append(call)
         return y
+
+    def only(self, kept: Collection[int]) -> bool:
+        """Leave out the calls of other places; whether some are left."""
+        self.calls = [call for call in self.calls if call.place in kept]
+        return bool(self.calls)
+
+    def was_replayed(self, tables: Mapping[Pool, list[list[float]]]) -> bool:
+        """Whether the host has read numbers of this pass, of those that are captured."""
+        taps = (call.y for call in self.calls if call.y is not None)
+        return any(pool.times(tables[pool][row]) for pool, row in (tap.forward for tap in taps))
 
     def close(self) -> None:
         """Take the hooks off the tensors and let go of every gradient."""

@@ -6,13 +6,15 @@ accumulation, or one loss over two calls of the model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from gradflow.watching import graphs
 from gradflow.watching.discovery import Place
+from gradflow.watching.graphs import GraphPool
 from gradflow.watching.meter import Pool, measure_cross, measure_forward, measure_gradient
 from gradflow.watching.passes import Call, Pass, RowOf, Tap
 from gradflow.watching.streams import stream_of
@@ -31,6 +33,8 @@ class Recorder:
         paused: the model runs without gradients, as in an evaluation.
         muted: what runs is left out.
         ran: a layer has been called since the step began, measured or not.
+        kept: the places that count.
+        captured: passes that are part of CUDA graphs, and write to the `graph_pools`.
     """
 
     def __init__(self, places: Sequence[Place]) -> None:
@@ -40,6 +44,15 @@ class Recorder:
         self.active = True
         self.paused = self.muted = False
         self.ran = False
+        self.kept: Collection[int] = range(len(places))
+        self.captured: list[Pass] = []
+        self.graph_pools: dict[torch.device, GraphPool] = {}
+
+    def prepare(self, devices: Iterable[torch.device]) -> None:
+        """Lay out the memory that graphs write to: none can be had while one is captured."""
+        for device in set(devices):
+            if device.type in graphs.KINDS:
+                self.graph_pools[device] = GraphPool(device, len(self.places))
 
     def begin(self) -> None:
         """The model is called: a new pass, unless a checkpoint calls it again."""
@@ -52,7 +65,7 @@ class Recorder:
         if len(pending) >= MOST_PENDING:
             pending[0].close()
             self.passes.remove(pending[0])
-        self.passes.append(Pass())
+        self.passes.append(Pass(captured=graphs.is_capturing()))
 
     def end(self) -> None:
         """The model has returned."""
@@ -63,17 +76,17 @@ class Recorder:
         if self.paused or self.muted or in_backward() or in_transform():
             return False
         self.ran = True
-        return self.active
+        return self.active or graphs.is_capturing()
 
     def current(self) -> Pass:
         """The pass that runs; without the model's own call, one begins after each backward."""
         if not self.passes or self.passes[-1].arrived:
-            self.passes.append(Pass())
+            self.passes.append(Pass(captured=graphs.is_capturing()))
         return self.passes[-1]
 
     def enter(self, place: int, given: object) -> None:
         """A layer is about to run on what it is given."""
-        if not self.watches():
+        if not self.watches() or place not in self.kept:
             return
         current = self.current()
         call = Call(place, current.counted(place))
@@ -85,9 +98,11 @@ class Recorder:
 
     def leave(self, place: int, output: object) -> None:
         """A layer has returned its output."""
-        if not self.active or not self.passes or in_transform():
+        if not self.passes or place not in self.kept or in_transform():
             return
         current = self.passes[-1]
+        if not self.active and not current.captured:
+            return
         if in_backward():
             self._recomputed(current, place, output)
         elif call := current.returned(place):
@@ -95,13 +110,16 @@ class Recorder:
             if y is not None and y.numel():
                 self._hook(current, current.complete(call, self.tap(current, y)), y)
 
-    def gradient(self, owner: Pass, tap: Tap, g: Tensor) -> None:
-        """The gradient of a watched tensor has come."""
-        if not self.active or owner not in self.passes:
+    def gradient(self, owner: Pass, tap: Tap, g: Tensor | None) -> None:
+        """The gradient of a watched tensor has come; None is that of one of its siblings.
+
+        A hook on a piece, as of `chunk`, is called for every piece.
+        """
+        if g is None or owner not in self.passes or not (self.active or owner.captured):
             return
         with torch.no_grad():
             owner.arrived = True
-            pool, row = self._row(g.device)
+            pool, row = self._row(owner, g.device)
             half = tap.format in HALVES
             smallest = torch.finfo(tap.format).smallest_normal if half else None
             wide = measure_gradient(pool, row, g.detach(), smallest)
@@ -110,7 +128,7 @@ class Recorder:
 
     def tap(self, current: Pass, x: Tensor) -> Tap:
         """Measure a tensor, and know it again."""
-        pool, row = self._row(x.device)
+        pool, row = self._row(current, x.device)
         with torch.no_grad():
             measure_forward(pool, row, x.detach())
         tap = Tap(x.shape, x.dtype, _format(x), (pool, row))
@@ -118,8 +136,12 @@ class Recorder:
         return tap
 
     def close(self) -> list[Pass]:
-        """End the step; the passes in which a gradient came, or the last if none did."""
-        passes = [one for one in self.passes if one.calls]
+        """End the step; the passes in which a gradient came, or the last if none did.
+
+        Those that are captured are kept: they have not run yet.
+        """
+        self.captured += [one for one in self.passes if one.captured and one.calls]
+        passes = [one for one in self.passes if one.calls and not one.captured]
         for one in self.passes:
             one.close()
         self.passes, self.ran = [], False
@@ -127,10 +149,13 @@ class Recorder:
 
     def release(self) -> None:
         """The numbers of the step have been read: its rows can be written again."""
-        for pool in self.pools.values():
+        for pool in (*self.pools.values(), *self.graph_pools.values()):
             pool.release()
 
-    def _row(self, device: torch.device) -> RowOf:
+    def _row(self, owner: Pass, device: torch.device) -> RowOf:
+        if owner.captured:
+            graph_pool = self.graph_pools[device]
+            return graph_pool, graph_pool.take()
         if device not in self.pools:
             self.pools[device] = Pool(device)
         pool = self.pools[device]
@@ -156,7 +181,7 @@ class Recorder:
         """<dL/dx, dL/dy> of the layers that this gradient belongs to."""
         for call in tap.enters:
             if (above := owner.held.pop(id(call), None)) is not None:
-                pool, row = self._row(wide.device)
+                pool, row = self._row(owner, wide.device)
                 measure_cross(pool, row, wide, above.to(wide.device))
                 call.crosses.append((pool, row))
         owner_call = tap.leaves

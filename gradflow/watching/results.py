@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
@@ -24,7 +24,8 @@ from gradflow.runs.summary import Summary
 from gradflow.specs.model_spec import ModelSpec, Spec
 from gradflow.specs.run_options import RunOptions
 from gradflow.watching.discovery import Place, unit_name
-from gradflow.watching.parameters import MISSING, Owned
+from gradflow.watching.graphed import MISSING
+from gradflow.watching.parameters import Owned, owned_parameters
 from gradflow.watching.ranks import Ranks, class_of
 from gradflow.watching.sums import Columns
 from gradflow.watching.tally import Key, Tally, in_order
@@ -46,12 +47,32 @@ class Numbers:
 
 @dataclass(frozen=True)
 class Watched:
-    """What was watched: the model, its layers, their parameters, and the ranks that share it."""
+    """What is watched.
+
+    Attributes:
+        model: the model.
+        places: its layers, and behind them the candidates that may count in their stead.
+        found: how many of them are layers.
+        ranks: the processes that share the model.
+        kept: the places that count; None until the model has run.
+    """
 
     model: nn.Module
     places: Sequence[Place]
-    owned: Sequence[Owned]
+    found: int
     ranks: Ranks | None = None
+    kept: Collection[int] | None = None
+
+    @property
+    def layers(self) -> list[Place]:
+        """Those that count."""
+        kept = range(self.found) if self.kept is None else self.kept
+        return [self.places[i] for i in sorted(kept)]
+
+    @cached_property
+    def owned(self) -> list[Owned]:
+        """The parameters of the places that count, or may."""
+        return owned_parameters(self.places, self.kept)
 
     @cached_property
     def spans(self) -> dict[int, tuple[int, int]]:

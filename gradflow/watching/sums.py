@@ -156,14 +156,15 @@ def _gradient_columns(sums: Sums, scale: float) -> Columns:
 def _tap_sums(tap: Tap, tables: Tables) -> Sums:
     pool, row = tap.forward
     square, cosine, largest = tables[pool][row][: len(FORWARD)]
+    times = pool.times(tables[pool][row])
     pairs = _with_pairs(tap.shape, tokens=True)
     return Sums(
         format=tap.format,
-        numel=tap.shape.numel(),
+        numel=tap.shape.numel() * times,
         y_sq=square,
         y_max=largest,
         y_cos=cosine * pairs if pairs else 0.0,
-        y_pairs=pairs,
+        y_pairs=pairs * times,
         hooked=tap.hooked,
         **_gradient_sums(tap, tables),
     )
@@ -172,16 +173,17 @@ def _tap_sums(tap: Tap, tables: Tables) -> Sums:
 def _gradient_sums(tap: Tap, tables: Tables) -> dict[str, float]:
     """The numbers of every gradient that came."""
     rows = [tables[pool][row][: len(GRADIENT)] for pool, row in tap.gradients]
-    if not rows:
+    times = sum(pool.times(tables[pool][row]) for pool, row in tap.gradients)
+    if not times:
         return {}
     squares, nonzero, nonfinite, cosines, sizes, small = zip(*rows, strict=True)
     pairs = _with_pairs(tap.shape, tokens=False)
     return {
-        "g_numel": tap.shape.numel() * len(rows),
+        "g_numel": tap.shape.numel() * times,
         "g_sq": sum(squares),
         "g_max": _largest(sizes),
         "g_cos": sum(cosines) * pairs if pairs else 0.0,
-        "g_pairs": len(rows) * pairs,
+        "g_pairs": times * pairs,
         "nonzero": sum(nonzero),
         "nonfinite": sum(nonfinite),
         "small": sum(small),

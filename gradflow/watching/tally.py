@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradflow.watching.graphed import COLUMNS, MISSING
 from gradflow.watching.meter import Pool
-from gradflow.watching.parameters import COLUMNS, MISSING
 from gradflow.watching.passes import Call, Pass
 from gradflow.watching.sums import (
     Columns,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from gradflow.watching.discovery import Place
+from gradflow.watching.hooks import Hook
 from gradflow.watching.passes import Call, Pass, Tap
 from gradflow.watching.ranks import class_of
 from gradflow.watching.recorder import Recorder, in_backward
@@ -42,6 +45,8 @@ class Traced:
         """The input or the output of a place has been computed; `graph`: it requires a gradient."""
         self.ran = True
         if in_backward() or not self.recorder.watches() or not x.numel():
+            return
+        if place not in self.recorder.kept:
             return
         current = self.recorder.current()
         tap = self.recorder.tap(current, x)
@@ -79,14 +84,18 @@ _LIVE: dict[int, Traced] = {}
 _NUMBERS = count()
 
 
-@torch.library.custom_op("gradflow::tap", mutates_args=())
+# They call Python and keep what they find: reduce-overhead captures what lies between them.
+OUTSIDE_GRAPHS = torch.Tag.cudagraph_unsafe
+
+
+@torch.library.custom_op("gradflow::tap", mutates_args=(), tags=OUTSIDE_GRAPHS)
 def _tap(x: Tensor, watcher: int, place: int, entering: bool, graph: bool) -> Tensor:
     if watcher in _LIVE:
         _LIVE[watcher].forward(x, place, entering=entering, graph=graph)
     return x.clone()
 
 
-@torch.library.custom_op("gradflow::tap_gradient", mutates_args=())
+@torch.library.custom_op("gradflow::tap_gradient", mutates_args=(), tags=OUTSIDE_GRAPHS)
 def _tap_gradient(g: Tensor, watcher: int, place: int, entering: bool) -> Tensor:
     if watcher in _LIVE:
         _LIVE[watcher].backward(g, place, entering=entering)
@@ -117,8 +126,7 @@ def installed(model: nn.Module, recorder: Recorder) -> Iterator[Traced]:
     try:
         handles += _on_root(model, recorder)
         for place, layer in enumerate(recorder.places):
-            first = layer.previous is None
-            handles += _on_layer(layer.module, recorder, (number, place), first=first)
+            handles += _on_layer(layer, recorder, number, place)
         yield traced
     finally:
         for handle in handles:
@@ -126,45 +134,79 @@ def installed(model: nn.Module, recorder: Recorder) -> Iterator[Traced]:
         del _LIVE[number]
 
 
-def _on_root(model: nn.Module, recorder: Recorder) -> Iterator[RemovableHandle]:
-    def before(called: nn.Module, *_: Any) -> None:
-        if not torch.compiler.is_compiling() and called is model:  # and no copy of it
-            recorder.begin()
+@dataclass(eq=False)
+class _BeforeModel(Hook):
+    """The model is called, and no copy of it."""
 
-    def after(called: nn.Module, *_: Any) -> None:
-        if not torch.compiler.is_compiling() and called is model:
-            recorder.end()
+    model: nn.Module
+    recorder: Recorder
 
-    yield model.register_forward_pre_hook(before, prepend=True)
-    yield model.register_forward_hook(after)
+    def __call__(self, called: nn.Module, *_: Any) -> None:
+        if not torch.compiler.is_compiling() and called is self.model:
+            self.recorder.begin()
 
 
-def _on_layer(
-    layer: nn.Module, recorder: Recorder, where: tuple[int, int], *, first: bool
-) -> Iterator[RemovableHandle]:
-    """Hooks on one layer; `where` is the watcher and the place, `first` begins a chain."""
-    watcher, place = where
+class _AfterModel(_BeforeModel):
+    """The model has returned."""
 
-    def before(called: nn.Module, args: Any, kwargs: Any) -> Any:
+    def __call__(self, called: nn.Module, *_: Any) -> None:
+        if not torch.compiler.is_compiling() and called is self.model:
+            self.recorder.end()
+
+
+@dataclass(eq=False)
+class _BeforeLayer(Hook):
+    """A layer is called: `first` in a chain, whose input is no other layer's output."""
+
+    layer: nn.Module
+    recorder: Recorder
+    watcher: int
+    place: int
+    first: bool
+
+    def __call__(self, called: nn.Module, args: Any, kwargs: Any) -> Any:
         if not torch.compiler.is_compiling():
-            if called is layer:
-                recorder.enter(place, (args, kwargs))
+            if called is self.layer:
+                self.recorder.enter(self.place, (args, kwargs))
             return None
-        return _traced((args, kwargs), watcher, place, entering=True) if first else None
+        if not self.first:
+            return None
+        return _traced((args, kwargs), self.watcher, self.place, entering=True)
 
-    def after(called: nn.Module, args: Any, output: Any) -> Any:
+
+@dataclass(eq=False)
+class _AfterLayer(Hook):
+    """A layer has returned."""
+
+    layer: nn.Module
+    recorder: Recorder
+    watcher: int
+    place: int
+
+    def __call__(self, called: nn.Module, args: Any, output: Any) -> Any:
         if not torch.compiler.is_compiling():
-            if called is layer:
-                recorder.leave(place, output)
+            if called is self.layer:
+                self.recorder.leave(self.place, output)
             return None
         x = stream_of(args)
         shape = None if x is None else x.shape
-        return _traced(output, watcher, place, entering=False, shape=shape)
+        return _traced(output, self.watcher, self.place, entering=False, shape=shape)
 
+
+def _on_root(model: nn.Module, recorder: Recorder) -> Iterator[RemovableHandle]:
+    yield _BeforeModel(model, recorder).put(model.register_forward_pre_hook, prepend=True)
+    yield _AfterModel(model, recorder).put(model.register_forward_hook)
+
+
+def _on_layer(
+    layer: Place, recorder: Recorder, watcher: int, place: int
+) -> Iterator[RemovableHandle]:
+    module = layer.module
+    before = _BeforeLayer(module, recorder, watcher, place, first=layer.previous is None)
     # `fully_shard` exchanges what the layer is given: see it before.
-    prepend = class_of(layer) is not type(layer)
-    yield layer.register_forward_pre_hook(before, with_kwargs=True, prepend=prepend)
-    yield layer.register_forward_hook(after)
+    prepend = class_of(module) is not type(module)
+    yield before.put(module.register_forward_pre_hook, with_kwargs=True, prepend=prepend)
+    yield _AfterLayer(module, recorder, watcher, place).put(module.register_forward_hook)
 
 
 def _traced(

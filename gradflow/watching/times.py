@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from gradflow.engine.flops import FlopCounter
 from gradflow.engine.timing import Clock, Pass, summarise
 from gradflow.runs.records import Timing
 from gradflow.watching.discovery import Place, unit_name
@@ -70,7 +72,7 @@ class Marks:
         if self.last is not None and call.x is self.last[1]:
             call.below = self.last[0]
         elif call.x is not None and call.x.requires_grad:
-            call.x.register_hook(lambda _: self._below(call))  # type: ignore[no-untyped-call]  # torch's stubs
+            call.x.register_hook(lambda g: self._below(call, g))  # type: ignore[no-untyped-call]  # torch's stubs
         call.entered = self.mark()
 
     def leave(self, place: int, output: object) -> None:
@@ -86,13 +88,15 @@ class Marks:
         call.x = None
         if y is not None and y.requires_grad:
             self.last = call, y
-            y.register_hook(lambda _: self._above(call))  # type: ignore[no-untyped-call]  # torch's stubs
+            y.register_hook(lambda g: self._above(call, g))  # type: ignore[no-untyped-call]  # torch's stubs
 
-    def _above(self, call: _Call) -> None:
-        call.from_above = self.mark()
+    def _above(self, call: _Call, g: Tensor | None) -> None:
+        if g is not None:  # nor that of another piece of one tensor
+            call.from_above = self.mark()
 
-    def _below(self, call: _Call) -> None:
-        call.to_below = self.mark()
+    def _below(self, call: _Call, g: Tensor | None) -> None:
+        if g is not None:
+            call.to_below = self.mark()
 
     def seconds(self) -> Seconds:
         """Forward and backward seconds of the calls that have both; may wait for the device."""
@@ -131,6 +135,31 @@ def timed_step(
     return marks.seconds(), total
 
 
+@dataclass(frozen=True)
+class OperationClock:
+    """A clock whose moments are the operations that were counted so far."""
+
+    counter: FlopCounter
+
+    def mark(self) -> int:
+        """How many there were."""
+        return self.counter.total
+
+    def seconds(self, marks: Sequence[int]) -> list[float]:
+        """Operations between neighbours."""
+        return [after - before for before, after in pairwise(marks)]
+
+
+def counted_step(places: Sequence[Place], step: Callable[[], None]) -> Seconds | None:
+    """FLOPs of each call in one step, forward and backward; None where torch has no formula.
+
+    They are counted between the very moments at which `timed_step` takes the time.
+    """
+    with FlopCounter() as counter:
+        found, _ = timed_step(places, step, OperationClock(counter))
+    return found if counter.is_complete else None
+
+
 def bare_step(step: Callable[[], None], clock: Clock) -> float:
     """Seconds of one step without any hook."""
     marks = [clock.mark()]
@@ -143,11 +172,13 @@ def put_together(
     units: Sequence[str],
     steps: Sequence[tuple[Seconds, float]],
     bare: Sequence[float] = (),
+    flops: Seconds | None = None,
 ) -> Timing | None:
     """Medians over steps of the calls that have times in every one of them; None if none has.
 
     Args:
         units: name of each place.
+        flops: what `counted_step` returned.
         steps: what `timed_step` returned, step by step.
         bare: seconds of steps without hooks.
     """
@@ -158,7 +189,11 @@ def put_together(
         ([found[key][0] for key in keys], [found[key][1] for key in keys]) for found, _ in steps
     ]
     names = [(layer, unit_name(units[key[0]], key[1])) for layer, key in enumerate(keys, start=1)]
-    return summarise(names, passes, bare, [total for _, total in steps])
+    timing = summarise(names, passes, bare, [total for _, total in steps])
+    if flops is None or any(key not in flops for key in keys):
+        return timing
+    forward, backward = (int(sum(flops[key][side] for key in keys)) for side in (0, 1))
+    return replace(timing, flops=(forward, backward))
 
 
 @contextmanager
