@@ -28,7 +28,9 @@ from gradflow.errors import MeasurementError, UsageError
 from gradflow.judging.comparison import time_ratio
 from gradflow.measuring import timer_for
 from gradflow.runs.records import TimeRecord
+from gradflow.specs.grid import Cell
 from gradflow.specs.run_options import RunOptions
+from gradflow.sweeps.sweep import _timed_well
 
 
 @pytest.fixture
@@ -354,3 +356,15 @@ def test_replayed_and_eager_times_are_never_ratioed() -> None:
     pairs = ((mine, eager), (eager, mine), (mine, mine))
     found = (time_ratio(timed(a), timed(b), ("forward_s",)).reason for a, b in pairs)
     assert tuple(found) == says
+
+
+def test_a_sweep_takes_no_times_that_were_taken_in_another_way() -> None:
+    repeats = [TimeRecord(n, 1, "mlp", 1.0, 2.0) for n in range(5)]
+    eager = replace(run_of(), time_records=repeats)
+    replayed = replace(eager, environment=eager.environment | {"cuda_graphs": True})
+    plain = Cell(eager.spec, RunOptions())
+    asked = Cell(eager.spec, RunOptions(cuda_graphs=True))
+    pairs = ((eager, plain), (eager, asked), (replayed, plain), (replayed, asked))
+    here = {"threads": eager.environment.get("threads")}
+    found = [_timed_well(run, cell, here, shared=False) for run, cell in pairs]
+    assert found == [True, False, False, True]

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from gradflow.engine import compiled, timing
-from gradflow.engine.timing import FakeClock, Pass
+from gradflow.engine.timing import FakeClock
 from gradflow.errors import MeasurementError, UsageError
 from gradflow.measurement import measure
 from gradflow.runs import store
@@ -427,14 +427,14 @@ def test_a_cell_that_fails_is_reported_and_the_others_are_kept(tmp_path: Path) -
 def test_a_cell_that_fails_in_timing_is_stored_without_times(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    timed_pass = timing.timed_pass
+    mark_units = timing.mark_units
 
-    def fail(network: Any, clock: Any) -> Pass:
+    def fail(network: Any, clock: Any) -> Any:
         if len(network.blocks) == 2:
             raise RuntimeError("out of memory\nand a page of text")
-        return timed_pass(network, clock)
+        return mark_units(network, clock)
 
-    monkeypatch.setattr(timing, "timed_pass", fail)
+    monkeypatch.setattr(timing, "mark_units", fail)
     one, two, three = cells()
     done, _ = run_sweep(tmp_path)
     assert done.failures == [(two, "not timed: out of memory")]
@@ -531,13 +531,13 @@ def test_a_cluster_does_not_touch_what_waits_for_times(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("free", "warm"), [(2**40, 0), (0, 1)], ids=["resident", "rebuilt"])
 def test_cells_take_turns(monkeypatch: pytest.MonkeyPatch, free: int, warm: int) -> None:
     turns: list[int] = []
-    timed_pass = timing.timed_pass
+    mark_units = timing.mark_units
 
-    def spy(network: Any, clock: Any) -> Pass:
+    def spy(network: Any, clock: Any) -> Any:
         turns.append(len(network.blocks))
-        return timed_pass(network, clock)
+        return mark_units(network, clock)
 
-    monkeypatch.setattr(timing, "timed_pass", spy)
+    monkeypatch.setattr(timing, "mark_units", spy)
     monkeypatch.setattr(rounds, "available_bytes", lambda _: free)
     taken = rounds.Rounds(cells(), FakeClock([1.0]))
     taken.run()

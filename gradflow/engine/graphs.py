@@ -153,10 +153,8 @@ class Graphs:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """The first of the errors: ending a capture that failed fails too, and says less."""
-    while error.__context__ is not None:
-        error = error.__context__
-    return error
+    """The first of two errors: to end a capture that failed fails too, and says less."""
+    return error.__context__ if isinstance(error.__context__, RuntimeError) else error
 
 
 def graphs_on(device: torch.device, options: RunOptions) -> Graphs:
