@@ -14,11 +14,12 @@ from functools import partial
 import torch
 from side_by_side import Contest, shown, take_turns, write_table
 
+from gradflow.engine.built import build_network
 from gradflow.engine.graphs import graphs_on
 from gradflow.engine.tape import Network
 from gradflow.engine.timing import CudaClock, bare_pass, mark_bare
 from gradflow.engine.walk import walk
-from gradflow.measurement import build_network, measure
+from gradflow.measurement import measure
 from gradflow.specs.run_options import RunOptions
 from gradflow.specs.spec import StackSpec
 

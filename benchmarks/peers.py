@@ -15,9 +15,9 @@ import torch
 from side_by_side import shown, take_turns, write_table
 from torch import nn
 
+from gradflow.engine.built import build_network
 from gradflow.engine.tape import Network
 from gradflow.engine.walk import walk
-from gradflow.measurement import build_network
 from gradflow.specs.spec import StackSpec
 
 SPEC = StackSpec(depth=24, width=256)

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from side_by_side import Contest, shown, take_turns, write_table
 
+from gradflow.engine.built import build_network
+from gradflow.engine.collect import new_tables
 from gradflow.engine.memory import footprint
 from gradflow.engine.seed_blocks import SeedBlocks
 from gradflow.engine.seed_walk import seed_network, walk_seeds
 from gradflow.engine.together import LEAST_SEEDS, MOST_WORK
 from gradflow.engine.walk import walk
-from gradflow.measurement import build_network, new_tables
 from gradflow.specs.spec import StackSpec
 
 CPU = torch.device("cpu")

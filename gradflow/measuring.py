@@ -6,11 +6,13 @@ from pathlib import Path
 
 import torch
 
+from gradflow.engine.built import build_timed
 from gradflow.engine.compiled import compiled_join
 from gradflow.engine.graphs import graphs_on
 from gradflow.engine.memory import footprint, make_plan, resident_bytes
 from gradflow.engine.timing import Timer, stack_timer
-from gradflow.measurement import Progress, build_timed, measure
+from gradflow.measurement import measure
+from gradflow.progress import Progress
 from gradflow.runs.records import Run
 from gradflow.specs.model_request import ModelRequest
 from gradflow.specs.run_options import RunOptions

@@ -11,8 +11,8 @@ from problems import CPU
 from safetensors.torch import save_file
 from torch import Tensor
 
+from gradflow.engine.built import build_network
 from gradflow.engine.walk import walk
-from gradflow.measurement import build_network
 from gradflow.runs.records import LayerRecord, ParamRecord
 from gradflow.specs.spec import StackSpec
 

@@ -15,13 +15,13 @@ from test_policies import SPANS, numbers
 from torch import Tensor
 
 from gradflow.engine.ahead import ahead_on
+from gradflow.engine.built import build_network
 from gradflow.engine.memory import footprint
 from gradflow.engine.plan import Footprint, Plan, choose
 from gradflow.engine.rebuilt import RebuiltBlocks
 from gradflow.engine.tape import Network
 from gradflow.engine.timing import CudaClock, bare_pass, timed_pass
 from gradflow.engine.walk import walk
-from gradflow.measurement import build_network
 from gradflow.networks.stack import build_block, redraw
 from gradflow.schemes import SCHEMES
 from gradflow.specs.run_options import RunOptions

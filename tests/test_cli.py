@@ -213,7 +213,7 @@ def test_a_terminal_without_unicode_is_no_error(tmp_path: Path) -> None:
 # Ctrl-C
 
 
-@pytest.mark.parametrize("where", ["gradflow.measurement.walk", "gradflow.runs.store.publish"])
+@pytest.mark.parametrize("where", ["gradflow.passes.walk", "gradflow.runs.store.publish"])
 def test_ctrl_c_exits_130_and_leaves_nothing(
     cli: CommandLine, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:

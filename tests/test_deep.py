@@ -16,7 +16,7 @@ import pytest
 from commandline import CommandLine, finish, start
 from problems import small
 
-from gradflow import measurement as measuring
+from gradflow.engine import collect
 from gradflow.engine.timing import FakeClock
 from gradflow.measurement import measure
 from gradflow.runs import store
@@ -163,7 +163,7 @@ def test_rows_leave_for_the_folder_that_the_run_will_lie_in(
             places.append(folder)
             super().__init__(record, folder, rows)
 
-    monkeypatch.setattr(measuring, "Spool", Watched)
+    monkeypatch.setattr(collect, "Spool", Watched)
     cli.out = cli.out / "not" / "there"
     cli.run("--no-timing", "--quiet")
     assert set(places) == {cli.out.parent.parent}

@@ -112,7 +112,7 @@ def test_counting_leaves_nothing_behind() -> None:
 def test_counting_does_not_import_the_compiler() -> None:
     code = (
         "import sys, torch\n"
-        "from gradflow.measurement import build_network\n"
+        "from gradflow.engine.built import build_network\n"
         "from gradflow.engine.flops import network_flops\n"
         "from gradflow.specs.spec import StackSpec\n"
         "made = build_network(StackSpec(depth=1, width=8), 0, torch.device('cpu'))\n"

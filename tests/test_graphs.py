@@ -15,12 +15,12 @@ from test_policies import numbers
 from torch import Tensor, nn
 
 import gradflow
+from gradflow.engine.built import build_network
 from gradflow.engine.graphs import Graphs, graphs_on
 from gradflow.engine.tape import Network
 from gradflow.engine.timing import CudaClock, FakeClock, mark_bare, mark_units, stack_timer
 from gradflow.engine.walk import walk
 from gradflow.errors import MeasurementError
-from gradflow.measurement import build_network
 from gradflow.schemes import SCHEMES
 from gradflow.specs.block_kinds import BLOCKS
 from gradflow.specs.run_options import RunOptions

@@ -15,11 +15,12 @@ import torch
 from problems import small
 
 import gradflow
-from gradflow import measurement as measuring
+from gradflow import passes
 from gradflow.engine import environment, memory
+from gradflow.engine.built import build_network
 from gradflow.engine.timing import FakeClock
 from gradflow.errors import MeasurementError, UsageError
-from gradflow.measurement import build_network, measure
+from gradflow.measurement import measure
 from gradflow.runs import store
 from gradflow.runs.records import TIMING_COLUMNS, Run
 from gradflow.specs.block_kinds import BLOCKS
@@ -74,17 +75,17 @@ def test_the_same_spec_gives_the_same_numbers_whatever_it_took() -> None:
 def test_one_network_is_resident_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[int] = []
 
-    class Counted(measuring.Network):
+    class Counted(passes.Network):
         def __del__(self) -> None:
             alive.pop()
 
-    def build(*args: Any) -> measuring.Network:
+    def build(*args: Any) -> passes.Network:
         assert not alive
         made = build_network(*args)
         alive.append(1)
         return Counted(made.blocks, made.x, made.loss)
 
-    monkeypatch.setattr(measuring, "build_network", build)
+    monkeypatch.setattr(passes, "build_network", build)
     measured(seeds=3, timing=False)
     assert not alive
 
@@ -294,14 +295,14 @@ def test_what_can_never_fit_is_refused_before_anything_is_allocated(
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
     ],
 )
-@pytest.mark.parametrize("where", ["make_plan", "walk"])
+@pytest.mark.parametrize("where", ["measurement.make_plan", "passes.walk"])
 def test_a_failed_allocation_is_out_of_memory(
     monkeypatch: pytest.MonkeyPatch, error: RuntimeError, where: str
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr(measuring, where, fail)
+    monkeypatch.setattr(f"gradflow.{where}", fail)
     with pytest.raises(MeasurementError, match=r"out of memory: .* lower --depth"):
         measured()
 
@@ -310,7 +311,7 @@ def test_other_errors_of_torch_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr(measuring, "walk", fail)
+    monkeypatch.setattr(passes, "walk", fail)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         measured()
 

@@ -12,8 +12,8 @@ from checkpoints import spec_of
 from problems import CPU
 from torch import Tensor
 
+from gradflow.engine.built import build_network
 from gradflow.engine.walk import walk
-from gradflow.measurement import build_network
 from gradflow.networks.language import token_ids
 from gradflow.specs.spec import StackSpec
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from problems import CPU, SIZES, network, retyped, small, thinned
+from recorded import FakeCapture
 
 import gradflow
+from gradflow.engine.collect import new_tables
+from gradflow.engine.graphs import Graphs
 from gradflow.engine.memory import footprint, make_plan
 from gradflow.engine.plan import Footprint, Plan, choose
 from gradflow.engine.seed_blocks import SeedBlocks
@@ -19,7 +23,6 @@ from gradflow.engine.seed_walk import seed_network, walk_seeds
 from gradflow.engine.together import LEAST_SEEDS, MOST_WORK, with_seeds
 from gradflow.engine.walk import walk
 from gradflow.errors import UsageError
-from gradflow.measurement import new_tables
 from gradflow.runs.records import LayerRecord, ParamRecord
 from gradflow.schemes import SCHEMES
 from gradflow.specs.block_kinds import BLOCKS
@@ -146,6 +149,18 @@ def test_a_planted_nan_stays_in_its_seed() -> None:
     assert counts[3] == 0 < counts[8]
 
 
+@pytest.mark.parametrize("block", ["mlp", "transformer"])
+def test_the_pass_can_be_captured_as_a_graph(monkeypatch: pytest.MonkeyPatch, block: str) -> None:
+    """It reads nothing from the device, and a replay gives the eager numbers."""
+    spec = small(block, loss="ce")
+    plain = at_once(spec)
+    monkeypatch.setattr("gradflow.stats.is_at_hand", lambda _: False)
+    tables = {seed: new_tables(None) for seed in SEEDS}
+    net = seed_network(spec, SEEDS, SeedBlocks(spec, SEEDS, CPU)[:], CPU)
+    Graphs(FakeCapture(), required=True)(partial(walk_seeds, spec, net, tables))().finish()
+    assert {seed: [*found.layers, *found.params] for seed, found in tables.items()} == plain
+
+
 NARROW = StackSpec(block="mlp", width=32, depth=20)
 
 
@@ -183,18 +198,6 @@ def test_it_is_not_chosen_where_memory_would_force_another_policy() -> None:
     assert with_seeds(plan, NARROW, options, size, 1 << 40).seeds == 1
     asked = replace(options, together=True)
     assert with_seeds(plan, NARROW, asked, size, 1 << 40).keep != "graph"
-
-
-def test_captured_passes_go_before() -> None:
-    """What a graph replays starts no operation by itself, so there is nothing to save."""
-    size = footprint(NARROW, 0, CPU)
-    captured = Plan(20, (), rebuild=False, timed=20, graphs=True)
-    options = RunOptions(seeds=8)
-    assert with_seeds(captured, NARROW, options, size, 1 << 40) == captured
-    asked = replace(options, together=True)
-    assert with_seeds(captured, NARROW, asked, size, 1 << 40).seeds == 8
-    with pytest.raises(UsageError, match="not for --cuda-graphs"):
-        with_seeds(captured, NARROW, replace(asked, cuda_graphs=True), size, 1 << 40)
 
 
 REFUSED = {

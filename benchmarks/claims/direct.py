@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from claims.readings import CPU, slope
+from gradflow.engine.built import build_network
 from gradflow.engine.tape import Network
 from gradflow.engine.walk import walk
-from gradflow.measurement import build_network
 from gradflow.networks.blocks import Attention
 from gradflow.networks.inputs import input_batch
 from gradflow.networks.norms import Norm

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from gradflow.engine.built import build_network
 from gradflow.engine.walk import walk
-from gradflow.measurement import build_network
 from gradflow.runs.records import LayerRecord, ParamRecord
 from gradflow.specs.spec import StackSpec
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -34,6 +35,11 @@ class Tables:
 
     layers: Spool[LayerRecord] = field(default_factory=lambda: Spool(LayerRecord))
     params: Spool[ParamRecord] = field(default_factory=lambda: Spool(ParamRecord))
+
+
+def new_tables(scratch: Path | None) -> Tables:
+    """Empty ones; what does not fit into memory goes to the folder."""
+    return Tables(Spool(LayerRecord, scratch), Spool(ParamRecord, scratch))
 
 
 class Activations:

@@ -133,13 +133,14 @@ def make_plan(spec: StackSpec, options: RunOptions, device: torch.device) -> Pla
     if options.steps:
         options, size = _for_training(options, size)
     plan, fits = choose(spec.depth, size, options, free)
+    plan = with_seeds(plan, spec, options, size, free) if fits else plan
     if _is_captured(plan, spec, options, size, device):
         captured = with_graphs(plan, size)
         if options.cuda_graphs or captured.needed <= room_unasked(options, free):
             plan, fits = captured, captured.needed <= room
     if not fits:
         raise out_of_memory(plan.needed, room, spec, options)
-    return with_seeds(plan, spec, options, size, free)
+    return plan
 
 
 def _is_captured(

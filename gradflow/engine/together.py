@@ -39,8 +39,8 @@ def with_seeds(
     if options.seeds == 1 or reason or options.together is False:
         return plan
     pays = options.seeds >= LEAST_SEEDS and size.work <= MOST_WORK
-    if options.together is None and (plan.graphs or not pays):
-        return plan  # a replayed pass starts no operation one by one
+    if options.together is None and not pays:
+        return plan
     all_seeds, fits = choose(spec.depth, _times(size, options.seeds), options, free)
     is_as_fast = (all_seeds.spans, all_seeds.rebuild) == (plan.spans, plan.rebuild)
     if not fits or not (is_as_fast or options.together):
@@ -54,7 +54,6 @@ def _refusal(spec: StackSpec, options: RunOptions) -> str | None:
     against = {
         "training": options.steps > 0,
         "--compile": options.compile,
-        "--cuda-graphs": bool(options.cuda_graphs),
         "weights of a checkpoint": bool(spec.weights),
         "a block of your own": user_code.is_user_name(spec.block),
         "a scheme of your own": user_code.is_user_name(spec.scheme or ""),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import count
@@ -27,6 +27,7 @@ from gradflow.models.hugging_face import resolve
 from gradflow.models.model_times import timer_of
 from gradflow.models.one_pass import settings_kept, untouched
 from gradflow.models.subjects import Subject, backward, build_subject
+from gradflow.progress import Progress
 from gradflow.runs.records import Run, StepRecord, Timing, first_step
 from gradflow.specs.located import users_own
 from gradflow.specs.model_request import ModelRequest, without_digest
@@ -35,7 +36,6 @@ from gradflow.specs.run_options import RunOptions
 from gradflow.units import gib
 from gradflow.watching import watch
 
-Progress = Callable[[str, int, int], None]
 # Parameters and their gradients; with them, training has two moments and the values before.
 COPIES, TRAINED_COPIES = 2, 5
 ADVICE = "name those that always run with --layers"

@@ -8,7 +8,7 @@ its times is kept on a shelf, so a killed sweep measures no statistics twice.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from gradflow.engine.timing import Clock
 from gradflow.errors import GradflowError
 from gradflow.judging.cost import with_times
 from gradflow.networks.stack import rehearse
+from gradflow.progress import Progress
 from gradflow.runs import store
 from gradflow.runs.records import Run
 from gradflow.runs.staging import remove_abandoned
@@ -33,8 +34,6 @@ from gradflow.sweeps.cells import Executor
 from gradflow.sweeps.rounds import Rounds
 from gradflow.sweeps.shelf import Shelf, look_up, shelf_in
 
-# (what is going on, layers done, layers in all)
-Progress = Callable[[str, int, int], None]
 Environments = Mapping[Cell, dict[str, Any]]
 
 
