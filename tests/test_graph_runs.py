@@ -243,6 +243,7 @@ def test_they_are_left_out_where_they_do_not_fit(monkeypatch: pytest.MonkeyPatch
         make_plan(spec, RunOptions(cuda_graphs=True), Gpu())
 
 
+@pytest.mark.whole
 def test_the_kernels_of_a_unit_are_not_more_than_the_plan_counts() -> None:
     """Operations of torch, of which many have no kernel."""
     spec = small("transformer", loss="ce", depth=2)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from problems import PROBLEMS, SIZES, name, network, small
+from problems import PROBLEMS, SIZES, name, network, small, thinned
 from recorded import GARBAGE, FakeCapture, NoReading, WaitError
 from test_ahead import no_sync
 from test_policies import numbers
@@ -80,14 +80,14 @@ def on_meta(net: Network) -> Network:
     return Network(blocks, net.x.to("meta"), loss)
 
 
-@pytest.mark.parametrize("spec", FEW.values(), ids=FEW)
+@pytest.mark.parametrize("spec", thinned(FEW.values()), ids=FEW)
 def test_the_statistics_pass_reads_no_value_and_copies_none_to_the_host(spec: StackSpec) -> None:
     net = on_meta(network(spec))
     with NoReading():
         walk(spec, 0, net)
 
 
-@pytest.mark.parametrize("spec", BLOCKWISE.values(), ids=BLOCKWISE)
+@pytest.mark.parametrize("spec", thinned(BLOCKWISE.values()), ids=BLOCKWISE)
 def test_nor_do_the_timed_passes(spec: StackSpec) -> None:
     net = on_meta(network(spec))
     with NoReading():
@@ -121,7 +121,7 @@ def test_what_reads_a_value_is_seen(read: Any) -> None:
 
 
 @pytest.mark.usefixtures("far")
-@pytest.mark.parametrize("spec", FEW.values(), ids=FEW)
+@pytest.mark.parametrize("spec", thinned(FEW.values()), ids=FEW)
 def test_a_replay_gives_the_eager_numbers_bit_by_bit(spec: StackSpec) -> None:
     net = network(spec)
     assert captured(spec, net, FakeCapture()) == numbers(spec, net)

@@ -159,6 +159,7 @@ def test_a_step_that_is_not_measured_decides_nothing() -> None:
     assert units(flow, 2)[:2] == ["input", "first"]
 
 
+@pytest.mark.whole
 def test_compiled_loops_have_the_numbers_of_eager() -> None:
     flows = []
     for compiles in (False, True):
