@@ -12,7 +12,8 @@ from typing import Any
 from gradflow.schemes.classic import FIXUP_LAST
 from gradflow.specs.spec import StackSpec
 from gradflow.specs.user_code import is_user_name
-from gradflow.theory.units import EPS, Head, NoTheoryError, Shape, Stack, Unit, Weights
+from gradflow.theory.states import READOUT_OF, as_read, output_scale, state_of
+from gradflow.theory.units import EPS, Head, NoTheoryError, Shape, Stack, State, Unit, Weights
 from gradflow.wiring import Wiring
 
 RECTIFIERS = ("relu", "gelu", "gelu-tanh", "silu")
@@ -71,7 +72,8 @@ def describe(spec: StackSpec) -> Stack:
     if spec.norm_eps > EPS and spec.normalises:
         raise NoTheoryError("no formula for another epsilon of the norms")
     scale = spec.recipe.input_scale(spec.depth) if spec.scheme else 1.0
-    return Stack(_shape(spec), _units(spec), scale**2, _head(spec))
+    state = state_of(spec)
+    return Stack(_shape(spec), _units(spec), scale**2, _head(spec, state), state)
 
 
 def _check_parts(spec: StackSpec) -> None:
@@ -102,17 +104,21 @@ def _units(spec: StackSpec) -> tuple[Unit, ...]:
     for layer in layers:
         for number, kind in enumerate(kinds):
             wiring, before = spec.wiring(layer, number), last[number]
+            place, settings = spec.place(layer, number), wiring.settings
+            if wiring.unit in READOUT_OF:  # whose settings do not change the branch
+                wiring = replace(wiring, settings={})
             unit = before[1] if before and before[0] == wiring else _unit(spec, wiring, kind)
             last[number] = wiring, unit
-            units.append(unit)
+            units.append(as_read(unit, place, wiring, settings))
     return tuple(units) * (1 if spec.scheme else spec.depth)
 
 
-def _head(spec: StackSpec) -> Head | None:
+def _head(spec: StackSpec, state: State | None) -> Head | None:
     if spec.loss != "ce":
         return None
     norm = str(spec.norm_kind or spec.domain.norm_kind) if spec.has_final_norm else None
-    return Head(spec.classes, weights(spec, spec.width, spec.classes), norm)
+    read = output_scale(state, spec.depth * spec.units_per_block)
+    return Head(spec.classes, weights(spec, spec.width, spec.classes), norm, read)
 
 
 def _shape(spec: StackSpec) -> Shape:
@@ -161,7 +167,10 @@ def _is_silent(wiring: Wiring, kind: str) -> bool:
 
 
 # Places of `wiring.NORM_PLACES` that the template has, with their names in `Unit`.
-NORMS = {"in": "norm_in", "branch": "norm_branch", "out": "norm_out", "mid": "norm_mid"}
+NORMS = {
+    **{"in": "norm_in", "branch": "norm_branch", "out": "norm_out", "mid": "norm_mid"},
+    **{"value": "norm_value", "shared": "norm_shared"},
+}
 
 
 # Classes of unit that are the template at initialisation, and those without a formula.
@@ -172,15 +181,6 @@ REASONS = {
     "pb-relax": "no formula for norms of 8 x / max|x|, whose eps counts for less",
     "admin": "the shortcuts' weights come from a forward pass",
     "ngpt": "no formula for vectors normalised to length 1",
-    # Rows of a state hold all its streams together.
-    "b2t": "no formula for a shortcut over two units",
-    "residual-dual": "no formula for two streams that share a branch",
-    "siamesenorm": "no formula for two streams that share a branch",
-    "hyper-connections": "rows hold all streams together; the input row is n times that of pre-ln",
-    "mhc": "rows hold all n streams together: those of pre-ln over sqrt(n), the input row as it is",
-    "attnres": "rows hold all outputs so far; the input row is that of pre-ln over units + 1",
-    "denseformer": "rows hold all outputs so far; the input row is that of pre-ln",
-    "value-residual": "no formula for values that are averaged over layers",
 }
 
 
@@ -193,7 +193,7 @@ def _check_wiring(spec: StackSpec, wiring: Wiring, kind: str) -> None:
         raise NoTheoryError("no formula for a branch of your own")
     if wiring.unit in REASONS:
         raise NoTheoryError(REASONS[wiring.unit])
-    if wiring.unit not in AS_TEMPLATE:
+    if wiring.unit not in (*AS_TEMPLATE, *READOUT_OF):
         raise NoTheoryError(f"{spec.scheme} wires its units beyond the template")
     beyond = set(wiring.norms) - {*NORMS, "query-key"}
     if beyond:

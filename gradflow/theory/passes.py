@@ -73,7 +73,8 @@ def _plus(x: Moments, y: Moments) -> Moments:
 
 def forward(unit: Unit, x: Stream, layout: Layout) -> tuple[Stream, Tape]:
     """The stream after the unit."""
-    u, before = normalise(unit.norm_in, x, layout, alpha=unit.alpha)
+    u = x if unit.read == 1.0 else Stream(_scaled(unit.read**2, x.s), x.mean * unit.read)
+    u, before = normalise(unit.norm_in, u, layout, alpha=unit.alpha)
     u = u if unit.c == 1.0 else Stream(_scaled(unit.c**2, u.s), u.mean * unit.c)
     f, inside = BRANCHES[unit.kind](unit, u, layout)
     f, branch = normalise(unit.norm_branch, f, layout)
@@ -89,6 +90,7 @@ def backward(unit: Unit, tape: Tape, g: Moments, layout: Layout) -> tuple[Moment
     through_f = pull_norm(tape.branch, _scaled(unit.b**2, g), layout)
     through_f = _pull_branch(unit, tape.inside, through_f, layout)
     through_f = pull_norm(tape.before, _scaled(unit.c**2, through_f), layout)
+    through_f = _scaled(unit.read**2, through_f)
     if not unit.a:
         return through_f, 1.0
     total = _plus(_scaled(unit.a**2, g), through_f)
@@ -214,7 +216,7 @@ def run(
     streams, tapes = [x], []
     for unit in units:
         x, tape = forward(unit, x, layout)
-        _check_range(layout.mean(layout.diagonal(x.s)))
+        check_range(layout.mean(layout.diagonal(x.s)))
         streams.append(x)
         tapes.append(tape)
     g = g_last(x)
@@ -230,6 +232,7 @@ def run(
     return Passes(streams, gradients[::-1], log_scales[::-1], tapes, shares[::-1])
 
 
-def _check_range(square: float) -> None:
+def check_range(square: float) -> None:
+    """Refuse a stream that a run in float32 could not hold."""
     if not _LEAST_SQUARE < square < _MOST_SQUARE:
         raise NoTheoryError(f"a stream of mean square {square:.0e} leaves the range of float32")

@@ -8,20 +8,24 @@ exactly, cross-entropy by a head of its own (its tokens share the softmax's mean
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
 from gradflow.specs.spec import StackSpec
 from gradflow.theory.attention import excess, excess_array, scatter
+from gradflow.theory.copies import state_levels, state_shares, state_streams
 from gradflow.theory.describe import describe
 from gradflow.theory.layouts import CausalTokens, Exchangeable, Layout, Moments
 from gradflow.theory.limits import check_passes, check_spec, check_stack, tolerance
 from gradflow.theory.maths import Array
 from gradflow.theory.norms import Stream, normalise
 from gradflow.theory.passes import Passes, run
+from gradflow.theory.several import run_several
 from gradflow.theory.spread import Noise, finite_width
-from gradflow.theory.units import NoTheoryError, Stack
+from gradflow.theory.states import COPIES
+from gradflow.theory.units import Head, NoTheoryError, Stack
 
 _NATS_OF_SQUARE = 0.5 / math.log(10)  # decades of a norm per nat of its square
 
@@ -85,8 +89,7 @@ def predict_stack(stack: Stack) -> Prediction:
     """
     try:
         layout, passes = _both_passes(stack)
-        noise = finite_width(stack.units, passes, layout, _fewer_probes(stack))
-        noise = noise.plus(_start_noise(stack, passes, layout))
+        noise = _noise(stack, passes, layout)
         check_passes(stack, passes, layout, noise)
     except NoTheoryError as limit:
         return Prediction(None, reason=str(limit))
@@ -100,15 +103,37 @@ def total_decades(spec: StackSpec) -> float:
         NoTheoryError: there is no prediction; finite width is no obstacle here.
     """
     check_spec(spec)
-    layout, passes = _both_passes(describe(spec))
-    return float(_NATS_OF_SQUARE * _levels(passes, layout)[0])
+    stack = describe(spec)
+    layout, passes = _both_passes(stack)
+    return float(_NATS_OF_SQUARE * _of_state(stack, _levels(passes, layout))[0])
 
 
 def _both_passes(stack: Stack) -> tuple[Layout, Passes]:
     check_stack(stack)
     layout = layout_of(stack)
     start = Stream(layout.start(stack.input_square))
-    return layout, run(stack.units, start, lambda y: _start(stack, y, layout), layout)
+    last = partial(_start, stack, layout=layout)
+    if stack.state is None or stack.state.kind in COPIES:
+        return layout, run(stack.units, start, last, layout)
+    return layout, run_several(stack.units, stack.state, start, last, layout)
+
+
+def _noise(stack: Stack, passes: Passes, layout: Layout) -> Noise:
+    few = _fewer_probes(stack)
+    noise = finite_width(stack.units, passes, layout, few)
+    if stack.state is not None and stack.state.kind in COPIES:
+        shares = state_shares(stack.state, _levels(passes, layout), passes.shares)
+        rows = finite_width(stack.units, replace(passes, shares=shares), layout, few)
+        variance = np.append(noise.variance[:1], rows.variance[1:])  # the input is one stream
+        noise = replace(noise, variance=variance)
+    return noise.plus(_start_noise(stack, passes, layout))
+
+
+def _of_state(stack: Stack, levels: Array) -> Array:
+    """The levels of the rows, which hold all streams of a state."""
+    if stack.state is None or stack.state.kind not in COPIES:
+        return levels
+    return state_levels(stack.state, levels)
 
 
 def _levels(passes: Passes, layout: Layout) -> Array:
@@ -126,13 +151,16 @@ def layout_of(stack: Stack) -> Layout:
 
 
 def _to_prediction(stack: Stack, passes: Passes, layout: Layout, noise: Noise) -> Prediction:
-    level = _levels(passes, layout) + noise.bias
+    level = _of_state(stack, _levels(passes, layout) + noise.bias)
+    streams = passes.streams
+    if stack.state is not None and stack.state.kind in COPIES:
+        streams = state_streams(stack.state, streams, layout)
     return Prediction(
         tuple((_NATS_OF_SQUARE * level).tolist()),
         tuple((_NATS_OF_SQUARE * np.sqrt(noise.variance)).tolist()),
         tuple(tolerance(stack, passes, layout).tolist()),
-        tuple(math.sqrt(layout.mean(layout.diagonal(x.s))) for x in passes.streams),
-        tuple(layout.cosine(x.s) for x in passes.streams),
+        tuple(math.sqrt(layout.mean(layout.diagonal(x.s))) for x in streams),
+        tuple(layout.cosine(x.s) for x in streams),
     )
 
 
@@ -156,7 +184,7 @@ def _start_noise(stack: Stack, passes: Passes, layout: Layout) -> Array:
     tokens, classes = stack.shape.tokens, stack.head.classes
     means = np.array([(1 + (tokens - 1) * layout.cosine(g)) / tokens for g in passes.gradients])
     softmax = max(1 - 1 / (tokens * means[-1]), 0.0)
-    logits, _ = normalise(stack.head.norm, passes.streams[-1], layout)
+    logits = _head_input(stack.head, passes.streams[-1], layout)
     common = stack.head.weights.scale * layout.mean(layout.diagonal(logits.s))
     common *= max(layout.cosine(logits.s), 0.0)
     each = softmax**2 * scatter(common, classes) + (1 - softmax) ** 2 * 2 / (classes - 1)
@@ -172,13 +200,19 @@ def _start(stack: Stack, y: Stream, layout: Layout) -> Moments:
     """
     if stack.head is None or stack.shape.domain != "tokens":
         return layout.start(1.0)
-    logits, _ = normalise(stack.head.norm, y, layout)
+    logits = _head_input(stack.head, y, layout)
     s = tuple(stack.head.weights.scale * x + stack.head.weights.bias for x in logits.s)
     classes = stack.head.classes
     if len(s) == 2:
         own, cross = (excess(float(x), classes) for x in s)
         return 1.0, cross / (classes - 1 + own)
     return (_shared_softmax(np.asarray(s[0]), classes),)
+
+
+def _head_input(head: Head, y: Stream, layout: Layout) -> Stream:
+    """What the head projects."""
+    read = tuple([head.read**2 * entry for entry in y.s])
+    return normalise(head.norm, Stream(read, head.read * y.mean), layout)[0]
 
 
 def _shared_softmax(logits: Array, classes: int) -> Array:

@@ -43,6 +43,9 @@ class Unit:
         c: weight of the branch's input.
         norm_in: kind of Ni, or None; so for `norm_branch` No, `norm_out` Np and `norm_mid` M.
         qk_norm: queries and keys are normalised per head.
+        read: factor on the branch's input before Ni; a norm leaves nothing of it but for its eps.
+        norm_value: kind of norm of the values, per head; `norm_shared` that of the unit's input,
+            for shortcut and branch alike.
         alpha: of the pointwise norms dyt, tanh(alpha x), and derf, erf(alpha x).
     """
 
@@ -62,6 +65,9 @@ class Unit:
     norm_mid: str | None = None
     qk_norm: bool = False
     alpha: float = 0.5
+    read: float = 1.0
+    norm_value: str | None = None
+    norm_shared: str | None = None
 
     @property
     def is_single(self) -> bool:
@@ -72,7 +78,8 @@ class Unit:
     def norms(self) -> tuple[str, ...]:
         """The kinds of norm that it has."""
         placed = (self.norm_in, self.norm_branch, self.norm_mid, self.norm_out)
-        return tuple(kind for kind in placed if kind is not None)
+        own = (self.norm_value, self.norm_shared)
+        return tuple(kind for kind in (*placed, *own) if kind is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,11 +112,38 @@ class Shape:
 
 @dataclass(frozen=True)
 class Head:
-    """A classifier after the stack, with cross-entropy against random labels."""
+    """A classifier after the stack, with cross-entropy against random labels.
+
+    Attributes:
+        classes: their number.
+        weights: of the projection.
+        norm: before it.
+        read: factor on the stream before that norm.
+    """
 
     classes: int
     weights: Weights
     norm: str | None = None
+    read: float = 1.0
+
+
+@dataclass(frozen=True)
+class State:
+    """What goes from unit to unit in place of one stream.
+
+    Attributes:
+        kind: of the units that make it, as in `wiring.UNIT_SETTINGS`.
+        copies: of the input at the start, where all streams remain copies.
+        norm: kind of norm that units and readout have besides those of the template.
+        head_size: values that a norm of theirs averages.
+        layer: units to a layer.
+    """
+
+    kind: str
+    copies: int = 1
+    norm: str = "layernorm"
+    head_size: int = 1
+    layer: int = 1
 
 
 @dataclass(frozen=True)
@@ -121,9 +155,11 @@ class Stack:
         units: first to last.
         input_square: E x^2 of the input's elements, which are independent.
         head: what turns y_D into the loss; None for a random cotangent.
+        state: of several streams; None for one. The units are those of the branches.
     """
 
     shape: Shape
     units: tuple[Unit, ...]
     input_square: float = 1.0
     head: Head | None = None
+    state: State | None = None

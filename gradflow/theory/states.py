@@ -1,0 +1,96 @@
+"""What a spec's scheme hands from unit to unit, where it is more than one stream."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from gradflow.specs.spec import StackSpec
+from gradflow.theory.units import NoTheoryError, State, Unit
+from gradflow.wiring import Place, Wiring
+
+# Kinds of unit with a formula, and the readout that it holds for.
+READOUT_OF = {
+    "hyper-connections": "sum",
+    "mhc": "mean",
+    "attnres": "depth attention",
+    "denseformer": "last",
+    "b2t": None,
+    "residual-dual": "dual",
+    "siamesenorm": "siamese",
+    "value-residual": "first",
+}
+# Those that are pre-ln but for the rows, and those that have a norm after the shortcut.
+COPIES = ("hyper-connections", "mhc", "attnres", "denseformer")
+POSTNORM = ("b2t", "residual-dual")
+
+# Places of norms that the units of a state have.
+_PLACES = {
+    **dict.fromkeys(COPIES, ("in", "branch", "mid", "query-key")),
+    **dict.fromkeys(POSTNORM, ("in", "out", "mid", "query-key")),
+    "siamesenorm": ("in", "mid", "query-key"),
+    "value-residual": ("in", "query-key"),
+}
+
+
+def state_of(spec: StackSpec) -> State | None:
+    """The state of a stack, or None where units hand on one stream of the template.
+
+    Raises:
+        NoTheoryError: several kinds of unit, a readout or a setting that no formula covers.
+    """
+    if spec.scheme is None:
+        return None
+    wirings = list(spec.wirings())
+    kinds = {wiring.unit for _, wiring in wirings}
+    several = kinds & set(READOUT_OF)
+    norm = str(spec.norm_kind or spec.domain.norm_kind)
+    if not several:
+        beyond = any({"value", "shared"} & set(wiring.norms) for _, wiring in wirings)
+        return State("template", 1, norm, spec.head_size) if beyond else None
+    if len(kinds) > 1:
+        raise NoTheoryError(f"no formula for units of {' and '.join(sorted(kinds))} in one stack")
+    (kind,) = kinds
+    if spec.readout != READOUT_OF[kind]:
+        raise NoTheoryError(f"no formula for units of {kind} with the readout {spec.readout}")
+    for _, wiring in wirings:
+        _check(kind, wiring)
+    copies = int(wirings[0][1].settings.get("streams", 1))
+    return State(kind, copies, norm, spec.head_size, spec.units_per_block)
+
+
+def _check(kind: str, wiring: Wiring) -> None:
+    beyond = set(wiring.norms) - set(_PLACES[kind])
+    if kind in POSTNORM and "out" not in wiring.norms:
+        raise NoTheoryError(f"no formula for units of {kind} without the norm of their output")
+    if beyond:
+        raise NoTheoryError(f"no formula for a norm at {', '.join(sorted(beyond))} of {kind}")
+    if kind not in COPIES and (wiring.b, wiring.c) != (1.0, 1.0):
+        raise NoTheoryError(f"no formula for scaled branches of {kind}")
+    if wiring.settings.get("weight", 0.5) != 0.5:
+        raise NoTheoryError("no formula for values that are not averaged evenly")
+
+
+def as_read(unit: Unit, place: Place, wiring: Wiring, settings: Mapping[str, Any]) -> Unit:
+    """The unit with what its place in such a state, and its settings, make of it.
+
+    The streams of hyper-connections and mhc are copies of Pre-LN's, which mhc reads n sigma(pre)
+    times; attnres reads the mean of as many streams as there are units before, and the input.
+    """
+    if wiring.unit == "mhc":
+        gate = 1 / (1 + math.exp(-float(settings["pre"])))
+        return replace(unit, a=1.0, read=int(settings["streams"]) * gate)
+    if wiring.unit == "attnres":
+        return replace(unit, a=1.0, read=1 / place.index)
+    if wiring.unit == "siamesenorm":
+        return replace(unit, a=1.0, b=1 / float(settings["divisor"]))
+    return replace(unit, a=1.0) if wiring.unit in READOUT_OF else unit
+
+
+def output_scale(state: State | None, units: int) -> float:
+    """The output over that of Pre-LN with the same branches."""
+    if state is None or state.kind not in COPIES:
+        return 1.0
+    return {"attnres": 1 / (units + 1), "hyper-connections": state.copies}.get(state.kind, 1.0)
