@@ -31,15 +31,12 @@ class AttendTape(NamedTuple):
 def attend(unit: Unit, u: Moments, values: Moments, tokens: int) -> tuple[Moments, AttendTape]:
     """Moments of W_out softmax(q k) v, q and k of the input u."""
     _, tape = mix(_with_bare_values(unit), u, tokens)
-    ratio = _gap(values) / np.maximum(_gap(u), _SMALL)
-    if len(u) == 2:
-        mixed, ratio = _mixed_rows(values, tape.h, tokens), float(ratio)
-    else:
-        mixed, ratio = _mixed_past(values, tape.h), _by_first(ratio)
-    whole = _retaped(tape, np.maximum(ratio, _SMALL))
-    silent = _retaped(tape, 1.0, logits=0.0)
+    ratio = np.maximum(_gap(values) / np.maximum(_gap(u), _SMALL), _SMALL)
+    rows = len(u) == 2
+    mixed = _mixed_rows(values, tape.h, tokens) if rows else _mixed_past(values, tape.h)
+    whole = _retaped(tape, float(ratio) if rows else _by_first(ratio))
     out = tuple([unit.w_out.scale * entry + unit.w_out.bias for entry in mixed])
-    return out, AttendTape(silent, whole)
+    return out, AttendTape(_retaped(tape, 1.0, logits=0.0), whole)
 
 
 def pull_attend(unit: Unit, tape: AttendTape, g: Moments, tokens: int) -> tuple[Moments, Moments]:

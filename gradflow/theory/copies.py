@@ -20,6 +20,7 @@ Derived here; the streams of `schemes.streams` are the oracle (tests/test_theory
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -63,7 +64,7 @@ def state_shares(state: State, base: Array, shares: Sequence[float]) -> list[flo
 def state_streams(state: State, base: Sequence[Stream], layout: Layout) -> list[Stream]:
     """All streams of each state: their mean square, the mean of their cosines between tokens."""
     if state.kind == "attnres":
-        parts = [base[0].s, *(_less(y.s, x.s) for x, y in zip(base, base[1:], strict=False))]
+        parts = [base[0].s, *(_less(y.s, x.s) for x, y in pairwise(base))]
         return _running(parts, layout)
     if state.kind == "denseformer":
         return _with_earlier(base, state.layer, layout)

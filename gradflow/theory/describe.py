@@ -6,6 +6,7 @@ together.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from gradflow.specs.spec import StackSpec
 from gradflow.specs.user_code import is_user_name
 from gradflow.theory.states import READOUT_OF, as_read, output_scale, state_of
 from gradflow.theory.units import EPS, Head, NoTheoryError, Shape, Stack, State, Unit, Weights
-from gradflow.wiring import Wiring
+from gradflow.wiring import Place, Wiring
 
 RECTIFIERS = ("relu", "gelu", "gelu-tanh", "silu")
 
@@ -72,8 +73,9 @@ def describe(spec: StackSpec) -> Stack:
     if spec.norm_eps > EPS and spec.normalises:
         raise NoTheoryError("no formula for another epsilon of the norms")
     scale = spec.recipe.input_scale(spec.depth) if spec.scheme else 1.0
-    state = state_of(spec)
-    return Stack(_shape(spec), _units(spec), scale**2, _head(spec, state), state)
+    wired = _wired(spec)
+    state = state_of(spec, [wiring for _, wiring in wired])
+    return Stack(_shape(spec), _units(spec, wired), scale**2, _head(spec, state), state)
 
 
 def _check_parts(spec: StackSpec) -> None:
@@ -95,21 +97,26 @@ def _check_values(spec: StackSpec) -> None:
         raise NoTheoryError(f"values of {values} features are too few: theory is of infinite width")
 
 
-def _units(spec: StackSpec) -> tuple[Unit, ...]:
+def _wired(spec: StackSpec) -> list[tuple[Place, Wiring]]:
+    """Every unit with its place; of a stack without a scheme, whose layers are alike, one layer."""
+    if spec.scheme is not None:
+        return list(spec.wirings())
+    units = range(spec.units_per_block)
+    return [(spec.place(1, unit), spec.wiring(1, unit)) for unit in units]
+
+
+def _units(spec: StackSpec, wired: Sequence[tuple[Place, Wiring]]) -> tuple[Unit, ...]:
     """Units of equal wiring are one object: a deep stack is described in no time."""
-    kinds = spec.kind.units
-    layers = range(1, spec.depth + 1) if spec.scheme else range(1, 2)
     units: list[Unit] = []
-    last: list[tuple[Wiring, Unit] | None] = [None] * len(kinds)
-    for layer in layers:
-        for number, kind in enumerate(kinds):
-            wiring, before = spec.wiring(layer, number), last[number]
-            place, settings = spec.place(layer, number), wiring.settings
-            if wiring.unit in READOUT_OF:  # whose settings do not change the branch
-                wiring = replace(wiring, settings={})
-            unit = before[1] if before and before[0] == wiring else _unit(spec, wiring, kind)
-            last[number] = wiring, unit
-            units.append(as_read(unit, place, wiring, settings))
+    last: list[tuple[Wiring, Unit] | None] = [None] * spec.units_per_block
+    for place, wiring in wired:
+        own = wiring
+        if wiring.unit in READOUT_OF:  # whose settings do not change the branch
+            own = replace(wiring, settings={})
+        before = last[place.unit]
+        unit = before[1] if before and before[0] == own else _unit(spec, own, place.kind)
+        last[place.unit] = own, unit
+        units.append(as_read(unit, place, wiring))
     return tuple(units) * (1 if spec.scheme else spec.depth)
 
 

@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 
 from gradflow.specs.spec import StackSpec
-from gradflow.theory.attention import excess, excess_array, scatter
+from gradflow.theory.attention import LOGIT_LIMIT, excess, excess_array, scatter
 from gradflow.theory.copies import state_levels, state_shares, state_streams
 from gradflow.theory.describe import describe
 from gradflow.theory.layouts import CausalTokens, Exchangeable, Layout, Moments
@@ -202,11 +202,21 @@ def _start(stack: Stack, y: Stream, layout: Layout) -> Moments:
         return layout.start(1.0)
     logits = _head_input(stack.head, y, layout)
     s = tuple(stack.head.weights.scale * x + stack.head.weights.bias for x in logits.s)
+    _check_head_logits(stack, layout.mean(layout.diagonal(s)))
     classes = stack.head.classes
     if len(s) == 2:
         own, cross = (excess(float(x), classes) for x in s)
         return 1.0, cross / (classes - 1 + own)
     return (_shared_softmax(np.asarray(s[0]), classes),)
+
+
+def _check_head_logits(stack: Stack, variance: float) -> None:
+    """Without a final norm two streams add up; the moments of the softmax end there."""
+    if stack.state is not None and variance > LOGIT_LIMIT:
+        raise NoTheoryError(
+            f"cross-entropy over logits of variance {variance:.2g}, above {LOGIT_LIMIT:g}, of "
+            "streams without a final norm"
+        )
 
 
 def _head_input(head: Head, y: Stream, layout: Layout) -> Stream:

@@ -10,13 +10,12 @@ import numpy as np
 
 from gradflow.theory.bundle import (
     Branch,
-    Bundle,
     Norm,
-    Step,
     bundle_of,
     go_ahead,
     go_back,
     to_moments,
+    without_branches,
 )
 from gradflow.theory.layouts import Layout, Moments
 from gradflow.theory.maths import Array
@@ -45,40 +44,34 @@ def run_several(
     Raises:
         NoTheoryError: the stream leaves the range of number formats, or attention that of theory.
     """
-    steps = program(units, state)
-    bundle = bundle_of(x.s)
-    streams, tapes, taped = [x], [], []
+    steps, last = program(units, state), readout(state)
+    bundle = bundle_of(x.s, layout)
+    streams, tapes, kept = [x], [], []
     for each in steps:
-        before, (bundle, kept) = bundle, go_ahead(each, bundle, layout)
-        streams.append(_together(bundle.s, layout))
+        square = _square(bundle.s, layout)
+        bundle, taped = go_ahead(each, bundle)
         check_range(_square(bundle.s, layout))
-        tapes.append(kept)
-        taped.append(_tape(each, kept, before, bundle, layout))
-    out, kept = go_ahead(readout(state), bundle, layout)
-    g = np.asarray(bundle_of(g_last(Stream(to_moments(out.s[0, 0])))).s)
-    g = go_back(readout(state), kept, g, layout)
+        streams.append(_together(bundle.s, layout))
+        tapes.append(_tape(each, taped, square, layout))
+        kept.append(taped)
+    output, taped = go_ahead(last, bundle)
+    g = go_back(last, taped, bundle_of(g_last(Stream(output.of(0))), layout).s)
     gradients, shares, log_scales = [_summed(g)], [], [0.0]
-    for each, kept in zip(reversed(steps), reversed(tapes), strict=True):
-        g, share = _pulled(each, kept, g, layout)
-        size, log_scale = _square(g, layout) * len(g), log_scales[-1]
-        if not 1e-50 < size < 1e50:
+    for each, taped in zip(reversed(steps), reversed(kept), strict=True):
+        around = _square(go_back(without_branches(each), taped, g), layout)
+        g = go_back(each, taped, g)
+        size, log_scale = _square(g, layout), log_scales[-1]
+        shares.append(max(1 - around / size, 0.0))
+        if not 1e-50 < size < 1e50:  # as in `passes.run`
             g, log_scale = g / size, log_scale + math.log(size)
         gradients.append(_summed(g))
-        shares.append(share)
         log_scales.append(log_scale)
-    return Passes(streams, gradients[::-1], log_scales[::-1], taped, shares[::-1])
+    return Passes(streams, gradients[::-1], log_scales[::-1], tapes, shares[::-1])
 
 
-def _pulled(steps: Steps, tapes: Sequence[Any], g: Array, layout: Layout) -> tuple[Array, float]:
-    """The gradient before the unit, and the branch's share in its mean square."""
-    whole = go_back(steps, tapes, g, layout)
-    around = go_back(steps, tapes, g, layout, branches=False)
-    return whole, max(1 - _square(around, layout) / _square(whole, layout), 0.0)
-
-
-def _summed(g: Array) -> Moments:
+def _summed(s: Array) -> Moments:
     """Over the streams."""
-    return to_moments(np.einsum("ii...->...", g))
+    return to_moments(np.asarray(np.einsum("ii...->...", s)))
 
 
 def _square(s: Array, layout: Layout) -> float:
@@ -89,33 +82,33 @@ def _square(s: Array, layout: Layout) -> float:
 def _together(s: Array, layout: Layout) -> Stream:
     """The mean square of all streams, and the mean of their cosines between tokens."""
     squares = [layout.mean(layout.diagonal(to_moments(s[i, i]))) for i in range(len(s))]
-    alike = sum(s[i, i] / square for i, square in enumerate(squares))
-    return Stream(to_moments(np.asarray(alike) * (sum(squares) / len(s) ** 2)))
+    alike = sum((s[i, i] / square for i, square in enumerate(squares)), np.zeros(s.shape[2:]))
+    return Stream(to_moments(alike * (sum(squares) / len(s) ** 2)))
 
 
-def _tape(
-    steps: Steps, tapes: Sequence[Any], before: Bundle, after: Bundle, layout: Layout
-) -> Tape:
-    """The unit as `limits` and `spread` look at it: its branch, and a norm after the shortcut.
+def _tape(steps: Steps, tapes: Sequence[Any], square: float, layout: Layout) -> Tape:
+    """The unit as `limits` and `spread` look at it: its branch, and a norm of the first stream.
 
-    That norm's scale stands for the share of the shortcut in what it divides out.
+    Args:
+        steps: of the unit.
+        tapes: of the steps.
+        square: of the state before.
+        layout: of the moments.
     """
-    branch = next((t for s, t in zip(steps, tapes, strict=True) if isinstance(s, Branch)), None)
-    if branch is None:
-        branch = Tape(
-            to_moments(before.s[0, 0]), None, BranchTape(to_moments(before.s[0, 0])), None, None
-        )
-    last: Step = steps[-1]
-    if not isinstance(last, Norm):
-        return branch
-    norm: NormTape = tapes[-1]
-    kept = max(1 - (norm.gain - 1) * norm.count, 0.0) ** 0.5 / _square(before.s, layout)
-    root = np.full_like(np.asarray(layout.diagonal(norm.scale)), kept**0.5)
-    scale = layout.outer(root if root.ndim else float(root))
-    return Tape(
-        branch.u,
-        branch.before,
-        branch.inside,
-        branch.branch,
-        NormTape(norm.kind, scale, norm.gain, norm.count),
-    )
+    ones = layout.start(1.0)
+    norm, branch = None, Tape(ones, None, BranchTape(ones), None, None)
+    for step, tape in zip(steps, tapes, strict=True):
+        if isinstance(step, Branch):
+            branch = tape.tape
+        if isinstance(step, Norm) and step.stream == 0 and norm is None:
+            norm = tape.norm
+    after = None if norm is None else _as_after(norm, square, layout)
+    return Tape(branch.u, branch.before, branch.inside, branch.branch, after)
+
+
+def _as_after(norm: NormTape, square: float, layout: Layout) -> NormTape:
+    """With the share of what earlier norms have fixed in the place of the scale times `square`."""
+    fixed = max(1 - (norm.gain - 1) * norm.count, 0.0) ** 0.5
+    root = (fixed / square) ** 0.5
+    scale = layout.outer(root * layout.diagonal(layout.start(1.0)))
+    return NormTape(norm.kind, scale, norm.gain, norm.count)

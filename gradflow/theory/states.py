@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from gradflow.specs.spec import StackSpec
 from gradflow.theory.units import NoTheoryError, State, Unit
@@ -35,57 +34,62 @@ _PLACES = {
 }
 
 
-def state_of(spec: StackSpec) -> State | None:
+def state_of(spec: StackSpec, wirings: Sequence[Wiring]) -> State | None:
     """The state of a stack, or None where units hand on one stream of the template.
+
+    Args:
+        spec: of the stack.
+        wirings: of all its units.
 
     Raises:
         NoTheoryError: several kinds of unit, a readout or a setting that no formula covers.
     """
-    if spec.scheme is None:
-        return None
-    wirings = list(spec.wirings())
-    kinds = {wiring.unit for _, wiring in wirings}
-    several = kinds & set(READOUT_OF)
+    kinds = {wiring.unit for wiring in wirings}
     norm = str(spec.norm_kind or spec.domain.norm_kind)
-    if not several:
-        beyond = any({"value", "shared"} & set(wiring.norms) for _, wiring in wirings)
+    if not kinds & set(READOUT_OF):
+        beyond = any({"value", "shared"} & set(wiring.norms) for wiring in wirings)
         return State("template", 1, norm, spec.head_size) if beyond else None
     if len(kinds) > 1:
         raise NoTheoryError(f"no formula for units of {' and '.join(sorted(kinds))} in one stack")
     (kind,) = kinds
     if spec.readout != READOUT_OF[kind]:
         raise NoTheoryError(f"no formula for units of {kind} with the readout {spec.readout}")
-    for _, wiring in wirings:
-        _check(kind, wiring)
-    copies = int(wirings[0][1].settings.get("streams", 1))
+    for wiring in dict.fromkeys(map(_parts, wirings)):
+        _check(kind, *wiring)
+    copies = int(wirings[0].settings.get("streams", 1))
     return State(kind, copies, norm, spec.head_size, spec.units_per_block)
 
 
-def _check(kind: str, wiring: Wiring) -> None:
-    beyond = set(wiring.norms) - set(_PLACES[kind])
-    if kind in POSTNORM and "out" not in wiring.norms:
+def _parts(wiring: Wiring) -> tuple[tuple[str, ...], tuple[float, float], float]:
+    """Norms, scalars, and the share of the first values in those of value-residual."""
+    return wiring.norms, (wiring.b, wiring.c), float(wiring.settings.get("weight", 0.5))
+
+
+def _check(kind: str, norms: tuple[str, ...], scalars: tuple[float, float], weight: float) -> None:
+    beyond = set(norms) - set(_PLACES[kind])
+    if kind in POSTNORM and "out" not in norms:
         raise NoTheoryError(f"no formula for units of {kind} without the norm of their output")
     if beyond:
         raise NoTheoryError(f"no formula for a norm at {', '.join(sorted(beyond))} of {kind}")
-    if kind not in COPIES and (wiring.b, wiring.c) != (1.0, 1.0):
+    if kind not in COPIES and scalars != (1.0, 1.0):
         raise NoTheoryError(f"no formula for scaled branches of {kind}")
-    if wiring.settings.get("weight", 0.5) != 0.5:
+    if weight != 0.5:
         raise NoTheoryError("no formula for values that are not averaged evenly")
 
 
-def as_read(unit: Unit, place: Place, wiring: Wiring, settings: Mapping[str, Any]) -> Unit:
+def as_read(unit: Unit, place: Place, wiring: Wiring) -> Unit:
     """The unit with what its place in such a state, and its settings, make of it.
 
     The streams of hyper-connections and mhc are copies of Pre-LN's, which mhc reads n sigma(pre)
     times; attnres reads the mean of as many streams as there are units before, and the input.
     """
     if wiring.unit == "mhc":
-        gate = 1 / (1 + math.exp(-float(settings["pre"])))
-        return replace(unit, a=1.0, read=int(settings["streams"]) * gate)
+        gate = 1 / (1 + math.exp(-float(wiring.settings["pre"])))
+        return replace(unit, a=1.0, read=int(wiring.settings["streams"]) * gate)
     if wiring.unit == "attnres":
         return replace(unit, a=1.0, read=1 / place.index)
     if wiring.unit == "siamesenorm":
-        return replace(unit, a=1.0, b=1 / float(settings["divisor"]))
+        return replace(unit, a=1.0, b=1 / float(wiring.settings["divisor"]))
     return replace(unit, a=1.0) if wiring.unit in READOUT_OF else unit
 
 
