@@ -68,6 +68,9 @@ def state_streams(state: State, base: Sequence[Stream], layout: Layout) -> list[
         return _running(parts, layout)
     if state.kind == "denseformer":
         return _with_earlier(base, state.layer, layout)
+    if state.kind == "ngpt":  # whose vectors have length 1
+        shrink = 1 / layout.shape.width
+        return [Stream(tuple([shrink * entry for entry in x.s])) for x in base]
     return list(base)
 
 

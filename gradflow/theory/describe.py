@@ -13,7 +13,8 @@ from typing import Any
 from gradflow.schemes.classic import FIXUP_LAST
 from gradflow.specs.spec import StackSpec
 from gradflow.specs.user_code import is_user_name
-from gradflow.theory.states import READOUT_OF, as_read, output_scale, state_of
+from gradflow.theory.restated import RESTATED
+from gradflow.theory.states import output_scale, state_of
 from gradflow.theory.units import EPS, Head, NoTheoryError, Shape, Stack, State, Unit, Weights
 from gradflow.wiring import Place, Wiring
 
@@ -111,12 +112,13 @@ def _units(spec: StackSpec, wired: Sequence[tuple[Place, Wiring]]) -> tuple[Unit
     last: list[tuple[Wiring, Unit] | None] = [None] * spec.units_per_block
     for place, wiring in wired:
         own = wiring
-        if wiring.unit in READOUT_OF:  # whose settings do not change the branch
+        restate = RESTATED.get(wiring.unit)
+        if restate:  # whose settings do not change the branch
             own = replace(wiring, settings={})
         before = last[place.unit]
         unit = before[1] if before and before[0] == own else _unit(spec, own, place.kind)
         last[place.unit] = own, unit
-        units.append(as_read(unit, place, wiring))
+        units.append(restate(unit, place, wiring) if restate else unit)
     return tuple(units) * (1 if spec.scheme else spec.depth)
 
 
@@ -124,7 +126,7 @@ def _head(spec: StackSpec, state: State | None) -> Head | None:
     if spec.loss != "ce":
         return None
     norm = str(spec.norm_kind or spec.domain.norm_kind) if spec.has_final_norm else None
-    read = output_scale(state, spec.depth * spec.units_per_block)
+    read = output_scale(state, spec.depth * spec.units_per_block, spec.width)
     return Head(spec.classes, weights(spec, spec.width, spec.classes), norm, read)
 
 
@@ -185,9 +187,6 @@ AS_TEMPLATE = ("template", "normformer", "fixup")
 REASONS = {
     "highway": "no formula for a gate that multiplies the branch",
     "stochastic": "which branches are dropped is drawn from the seed",
-    "pb-relax": "no formula for norms of 8 x / max|x|, whose eps counts for less",
-    "admin": "the shortcuts' weights come from a forward pass",
-    "ngpt": "no formula for vectors normalised to length 1",
 }
 
 
@@ -200,7 +199,7 @@ def _check_wiring(spec: StackSpec, wiring: Wiring, kind: str) -> None:
         raise NoTheoryError("no formula for a branch of your own")
     if wiring.unit in REASONS:
         raise NoTheoryError(REASONS[wiring.unit])
-    if wiring.unit not in (*AS_TEMPLATE, *READOUT_OF):
+    if wiring.unit not in (*AS_TEMPLATE, *RESTATED):
         raise NoTheoryError(f"{spec.scheme} wires its units beyond the template")
     beyond = set(wiring.norms) - {*NORMS, "query-key"}
     if beyond:

@@ -21,6 +21,7 @@ from gradflow.theory.layouts import CausalTokens, Exchangeable, Layout, Moments
 from gradflow.theory.limits import check_passes, check_spec, check_stack, tolerance
 from gradflow.theory.maths import Array
 from gradflow.theory.norms import Stream, normalise
+from gradflow.theory.omegas import with_omegas
 from gradflow.theory.passes import Passes, run
 from gradflow.theory.several import run_several
 from gradflow.theory.spread import Noise, finite_width
@@ -88,7 +89,7 @@ def predict_stack(stack: Stack) -> Prediction:
         stack: shape, units, and the head if the loss is cross-entropy.
     """
     try:
-        layout, passes = _both_passes(stack)
+        stack, layout, passes = _both_passes(stack)
         noise = _noise(stack, passes, layout)
         check_passes(stack, passes, layout, noise)
     except NoTheoryError as limit:
@@ -103,19 +104,21 @@ def total_decades(spec: StackSpec) -> float:
         NoTheoryError: there is no prediction; finite width is no obstacle here.
     """
     check_spec(spec)
-    stack = describe(spec)
-    layout, passes = _both_passes(stack)
+    stack, layout, passes = _both_passes(describe(spec))
     return float(_NATS_OF_SQUARE * _of_state(stack, _levels(passes, layout))[0])
 
 
-def _both_passes(stack: Stack) -> tuple[Layout, Passes]:
+def _both_passes(stack: Stack) -> tuple[Stack, Layout, Passes]:
+    """The stack as it is passed, and the passes."""
     check_stack(stack)
     layout = layout_of(stack)
+    if stack.state is not None and stack.state.kind == "admin":
+        stack = with_omegas(stack, layout)
     start = Stream(layout.start(stack.input_square))
     last = partial(_start, stack, layout=layout)
-    if stack.state is None or stack.state.kind in COPIES:
-        return layout, run(stack.units, start, last, layout)
-    return layout, run_several(stack.units, stack.state, start, last, layout)
+    if stack.state is None or stack.state.kind in (*COPIES, "ngpt"):
+        return stack, layout, run(stack.units, start, last, layout)
+    return stack, layout, run_several(stack.units, stack.state, start, last, layout)
 
 
 def _noise(stack: Stack, passes: Passes, layout: Layout) -> Noise:
@@ -153,7 +156,7 @@ def layout_of(stack: Stack) -> Layout:
 def _to_prediction(stack: Stack, passes: Passes, layout: Layout, noise: Noise) -> Prediction:
     level = _of_state(stack, _levels(passes, layout) + noise.bias)
     streams = passes.streams
-    if stack.state is not None and stack.state.kind in COPIES:
+    if stack.state is not None:
         streams = state_streams(stack.state, streams, layout)
     return Prediction(
         tuple((_NATS_OF_SQUARE * level).tolist()),

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 from gradflow.specs.spec import StackSpec
-from gradflow.theory.units import NoTheoryError, State, Unit
-from gradflow.wiring import Place, Wiring
+from gradflow.theory.units import NoTheoryError, State
+from gradflow.wiring import Wiring
 
 # Kinds of unit with a formula, and the readout that it holds for.
 READOUT_OF = {
@@ -24,6 +22,8 @@ READOUT_OF = {
 # Those that are pre-ln but for the rows, and those that have a norm after the shortcut.
 COPIES = ("hyper-connections", "mhc", "attnres", "denseformer")
 POSTNORM = ("b2t", "residual-dual")
+# One stream, but for its length, and but for the weights of its shortcuts.
+SINGLE = ("ngpt", "admin")
 
 # Places of norms that the units of a state have.
 _PLACES = {
@@ -46,8 +46,12 @@ def state_of(spec: StackSpec, wirings: Sequence[Wiring]) -> State | None:
     """
     kinds = {wiring.unit for wiring in wirings}
     norm = str(spec.norm_kind or spec.domain.norm_kind)
+    if kinds & set(SINGLE) and len(kinds) == 1:
+        return State(kinds.pop())
     if not kinds & set(READOUT_OF):
         beyond = any({"value", "shared"} & set(wiring.norms) for wiring in wirings)
+        if beyond and spec.kind.domain != "tokens":
+            raise NoTheoryError("no formula for a norm of shortcut and branch alike, but of tokens")
         return State("template", 1, norm, spec.head_size) if beyond else None
     if len(kinds) > 1:
         raise NoTheoryError(f"no formula for units of {' and '.join(sorted(kinds))} in one stack")
@@ -77,24 +81,13 @@ def _check(kind: str, norms: tuple[str, ...], scalars: tuple[float, float], weig
         raise NoTheoryError("no formula for values that are not averaged evenly")
 
 
-def as_read(unit: Unit, place: Place, wiring: Wiring) -> Unit:
-    """The unit with what its place in such a state, and its settings, make of it.
-
-    The streams of hyper-connections and mhc are copies of Pre-LN's, which mhc reads n sigma(pre)
-    times; attnres reads the mean of as many streams as there are units before, and the input.
-    """
-    if wiring.unit == "mhc":
-        gate = 1 / (1 + math.exp(-float(wiring.settings["pre"])))
-        return replace(unit, a=1.0, read=int(wiring.settings["streams"]) * gate)
-    if wiring.unit == "attnres":
-        return replace(unit, a=1.0, read=1 / place.index)
-    if wiring.unit == "siamesenorm":
-        return replace(unit, a=1.0, b=1 / float(wiring.settings["divisor"]))
-    return replace(unit, a=1.0) if wiring.unit in READOUT_OF else unit
-
-
-def output_scale(state: State | None, units: int) -> float:
-    """The output over that of Pre-LN with the same branches."""
-    if state is None or state.kind not in COPIES:
+def output_scale(state: State | None, units: int, width: int) -> float:
+    """The output over that of the template with the same branches."""
+    if state is None:
         return 1.0
-    return {"attnres": 1 / (units + 1), "hyper-connections": state.copies}.get(state.kind, 1.0)
+    scales = {
+        "attnres": 1 / (units + 1),
+        "hyper-connections": state.copies,
+        "ngpt": width**-0.5,
+    }
+    return scales.get(state.kind, 1.0)
