@@ -11,8 +11,8 @@ from gradflow.theory.units import NoTheoryError, Unit, Weights
 from gradflow.wiring import Place, Wiring
 
 NGPT_ALPHA = 0.05
-# On what a norm normalises, so that nothing is left of its eps.
-LARGE = 1e6
+# Times the mean square of what a norm normalises, so that nothing is left of its eps.
+LARGE = 1e30
 
 
 def _mhc(unit: Unit, _: Place, wiring: Wiring) -> Unit:
@@ -39,7 +39,7 @@ def _pb_relax(unit: Unit, *_: object) -> Unit:
     norms = unit.norm_in, unit.norm_branch
     if None in norms or set(norms) & set(POINTWISE):
         raise NoTheoryError("no formula for 8 x / max|x| but under norms of rows, in and out")
-    return replace(unit, read=LARGE, w_out=_enlarged(unit.w_out))
+    return replace(unit, read=LARGE**0.5, w_out=_enlarged(unit.w_out))
 
 
 def _enlarged(weights: Weights) -> Weights:
