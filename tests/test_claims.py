@@ -206,7 +206,7 @@ def test_the_table_of_predictions_tells_a_wrong_one() -> None:
     assert not wrong.is_in_band
     text = predicted_page([right, wrong], [])
     assert "1 of 2 within the stated tolerance, 1 in their band." in text
-    assert "| admin |" in text
+    assert "| stochastic-depth |" in text
     assert '"pre-ln"' in picture([replace(right, init="he, relu")]).to_json()
 
 

@@ -184,14 +184,14 @@ def test_pb_relax_of_pointwise_norms_is_refused(kind: str) -> None:
 
 
 def test_omegas_are_those_that_the_profile_measures() -> None:
-    spec = spec_of("admin", depth=12, width=128)
+    spec = spec_of("admin", width=256)
     stack = describe(spec)
     told = [unit.a for unit in with_omegas(stack, layout_of(stack)).units]
     measured = [
         float(u.omega.weight.detach()[0]) for block in network(spec).blocks for u in block.units
     ]
     assert told == pytest.approx(measured, rel=0.03)
-    assert told[-1] > 1.5 * told[1]
+    assert told[-1] > 1.4 * told[1]
 
 
 def test_units_of_two_kinds_in_one_stack_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
