@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gradflow.networks.ngpt import ALPHA
+from gradflow.schemes import SCHEMES
 from gradflow.specs.spec import StackSpec
 from gradflow.theory import NoTheoryError, Unit, describe, predict, total_decades
 from gradflow.theory.omegas import with_omegas
 from gradflow.theory.predict import layout_of
-from gradflow.theory.restated import RESTATED
+from gradflow.theory.restated import NGPT_ALPHA, RESTATED
 
 WIDE = 8192
 DEPTH = 20
@@ -68,6 +70,21 @@ def test_ngpt_turns_by_a_twentieth() -> None:
     a, b = 0.95**2, 0.05**2
     assert squared(spec) == pytest.approx(((a + 2 * b) / (a + b)) ** DEPTH, rel=1e-3)
     assert predict(spec).act_rms == pytest.approx([WIDE**-0.5] * (DEPTH + 1), rel=1e-4)
+
+
+def test_ngpt_turns_as_far_as_its_units_do() -> None:
+    assert NGPT_ALPHA == ALPHA
+
+
+def test_admin_beside_other_units_or_norms_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    admin, post = SCHEMES["admin"], SCHEMES["post-ln"]
+    first = replace(post, wire=lambda place: (admin if place.layer == 1 else post).wire(place))
+    monkeypatch.setitem(SCHEMES, "post-ln", first)
+    spec = StackSpec(scheme="post-ln")
+    assert "units of admin and template" in str(predict(spec).reason)
+    shared = replace(admin, wire=lambda place: replace(admin.wire(place), norms=("shared",)))
+    monkeypatch.setitem(SCHEMES, "post-ln", shared)
+    assert "a norm at shared of admin" in str(predict(replace(spec, depth=11)).reason)
 
 
 def test_only_norms_of_rows_on_both_sides_restate_pb_relax() -> None:

@@ -15,6 +15,11 @@ NGPT_ALPHA = 0.05
 LARGE = 1e30
 
 
+def _residual(unit: Unit, *_: object) -> Unit:
+    """Its units have a shortcut, whatever the wiring's a is; equal units stay one object."""
+    return unit if unit.a == 1.0 else replace(unit, a=1.0)
+
+
 def _mhc(unit: Unit, _: Place, wiring: Wiring) -> Unit:
     """All streams are copies of Pre-LN's, of which the branch reads n sigma(pre)."""
     gate = 1 / (1 + math.exp(-float(wiring.settings["pre"])))
@@ -62,14 +67,14 @@ def _ngpt(unit: Unit, *_: object) -> Unit:
 Restate = Callable[[Unit, Place, Wiring], Unit]
 
 RESTATED: dict[str, Restate] = {
-    "hyper-connections": lambda unit, place, wiring: replace(unit, a=1.0),
-    "denseformer": lambda unit, place, wiring: replace(unit, a=1.0),
+    "hyper-connections": _residual,
+    "denseformer": _residual,
     "mhc": _mhc,
     "attnres": _attnres,
-    "b2t": lambda unit, place, wiring: replace(unit, a=1.0),
-    "residual-dual": lambda unit, place, wiring: replace(unit, a=1.0),
+    "b2t": _residual,
+    "residual-dual": _residual,
     "siamesenorm": _siamesenorm,
-    "value-residual": lambda unit, place, wiring: replace(unit, a=1.0),
+    "value-residual": _residual,
     "pb-relax": _pb_relax,
     "admin": lambda unit, place, wiring: unit,
     "ngpt": _ngpt,

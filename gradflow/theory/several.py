@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from gradflow.theory.bundle import (
     Branch,
+    Bundle,
     Norm,
     bundle_of,
     go_ahead,
@@ -45,6 +46,32 @@ def run_several(
         NoTheoryError: the stream leaves the range of number formats, or attention that of theory.
     """
     steps, last = program(units, state), readout(state)
+    ahead = _ahead(steps, x, layout)
+    output, taped = go_ahead(last, ahead.bundle)
+    g = go_back(last, taped, bundle_of(g_last(Stream(output.of(0))), layout).s)
+    gradients, shares, log_scales = [_summed(g)], [], [0.0]
+    for each, taped in zip(reversed(steps), reversed(ahead.kept), strict=True):
+        around = _square(go_back(without_branches(each), taped, g), layout)
+        g = go_back(each, taped, g)
+        size, log_scale = _square(g, layout), log_scales[-1]
+        shares.append(max(1 - around / size, 0.0))
+        if not 1e-50 < size < 1e50:  # as in `passes.run`
+            g, log_scale = g / size, log_scale + math.log(size)
+        gradients.append(_summed(g))
+        log_scales.append(log_scale)
+    return Passes(ahead.streams, gradients[::-1], log_scales[::-1], ahead.tapes, shares[::-1])
+
+
+class _Ahead(NamedTuple):
+    """The pass forward: the last bundle; as `Passes` has them; and what every step has kept."""
+
+    bundle: Bundle
+    streams: list[Stream]
+    tapes: list[Tape]
+    kept: list[list[Any]]
+
+
+def _ahead(steps: Sequence[Steps], x: Stream, layout: Layout) -> _Ahead:
     bundle = bundle_of(x.s, layout)
     streams, tapes, kept = [x], [], []
     for each in steps:
@@ -54,19 +81,7 @@ def run_several(
         streams.append(_together(bundle.s, layout))
         tapes.append(_tape(each, taped, square, layout))
         kept.append(taped)
-    output, taped = go_ahead(last, bundle)
-    g = go_back(last, taped, bundle_of(g_last(Stream(output.of(0))), layout).s)
-    gradients, shares, log_scales = [_summed(g)], [], [0.0]
-    for each, taped in zip(reversed(steps), reversed(kept), strict=True):
-        around = _square(go_back(without_branches(each), taped, g), layout)
-        g = go_back(each, taped, g)
-        size, log_scale = _square(g, layout), log_scales[-1]
-        shares.append(max(1 - around / size, 0.0))
-        if not 1e-50 < size < 1e50:  # as in `passes.run`
-            g, log_scale = g / size, log_scale + math.log(size)
-        gradients.append(_summed(g))
-        log_scales.append(log_scale)
-    return Passes(streams, gradients[::-1], log_scales[::-1], tapes, shares[::-1])
+    return _Ahead(bundle, streams, tapes, kept)
 
 
 def _summed(s: Array) -> Moments:

@@ -31,6 +31,8 @@ _PLACES = {
     **dict.fromkeys(POSTNORM, ("in", "out", "mid", "query-key")),
     "siamesenorm": ("in", "mid", "query-key"),
     "value-residual": ("in", "query-key"),
+    "ngpt": (),
+    "admin": ("in", "branch", "out", "mid", "query-key"),
 }
 
 
@@ -46,17 +48,15 @@ def state_of(spec: StackSpec, wirings: Sequence[Wiring]) -> State | None:
     """
     kinds = {wiring.unit for wiring in wirings}
     norm = str(spec.norm_kind or spec.domain.norm_kind)
-    if kinds & set(SINGLE) and len(kinds) == 1:
-        return State(kinds.pop())
-    if not kinds & set(READOUT_OF):
-        beyond = any({"value", "shared"} & set(wiring.norms) for wiring in wirings)
-        if beyond and spec.kind.domain != "tokens":
-            raise NoTheoryError("no formula for a norm of shortcut and branch alike, but of tokens")
+    beyond = any({"value", "shared"} & set(wiring.norms) for wiring in wirings)
+    if beyond and spec.kind.domain != "tokens":
+        raise NoTheoryError("no formula for a norm of shortcut and branch alike, but of tokens")
+    if not kinds & {*READOUT_OF, *SINGLE}:
         return State("template", 1, norm, spec.head_size) if beyond else None
     if len(kinds) > 1:
         raise NoTheoryError(f"no formula for units of {' and '.join(sorted(kinds))} in one stack")
     (kind,) = kinds
-    if spec.readout != READOUT_OF[kind]:
+    if spec.readout != READOUT_OF.get(kind):
         raise NoTheoryError(f"no formula for units of {kind} with the readout {spec.readout}")
     for wiring in dict.fromkeys(map(_parts, wirings)):
         _check(kind, *wiring)
@@ -75,7 +75,7 @@ def _check(kind: str, norms: tuple[str, ...], scalars: tuple[float, float], weig
         raise NoTheoryError(f"no formula for units of {kind} without the norm of their output")
     if beyond:
         raise NoTheoryError(f"no formula for a norm at {', '.join(sorted(beyond))} of {kind}")
-    if kind not in COPIES and scalars != (1.0, 1.0):
+    if kind not in (*COPIES, "admin") and scalars != (1.0, 1.0):
         raise NoTheoryError(f"no formula for scaled branches of {kind}")
     if weight != 0.5:
         raise NoTheoryError("no formula for values that are not averaged evenly")
