@@ -106,7 +106,7 @@ def check_passes(stack: Stack, passes: Passes, layout: Layout, noise: Noise) -> 
     Raises:
         NoTheoryError: says why.
     """
-    for kind, count in {(norm.kind, norm.count) for tape in passes.tapes for norm in tape.norms}:
+    for kind, count in {(norm.kind, norm.number) for tape in passes.tapes for norm in tape.norms}:
         if count < (LEAST_ROWS if kind == "batchnorm" else LEAST_ELEMENTS):
             raise NoTheoryError(f"{kind} over {count:.0f} independent elements is too noisy")
     if not noise.variance[0] <= MOST_NOISE:

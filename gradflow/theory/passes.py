@@ -13,9 +13,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from gradflow.theory.attention import MixTape, mix, pull_mix
-from gradflow.theory.layouts import Layout, Moments
+from gradflow.theory.layouts import Layout, Moments, plus, scaled, through
 from gradflow.theory.moments import ACTIVATIONS
 from gradflow.theory.norms import NormTape, Stream, is_zero, normalise, pull_norm
 from gradflow.theory.units import NoTheoryError, Unit, Weights
@@ -23,8 +24,7 @@ from gradflow.theory.units import NoTheoryError, Unit, Weights
 _LEAST_SQUARE, _MOST_SQUARE = 1e-70, 1e70
 
 
-@dataclass(frozen=True)
-class BranchTape:
+class BranchTape(NamedTuple):
     """Inside a branch.
 
     Attributes:
@@ -41,8 +41,7 @@ class BranchTape:
     mid: NormTape | None = None
 
 
-@dataclass(frozen=True)
-class Tape:
+class Tape(NamedTuple):
     """One unit after its forward pass: its norms Ni, No, Np, and its branch, whose input is u."""
 
     u: Moments
@@ -58,55 +57,43 @@ class Tape:
         return [norm for norm in placed if norm is not None]
 
 
-def through(weights: Weights, x: Moments) -> Moments:
-    """Moments of W x + b."""
-    return tuple([weights.scale * entry + weights.bias for entry in x])
-
-
-def _scaled(factor: float, x: Moments) -> Moments:
-    return x if factor == 1.0 else tuple([factor * entry for entry in x])
-
-
-def _plus(x: Moments, y: Moments) -> Moments:
-    return tuple([one + two for one, two in zip(x, y, strict=True)])
-
-
 def forward(unit: Unit, x: Stream, layout: Layout) -> tuple[Stream, Tape]:
     """The stream after the unit."""
     u, before = normalise(unit.norm_in, x, layout, alpha=unit.alpha)
-    u = u if unit.c == 1.0 else Stream(_scaled(unit.c**2, u.s), u.mean * unit.c)
+    u = u if unit.c == 1.0 else Stream(scaled(unit.c**2, u.s), u.mean * unit.c)
     f, inside = BRANCHES[unit.kind](unit, u, layout)
     f, branch = normalise(unit.norm_branch, f, layout)
     y = _joined(unit, x, f)
+    if unit.norm_out is None:
+        return y, Tape(u.s, before, inside, branch, None)
     fixed = _kept(unit, x, y, layout) if unit.norm_out == x.normed else 0.0
     y, after = normalise(unit.norm_out, y, layout, fixed)
     return y, Tape(u.s, before, inside, branch, after)
 
 
-def backward(unit: Unit, tape: Tape, g: Moments, layout: Layout) -> tuple[Moments, float]:
-    """Moments of the gradient at the unit's input; the branch's share in its mean square."""
+def backward(unit: Unit, tape: Tape, g: Moments, layout: Layout) -> tuple[Moments, float, float]:
+    """Moments of the gradient at the unit's input; their mean square; the branch's share in it."""
     g = pull_norm(tape.after, g, layout)
-    through_f = pull_norm(tape.branch, _scaled(unit.b**2, g), layout)
+    through_f = pull_norm(tape.branch, scaled(unit.b**2, g), layout)
     through_f = _pull_branch(unit, tape.inside, through_f, layout)
-    through_f = pull_norm(tape.before, _scaled(unit.c**2, through_f), layout)
+    through_f = pull_norm(tape.before, scaled(unit.c**2, through_f), layout)
     if not unit.a:
-        return through_f, 1.0
-    total = _plus(_scaled(unit.a**2, g), through_f)
-    part, whole = (layout.mean(layout.diagonal(x)) for x in (through_f, total))
-    return total, part / whole
+        return through_f, layout.mean_square(through_f), 1.0
+    total = plus(scaled(unit.a**2, g), through_f)
+    square = layout.mean_square(total)
+    return total, square, layout.mean_square(through_f) / square
 
 
 def _kept(unit: Unit, x: Stream, y: Stream, layout: Layout) -> float:
     """The shortcut's share in the mean square."""
-    before, after = (layout.mean(layout.diagonal(part.s)) for part in (x, y))
-    return unit.a**2 * before / after
+    return unit.a**2 * layout.mean_square(x.s) / layout.mean_square(y.s)
 
 
 def _joined(unit: Unit, x: Stream, f: Stream) -> Stream:
     """a x + b f; x and f share only their means over the features."""
     if not unit.a:
-        return Stream(_scaled(unit.b**2, f.s), unit.b * f.mean, f.source)
-    s = _plus(_scaled(unit.a**2, x.s), _scaled(unit.b**2, f.s))
+        return Stream(scaled(unit.b**2, f.s), unit.b * f.mean, f.source)
+    s = plus(scaled(unit.a**2, x.s), scaled(unit.b**2, f.s))
     if not (is_zero(x.mean) or is_zero(f.mean)):
         common = 2 * unit.a * unit.b * x.mean * f.mean
         s = tuple([entry + common for entry in s])
@@ -118,10 +105,9 @@ def _single(unit: Unit, u: Stream, layout: Layout) -> tuple[Stream, BranchTape]:
     hidden = through(unit.w_in, tuple(layout.mix_pixels(entry) for entry in u.s))
     phi = ACTIVATIONS[unit.activation]
     mean = 0.0 if phi.odd else phi.mean(layout.diagonal(hidden))
-    back = _scaled(unit.w_in.scale, layout.slopes(unit.activation, hidden))
-    f = layout.activate(unit.activation, hidden)
-    source = (unit.activation, layout.mean(layout.diagonal(hidden)))
-    return Stream(f, mean, source), BranchTape(hidden, back)
+    f, slopes = layout.activate(unit.activation, hidden)
+    source = (unit.activation, layout.mean_square(hidden))
+    return Stream(f, mean, source), BranchTape(hidden, scaled(unit.w_in.scale, slopes))
 
 
 def _ffn(unit: Unit, u: Stream, layout: Layout) -> tuple[Stream, BranchTape]:
@@ -131,10 +117,10 @@ def _ffn(unit: Unit, u: Stream, layout: Layout) -> tuple[Stream, BranchTape]:
     hidden = through(unit.w_in, u.s)
     phi = ACTIVATIONS[unit.activation]
     mean = 0.0 if phi.odd or unit.norm_mid is None else phi.mean(layout.diagonal(hidden))
-    source = (unit.activation, layout.mean(layout.diagonal(hidden)))
-    inner = Stream(layout.activate(unit.activation, hidden), mean, source)
-    inner, mid = normalise(unit.norm_mid, inner, layout)
-    back = _scaled(unit.w_in.scale, layout.slopes(unit.activation, hidden))
+    source = (unit.activation, layout.mean_square(hidden)) if unit.norm_mid else None
+    values, slopes = layout.activate(unit.activation, hidden)
+    inner, mid = normalise(unit.norm_mid, Stream(values, mean, source), layout)
+    back = scaled(unit.w_in.scale, slopes)
     return Stream(through(unit.w_out, inner.s)), BranchTape(hidden, back, mid=mid)
 
 
@@ -145,8 +131,7 @@ def _gated_ffn(unit: Unit, gate: Weights, u: Stream, layout: Layout) -> tuple[St
     second factor. Derived here; at ffn_mult 4 SwiGLU grows as (q_L/q_l)^2.07.
     """
     hidden, linear = through(gate, u.s), through(unit.w_in, u.s)
-    values = layout.activate(unit.activation, hidden)
-    slopes = layout.slopes(unit.activation, hidden)
+    values, slopes = layout.activate(unit.activation, hidden)
     product = tuple([phi * h for phi, h in zip(values, linear, strict=True)])
     back = tuple(
         [
@@ -170,7 +155,7 @@ BRANCHES = {"mlp": _single, "conv": _single, "ffn": _ffn, "attention": _attentio
 
 def _pull_branch(unit: Unit, tape: BranchTape, g: Moments, layout: Layout) -> Moments:
     if not unit.is_single:
-        g = pull_norm(tape.mid, _scaled(unit.w_out.scale, g), layout)
+        g = pull_norm(tape.mid, scaled(unit.w_out.scale, g), layout)
     if tape.mixing is not None:
         return pull_mix(tape.mixing, g, layout.shape.tokens)
     assert tape.back is not None
@@ -184,15 +169,17 @@ class Passes:
 
     Attributes:
         streams: at the input and after every unit.
-        gradients: moments of the gradient there, but for the factor e^`log_scales`.
-        log_scales: nats.
+        squares: mean squares of the streams.
+        gradients: moments of the gradient there, but for a factor.
+        levels: ln of the mean square of the gradient over that at the output.
         tapes: of the units.
         shares: of the units' branches in |g|^2 at their inputs.
     """
 
     streams: list[Stream]
+    squares: list[float]
     gradients: list[Moments]
-    log_scales: list[float]
+    levels: list[float]
     tapes: list[Tape]
     shares: list[float]
 
@@ -211,25 +198,26 @@ def run(
     Raises:
         NoTheoryError: the stream leaves the range of number formats, or attention that of theory.
     """
-    streams, tapes = [x], []
+    streams, squares, tapes = [x], [layout.mean_square(x.s)], []
     for unit in units:
         x, tape = forward(unit, x, layout)
-        _check_range(layout.mean(layout.diagonal(x.s)))
         streams.append(x)
+        squares.append(_checked(layout.mean_square(x.s)))
         tapes.append(tape)
     g = g_last(x)
-    gradients, shares, log_scales = [g], [], [0.0]
+    carried = -math.log(layout.mean_square(g))
+    gradients, shares, levels = [g], [], [0.0]
     for unit, tape in zip(reversed(units), reversed(tapes), strict=True):
-        g, share = backward(unit, tape, g, layout)
-        size, log_scale = layout.mean(layout.diagonal(g)), log_scales[-1]
+        g, size, share = backward(unit, tape, g, layout)
+        levels.append(carried + math.log(size))
         if not 1e-50 < size < 1e50:  # the pass is linear: carry the scale, lose no digits
-            g, log_scale = _scaled(1 / size, g), log_scale + math.log(size)
+            g, carried = scaled(1 / size, g), carried + math.log(size)
         gradients.append(g)
         shares.append(share)
-        log_scales.append(log_scale)
-    return Passes(streams, gradients[::-1], log_scales[::-1], tapes, shares[::-1])
+    return Passes(streams, squares, gradients[::-1], levels[::-1], tapes, shares[::-1])
 
 
-def _check_range(square: float) -> None:
+def _checked(square: float) -> float:
     if not _LEAST_SQUARE < square < _MOST_SQUARE:
         raise NoTheoryError(f"a stream of mean square {square:.0e} leaves the range of float32")
+    return square

@@ -100,8 +100,8 @@ def total_decades(spec: StackSpec) -> float:
         NoTheoryError: there is no prediction; finite width is no obstacle here.
     """
     check_spec(spec)
-    layout, passes = _both_passes(describe(spec))
-    return float(_NATS_OF_SQUARE * _levels(passes, layout)[0])
+    _, passes = _both_passes(describe(spec))
+    return _NATS_OF_SQUARE * passes.levels[0]
 
 
 def _both_passes(stack: Stack) -> tuple[Layout, Passes]:
@@ -109,12 +109,6 @@ def _both_passes(stack: Stack) -> tuple[Layout, Passes]:
     layout = layout_of(stack)
     start = Stream(layout.start(stack.input_square))
     return layout, run(stack.units, start, lambda y: _start(stack, y, layout), layout)
-
-
-def _levels(passes: Passes, layout: Layout) -> Array:
-    """ln of the mean square of the gradient over that at the output."""
-    square = np.array([layout.mean(layout.diagonal(g)) for g in passes.gradients])
-    return np.log(square / square[-1]) + np.array(passes.log_scales)
 
 
 def layout_of(stack: Stack) -> Layout:
@@ -126,13 +120,13 @@ def layout_of(stack: Stack) -> Layout:
 
 
 def _to_prediction(stack: Stack, passes: Passes, layout: Layout, noise: Noise) -> Prediction:
-    level = _levels(passes, layout) + noise.bias
+    level = np.array(passes.levels) + noise.bias
     return Prediction(
         tuple((_NATS_OF_SQUARE * level).tolist()),
         tuple((_NATS_OF_SQUARE * np.sqrt(noise.variance)).tolist()),
         tuple(tolerance(stack, passes, layout).tolist()),
-        tuple(math.sqrt(layout.mean(layout.diagonal(x.s))) for x in passes.streams),
-        tuple(layout.cosine(x.s) for x in passes.streams),
+        tuple(np.sqrt(passes.squares).tolist()),
+        tuple(layout.cosines([x.s for x in passes.streams]).tolist()),
     )
 
 
@@ -154,7 +148,7 @@ def _start_noise(stack: Stack, passes: Passes, layout: Layout) -> Array:
     if stack.head is None or stack.shape.domain != "tokens":
         return np.zeros(len(passes.gradients))
     tokens, classes = stack.shape.tokens, stack.head.classes
-    means = np.array([(1 + (tokens - 1) * layout.cosine(g)) / tokens for g in passes.gradients])
+    means = (1 + (tokens - 1) * layout.cosines(passes.gradients)) / tokens
     softmax = max(1 - 1 / (tokens * means[-1]), 0.0)
     logits, _ = normalise(stack.head.norm, passes.streams[-1], layout)
     common = stack.head.weights.scale * layout.mean(layout.diagonal(logits.s))
