@@ -24,7 +24,8 @@ VECTORS = Shape(domain="vectors", width=128, batch=64, hidden=128)
 PLAIN_MLP = {"block": "mlp", "shortcut": "plain", "norm": "none"}
 
 SPECS: list[tuple[dict[str, Any], str]] = [
-    ({"block": "resnet"}, "the resnet block has no formula"),
+    ({"block": "resnet", "norm": "post"}, "phi after the addition"),
+    ({"block": "resnet", "shortcut": "plain"}, "batchnorm in a plain resnet"),
     ({"loss": "mse"}, "the gradient of mse contains the output"),
     ({"width": 16}, "width 16 is too small"),
     ({"shortcut": "plain"}, "attention without a shortcut"),

@@ -85,6 +85,12 @@ class Layout(Protocol):
     def mix_pixels(self, x: Number) -> Number:
         """Average over the 3 x 3 neighbours of each pixel, 0 beyond the border."""
 
+    def mix_common(self, m: Number) -> Number:
+        """For rows that share the vector m_r v, what a convolution makes of them.
+
+        Average over r' of E y_r y_r', for weights of variance 1/fan_in and |v|^2 = 1 per feature.
+        """
+
     def activate(self, name: str, s: Moments) -> tuple[Moments, Moments]:
         """E phi phi and E phi' phi', for each class."""
 
@@ -165,7 +171,9 @@ class Exchangeable:
 
     def mix_pixels(self, x: Number) -> Number:
         """A x A, with A the average of three; x itself where there are no pixels."""
-        return x if isinstance(x, float) else np.asarray(self._neighbours @ x @ self._neighbours.T)
+        if isinstance(x, float):
+            return x / 9 if self.shape.domain == "images" else x  # one pixel, all else is border
+        return np.asarray(self._neighbours @ x @ self._neighbours.T)
 
     def activate(self, name: str, s: Moments) -> tuple[Moments, Moments]:
         """Of one row, and of two; of two pixels by the cosine of the average, which is small."""
@@ -181,6 +189,21 @@ class Exchangeable:
                 )
             )
         return (squares, value), (slopes, slope)
+
+    def mix_common(self, m: Number) -> Number:
+        """1/9 of the sum over the kernel's places d of m_(a+d) and its average over the pixels a.
+
+        The pixels that a place sees lie inside the image; a pixel of the border and one of its
+        middle so share fewer places than their sizes suggest.
+        """
+        if isinstance(m, float):
+            return m * m
+        side, half = self.shape.side, len(m)
+        whole = np.pad(m, (0, side - half), "symmetric" if side % 2 == 0 else "reflect")
+        ringed = np.pad(whole, 1)
+        shifted = np.lib.stride_tricks.sliding_window_view(ringed, (side, side))
+        means = shifted.mean((2, 3))
+        return np.asarray(np.einsum("ij,ijab->ab", means, shifted[:, :, :half, :half]) / 9)
 
 
 @dataclass(frozen=True)
@@ -247,6 +270,10 @@ class CausalTokens:
     def mix_pixels(self, x: Number) -> Number:
         """Tokens are no pixels."""
         return x
+
+    def mix_common(self, m: Number) -> Number:
+        """As `mix_pixels`."""
+        raise NotImplementedError
 
     def activate(self, name: str, s: Moments) -> tuple[Moments, Moments]:
         """Between all tokens."""

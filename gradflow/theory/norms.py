@@ -30,12 +30,15 @@ class Stream(NamedTuple):
         mean: average over a row's features.
         source: phi and q where the stream is phi(N(0, q)), else None.
         normed: the kind of norm that it just left, else None.
+        common: of pixels, average over r' of E x_r x_r' per kind of row r; None where it is not
+            known.
     """
 
     s: Moments
     mean: Number = 0.0
     source: Source | None = None
     normed: str | None = None
+    common: Number | None = None
 
 
 class NormTape(NamedTuple):
@@ -119,8 +122,10 @@ def _pointwise(kind: str, x: Stream, layout: Layout, alpha: float) -> tuple[Stre
 
 def _batchnorm(x: Stream, layout: Layout) -> tuple[Stream, Moments]:
     """Per feature over all rows: their common part goes, the variance becomes 1."""
-    common = layout.batch_common(x.s)
-    centred = tuple([entry - c for entry, c in zip(x.s, common, strict=True)])
+    taken = layout.batch_common(x.s)
+    if x.common is not None:
+        taken = (2 * x.common - layout.mean(x.common),) * 2
+    centred = tuple([entry - c for entry, c in zip(x.s, taken, strict=True)])
     variance = layout.mean(layout.diagonal(centred)) + EPS
     s = tuple([entry / variance for entry in centred])
     centre = 0.0 if is_zero(x.mean) else layout.mean(x.mean)

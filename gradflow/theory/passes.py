@@ -15,30 +15,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from gradflow.theory.attention import MixTape, mix, pull_mix
-from gradflow.theory.layouts import Layout, Moments, plus, scaled, through
-from gradflow.theory.moments import ACTIVATIONS
+from gradflow.theory.branches import BRANCHES, BranchTape, pull_branch
+from gradflow.theory.layouts import Layout, Moments, plus, scaled
 from gradflow.theory.norms import NormTape, Stream, is_zero, normalise, pull_norm
-from gradflow.theory.units import NoTheoryError, Unit, Weights
+from gradflow.theory.units import NoTheoryError, Unit
 
 _LEAST_SQUARE, _MOST_SQUARE = 1e-70, 1e70
-
-
-class BranchTape(NamedTuple):
-    """Inside a branch.
-
-    Attributes:
-        hidden: moments of the pre-activations; of attention the mixed values.
-        back: from the gradient at the activations to that at the branch's input, for each class:
-            weight scale times E phi' phi'; None for attention.
-        mixing: of attention, else None.
-        mid: of the norm before the output projection.
-    """
-
-    hidden: Moments
-    back: Moments | None = None
-    mixing: MixTape | None = None
-    mid: NormTape | None = None
 
 
 class Tape(NamedTuple):
@@ -75,7 +57,7 @@ def backward(unit: Unit, tape: Tape, g: Moments, layout: Layout) -> tuple[Moment
     """Moments of the gradient at the unit's input; their mean square; the branch's share in it."""
     g = pull_norm(tape.after, g, layout)
     through_f = pull_norm(tape.branch, scaled(unit.b**2, g), layout)
-    through_f = _pull_branch(unit, tape.inside, through_f, layout)
+    through_f = pull_branch(unit, tape.inside, through_f, layout)
     through_f = pull_norm(tape.before, scaled(unit.c**2, through_f), layout)
     if not unit.a:
         return through_f, layout.mean_square(through_f), 1.0
@@ -97,70 +79,10 @@ def _joined(unit: Unit, x: Stream, f: Stream) -> Stream:
     if not (is_zero(x.mean) or is_zero(f.mean)):
         common = 2 * unit.a * unit.b * x.mean * f.mean
         s = tuple([entry + common for entry in s])
-    return Stream(s, unit.a * x.mean + unit.b * f.mean)
-
-
-def _single(unit: Unit, u: Stream, layout: Layout) -> tuple[Stream, BranchTape]:
-    """phi(W u): E phi^2, with a mean E phi over the features."""
-    hidden = through(unit.w_in, tuple(layout.mix_pixels(entry) for entry in u.s))
-    phi = ACTIVATIONS[unit.activation]
-    mean = 0.0 if phi.odd else phi.mean(layout.diagonal(hidden))
-    f, slopes = layout.activate(unit.activation, hidden)
-    source = (unit.activation, layout.mean_square(hidden))
-    return Stream(f, mean, source), BranchTape(hidden, scaled(unit.w_in.scale, slopes))
-
-
-def _ffn(unit: Unit, u: Stream, layout: Layout) -> tuple[Stream, BranchTape]:
-    """W_out M(phi(W_in u)), or with a gate."""
-    if unit.w_gate is not None:
-        return _gated_ffn(unit, unit.w_gate, u, layout)
-    hidden = through(unit.w_in, u.s)
-    phi = ACTIVATIONS[unit.activation]
-    mean = 0.0 if phi.odd or unit.norm_mid is None else phi.mean(layout.diagonal(hidden))
-    source = (unit.activation, layout.mean_square(hidden)) if unit.norm_mid else None
-    values, slopes = layout.activate(unit.activation, hidden)
-    inner, mid = normalise(unit.norm_mid, Stream(values, mean, source), layout)
-    back = scaled(unit.w_in.scale, slopes)
-    return Stream(through(unit.w_out, inner.s)), BranchTape(hidden, back, mid=mid)
-
-
-def _gated_ffn(unit: Unit, gate: Weights, u: Stream, layout: Layout) -> tuple[Stream, BranchTape]:
-    """W_out M(phi(W_gate u) * W_in u): both factors are independent, the second has no mean.
-
-    Forward the product of their moments; backward s_in E phi phi + s_gate E phi' phi' E h h, h the
-    second factor. Derived here; at ffn_mult 4 SwiGLU grows as (q_L/q_l)^2.07.
-    """
-    hidden, linear = through(gate, u.s), through(unit.w_in, u.s)
-    values, slopes = layout.activate(unit.activation, hidden)
-    product = tuple([phi * h for phi, h in zip(values, linear, strict=True)])
-    back = tuple(
-        [
-            unit.w_in.scale * phi + gate.scale * slope * h
-            for phi, slope, h in zip(values, slopes, linear, strict=True)
-        ]
-    )
-    inner, mid = normalise(unit.norm_mid, Stream(product), layout)
-    return Stream(through(unit.w_out, inner.s)), BranchTape(hidden, back, mid=mid)
-
-
-def _attention(unit: Unit, u: Stream, layout: Layout) -> tuple[Stream, BranchTape]:
-    """W_out M(softmax(q k) v)."""
-    mixed, mixing = mix(unit, u.s, layout.shape.tokens)
-    inner, mid = normalise(unit.norm_mid, Stream(mixed), layout)
-    return Stream(through(unit.w_out, inner.s)), BranchTape(mixed, mixing=mixing, mid=mid)
-
-
-BRANCHES = {"mlp": _single, "conv": _single, "ffn": _ffn, "attention": _attention}
-
-
-def _pull_branch(unit: Unit, tape: BranchTape, g: Moments, layout: Layout) -> Moments:
-    if not unit.is_single:
-        g = pull_norm(tape.mid, scaled(unit.w_out.scale, g), layout)
-    if tape.mixing is not None:
-        return pull_mix(tape.mixing, g, layout.shape.tokens)
-    assert tape.back is not None
-    g = tuple([k * e for k, e in zip(tape.back, g, strict=True)])
-    return tuple([layout.mix_pixels(entry) for entry in g]) if unit.kind == "conv" else g
+    mean = unit.a * x.mean + unit.b * f.mean
+    if x.common is None or f.common is None:
+        return Stream(s, mean)
+    return Stream(s, mean, common=unit.a**2 * x.common + unit.b**2 * f.common)
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,7 @@ def total_decades(spec: StackSpec) -> float:
 def _both_passes(stack: Stack) -> tuple[Layout, Passes]:
     check_stack(stack)
     layout = layout_of(stack)
-    start = Stream(layout.start(stack.input_square))
+    start = Stream(layout.start(stack.input_square), common=0.0 if layout.shape.side > 1 else None)
     return layout, run(stack.units, start, lambda y: _start(stack, y, layout), layout)
 
 

@@ -160,7 +160,8 @@ def _by_probe(unit: Unit, found: _Found, layout: Layout) -> Array:
     matrices = 2 / n + (0.0 if unit.is_single else 2 / _inner(unit, layout))
     slopes = np.zeros_like(w)
     if unit.kind != "attention":
-        slopes = 2 * _slope_noise(unit, found.q, None) / _inner(unit, layout)
+        layers = 2 if unit.kind == "resnet" else 1
+        slopes = 2 * layers * _slope_noise(unit, found.q, None) / _inner(unit, layout)
     return np.asarray(4 * w * (1 - w) / n + w * w * (matrices + slopes))
 
 
