@@ -124,7 +124,6 @@ PREDICTED = (
 )
 TOLERANCE = dict.fromkeys(PREDICTED, 0.025) | {"post-ln": 0.1, "mix-ln": 0.1}
 WITHHELD = {
-    "highway": "gate",
     "stochastic-depth": "drawn from the seed",
     "sandwich-ln": "8 x",
     "hybridnorm": "norm at value",

@@ -49,6 +49,8 @@ SPECS: list[tuple[dict[str, Any], str]] = [
     ),
     ({"block": "ffn", "norm": "none", "depth": 300}, "leaves the range of float32"),
     ({"causal": True, "seq_len": 512, "depth": 24}, "too many T x T kernels"),
+    ({"scheme": "highway", "block": "mlp", "gain": 1.5, "depth": 24}, "a highway of relu"),
+    ({"scheme": "highway", "block": "conv", "loss": "ce"}, "highway layers under cross-entropy"),
 ]
 
 
@@ -67,6 +69,7 @@ UNITS: list[tuple[Unit, str]] = [
     ),
     (Unit(kind="ffn", activation="relu", norm_in="weightnorm"), "the norm weightnorm has no"),
     (Unit(kind="hyena"), "the branch hyena has no formula"),
+    (Unit(kind="ffn", w_transform=Weights()), "highway layers beside other units"),
 ]
 
 

@@ -149,6 +149,7 @@ def _unit(spec: StackSpec, wiring: Wiring, kind: str) -> Unit:
         c=wiring.c,
         qk_norm="query-key" in wiring.norms,
         alpha=wiring.alpha,
+        gate_bias=float(wiring.settings.get("gate_bias", 0.0)),
         **norms,
         **_matrices(spec, wiring, kind),
     )
@@ -169,8 +170,8 @@ BIASED = ("attention", "ffn")  # their biases are an option
 
 # Classes of unit that are the template at initialisation, and those without a formula.
 AS_TEMPLATE = ("template", "normformer", "fixup")
+COVERED = (*AS_TEMPLATE, "highway")
 REASONS = {
-    "highway": "no formula for a gate that multiplies the branch",
     "stochastic": "which branches are dropped is drawn from the seed",
     "pb-relax": "no formula for norms of 8 x / max|x|, whose eps counts for less",
     "admin": "the shortcuts' weights come from a forward pass",
@@ -196,7 +197,7 @@ def _check_wiring(spec: StackSpec, wiring: Wiring, kind: str) -> None:
         raise NoTheoryError("phi after the addition: what the stream and a branch share adds up")
     if kind == "resnet" and (set(wiring.norms) - {"in"} or (wiring.norms and wiring.c != 1)):
         raise NoTheoryError("a resnet block places its norms itself: no formula but for pre-norm")
-    if wiring.unit not in AS_TEMPLATE:
+    if wiring.unit not in COVERED:
         raise NoTheoryError(f"{spec.scheme} wires its units beyond the template")
     beyond = set(wiring.norms) - {*NORMS, "query-key"}
     if beyond:
@@ -238,4 +239,7 @@ def _matrices(spec: StackSpec, wiring: Wiring, kind: str) -> dict[str, Any]:
             "w_out": scaled("conv2", 9 * d, 9 * d, feeds=True, output=True),
         }
     kernel, role = (9, "conv") if kind == "conv" else (1, "linear")
-    return {"w_in": scaled(role, d * kernel, d * kernel, feeds=True)}
+    made = {"w_in": scaled(role, d * kernel, d * kernel, feeds=True)}
+    if wiring.unit != "highway":
+        return made
+    return made | {"w_transform": weights(spec, d * kernel, d * kernel)}

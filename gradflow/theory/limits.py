@@ -49,10 +49,20 @@ def check_stack(stack: Stack) -> None:
         _check_unit(unit)
         for norm in unit.norms:
             _check_norm(norm)
+    if any(unit.w_transform is not None for unit in units):
+        _check_highway(stack, units)
     if stack.head is not None:
         _check_head(stack, units)
     if any(unit.kind == "attention" for unit in units):
         _check_tokens(stack, units)
+
+
+def _check_highway(stack: Stack, units: tuple[Unit, ...]) -> None:
+    for unit in units:
+        if unit.w_transform is None or not unit.is_single or unit.norms:
+            raise NoTheoryError("highway layers beside other units, or of other parts")
+    if stack.head is not None and stack.shape.domain == "images":
+        raise NoTheoryError("highway layers under cross-entropy: pixels share one gradient")
 
 
 def _check_head(stack: Stack, units: tuple[Unit, ...]) -> None:
@@ -90,7 +100,7 @@ def _check_unit(unit: Unit) -> None:
         raise NoTheoryError(
             f"dyt and derf of a stream with a mean, as {unit.activation}(Wx) has, have no formula"
         )
-    if unit.is_single and unit.a and not odd and not unit.norms:
+    if unit.is_single and unit.a and not (odd or unit.norms or unit.w_transform):
         raise NoTheoryError(
             f"x + {unit.activation}(Wx): its mean adds up along the shortcut, and the gradient "
             "gathers in that one direction"
@@ -116,9 +126,11 @@ def check_passes(stack: Stack, passes: Passes, layout: Layout, noise: Noise) -> 
             f"width {stack.shape.width} is too small for this depth: seeds would differ by "
             f"{0.5 / np.log(10) * np.sqrt(noise.variance[0]):.2g} decades"
         )
-    if not noise.drift <= MOST_DRIFT:
+    if not noise.drift + passes.drift <= MOST_DRIFT:
+        unit = stack.units[0]
+        what = "a plain net" if unit.w_transform is None else "a highway"
         raise NoTheoryError(
-            f"a plain net of {stack.units[0].activation} without norms: rows of unlike size come "
+            f"{what} of {unit.activation} without norms: rows of unlike size come "
             f"further apart, and width {stack.shape.width} makes them unlike"
         )
     if not tolerance(stack, passes, layout)[0] <= MOST_TOLERANCE:

@@ -96,6 +96,8 @@ class Passes:
         levels: ln of the mean square of the gradient over that at the output.
         tapes: of the units.
         shares: of the units' branches in |g|^2 at their inputs.
+        scatter: variance of ln |g|^2 that a kind of unit brings of its own (`highway`); `drift` as
+            in `spread.Noise`.
     """
 
     streams: list[Stream]
@@ -104,6 +106,8 @@ class Passes:
     levels: list[float]
     tapes: list[Tape]
     shares: list[float]
+    scatter: Sequence[float] = ()
+    drift: float = 0.0
 
 
 def run(
@@ -124,7 +128,7 @@ def run(
     for unit in units:
         x, tape = forward(unit, x, layout)
         streams.append(x)
-        squares.append(_checked(layout.mean_square(x.s)))
+        squares.append(checked(layout.mean_square(x.s)))
         tapes.append(tape)
     g = g_last(x)
     carried = -math.log(layout.mean_square(g))
@@ -139,7 +143,12 @@ def run(
     return Passes(streams, squares, gradients[::-1], levels[::-1], tapes, shares[::-1])
 
 
-def _checked(square: float) -> float:
+def checked(square: float) -> float:
+    """The mean square of a stream.
+
+    Raises:
+        NoTheoryError: it leaves the range of number formats.
+    """
     if not _LEAST_SQUARE < square < _MOST_SQUARE:
         raise NoTheoryError(f"a stream of mean square {square:.0e} leaves the range of float32")
     return square

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gradflow.specs.spec import StackSpec
+from gradflow.theory import highway
 from gradflow.theory.attention import excess, excess_array, scatter
 from gradflow.theory.describe import describe
 from gradflow.theory.layouts import CausalTokens, Exchangeable, Layout, Moments
@@ -87,6 +88,7 @@ def predict_stack(stack: Stack) -> Prediction:
         layout, passes = _both_passes(stack)
         noise = finite_width(stack.units, passes, layout, _fewer_probes(stack))
         noise = noise.plus(_start_noise(stack, passes, layout))
+        noise = noise.plus(np.array(passes.scatter or 0.0))
         check_passes(stack, passes, layout, noise)
     except NoTheoryError as limit:
         return Prediction(None, reason=str(limit))
@@ -107,6 +109,8 @@ def total_decades(spec: StackSpec) -> float:
 def _both_passes(stack: Stack) -> tuple[Layout, Passes]:
     check_stack(stack)
     layout = layout_of(stack)
+    if any(unit.w_transform is not None for unit in stack.units):
+        return layout, highway.run(stack.units, stack.input_square, layout)
     start = Stream(layout.start(stack.input_square), common=0.0 if layout.shape.side > 1 else None)
     return layout, run(stack.units, start, lambda y: _start(stack, y, layout), layout)
 

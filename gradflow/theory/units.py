@@ -38,6 +38,8 @@ class Unit:
         w_out: the output projection; unused by mlp and conv.
         w_gate: of a gated ffn, W_out M(phi(W_gate x) * W_in x); None: it has no gate.
         w_query: queries; `w_key` keys, of attention only.
+        w_transform: of a highway layer, T(x) = sigmoid(W_T x + b_T), `gate_bias` b_T; None: it is
+            of the template.
         a: weight of the shortcut; 0 for a plain unit.
         b: weight of the branch's output.
         c: weight of the branch's input.
@@ -53,6 +55,8 @@ class Unit:
     w_gate: Weights | None = None
     w_query: Weights = field(default=Weights())
     w_key: Weights = field(default=Weights())
+    w_transform: Weights | None = None
+    gate_bias: float = 0.0
     a: float = 1.0
     b: float = 1.0
     c: float = 1.0
