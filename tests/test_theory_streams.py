@@ -119,16 +119,11 @@ def passes(units: tuple[Unit, ...], layout: Layout, state: State | None = None) 
     return run_several(units, state, start, lambda _: layout.start(1.0), layout)
 
 
-def levels(found: Passes, layout: Layout) -> Rows:
-    square = np.array([layout.mean(layout.diagonal(g)) for g in found.gradients])
-    return np.log(square / square[-1]) + np.array(found.log_scales)
-
-
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["full", "causal"])
 @pytest.mark.parametrize("units", [PRE, tuple(map(post, PRE))], ids=["pre", "post"])
 def test_one_stream_in_a_bundle_is_the_template(units: tuple[Unit, ...], layout: Layout) -> None:
     one, two = passes(units, layout), passes(units, layout, State("template"))
-    assert levels(two, layout) == pytest.approx(levels(one, layout), rel=1e-9)
+    assert two.levels == pytest.approx(one.levels, rel=1e-9)
     assert two.shares == pytest.approx(one.shares, rel=1e-6)
     for a, b in zip(one.streams, two.streams, strict=True):
         for x, y in zip(a.s, b.s, strict=True):
@@ -149,7 +144,7 @@ def test_values_of_their_own_input_are_plain_attention(
 
     monkeypatch.setitem(programs.PROGRAMS, "apart", apart)
     one, two = passes(PRE, layout), passes(PRE, layout, State("apart"))
-    assert levels(two, layout) == pytest.approx(levels(one, layout), rel=1e-8)
+    assert two.levels == pytest.approx(one.levels, rel=1e-8)
 
 
 def copied(read: list[float], mix: Rows, write: float) -> Any:
@@ -170,7 +165,7 @@ def test_rows_of_copies_are_those_of_their_own_matrices(
     layout: Layout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The sums of `state_levels` against all moments between four streams."""
-    base = levels(passes(PRE, layout), layout)
+    base = passes(PRE, layout).levels
     near = np.full((4, 4), 1e-3) + np.eye(4) * (1 - 4e-3)
     cases = {
         "hyper-connections": (copied([0, 0, 1, 0], np.eye(4), 1), ((1, 1, 1, 1),)),
@@ -179,7 +174,7 @@ def test_rows_of_copies_are_those_of_their_own_matrices(
     for kind, (steps, out) in cases.items():
         monkeypatch.setitem(programs.PROGRAMS, "own", steps)
         monkeypatch.setattr("gradflow.theory.several.readout", lambda _, out=out: (Mix(out),))
-        found = levels(passes(PRE, layout, State("own")), layout)
+        found = passes(PRE, layout, State("own")).levels
         assert found == pytest.approx(state_levels(State(kind, 4), base), rel=1e-6), kind
 
 
@@ -200,10 +195,8 @@ def test_rows_of_attention_over_depth_are_those_of_a_growing_bundle(
     monkeypatch.setattr("gradflow.theory.several.readout", lambda _: (out,))
     # Units are distinct objects, so that each is asked for its own steps.
     own = tuple(replace(unit, read=1 - 1e-9 * i) for i, unit in enumerate(units))
-    found = levels(passes(own, layout, State("own")), layout)
-    base = levels(
-        passes(tuple(replace(u, read=1 / (i + 1)) for i, u in enumerate(units)), layout), layout
-    )
+    found = passes(own, layout, State("own")).levels
+    base = passes(tuple(replace(u, read=1 / (i + 1)) for i, u in enumerate(units)), layout).levels
     assert found == pytest.approx(state_levels(State("attnres"), base), rel=1e-4)
 
 

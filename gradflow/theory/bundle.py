@@ -16,10 +16,10 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from gradflow.theory.attention_values import attend, pull_attend
-from gradflow.theory.layouts import Layout, Moments
+from gradflow.theory.layouts import Layout, Moments, through
 from gradflow.theory.maths import Array
 from gradflow.theory.norms import ROW_NORMS, NormTape, Stream, normalise
-from gradflow.theory.passes import Tape, backward, forward, through
+from gradflow.theory.passes import Tape, backward, forward
 from gradflow.theory.units import NoTheoryError, Unit, Weights
 
 
@@ -42,7 +42,7 @@ class Bundle(NamedTuple):
 
     def square(self, i: int) -> float:
         """Mean square of stream i."""
-        return self.layout.mean(self.layout.diagonal(self.of(i)))
+        return self.layout.mean_square(self.of(i))
 
     def joined_by(self, f: Moments) -> Bundle:
         """With one more stream, uncorrelated with the others."""
@@ -134,11 +134,11 @@ class Norm:
         share = min(float(x.fixed[i]) / x.square(i), 1.0)
         y, tape = normalise(self.kind, Stream(x.of(i)), layout, share)
         assert tape is not None
-        gain = tape.gain if self.count is None else 1 + (tape.gain - 1) * tape.count / self.count
+        gain = tape.gain if self.count is None else 1 + (tape.gain - 1) * tape.number / self.count
         inverse = np.sqrt(np.asarray(layout.diagonal(tape.scale)))
         fixed = x.fixed.copy()
-        fixed[i] = layout.mean(layout.diagonal(y.s))
-        norm = NormTape(self.kind, tape.scale, gain, tape.count)
+        fixed[i] = layout.mean_square(y.s)
+        norm = NormTape(self.kind, tape.scale, gain, tape.number)
         return Bundle(_scaled(x.s, i, inverse), fixed, layout), NormBack(norm, gain**0.5 * inverse)
 
     def back(self, tape: NormBack, g: Array, /) -> Array:

@@ -30,16 +30,16 @@ from gradflow.theory.norms import Stream
 from gradflow.theory.units import State
 
 
-def state_levels(state: State, base: Array) -> Array:
+def state_levels(state: State, base: Array | Sequence[float]) -> Array:
     """ln of |g|^2 over that at the output, of the state.
 
     Args:
         state: of a kind above.
         base: the same of Pre-LN.
     """
-    if state.kind == "attnres":
-        return np.asarray(base + np.log(np.arange(1, len(base) + 1) / len(base)))
     levels = np.array(base)
+    if state.kind == "attnres":
+        return np.asarray(levels + np.log(np.arange(1, len(base) + 1) / len(base)))
     if state.kind == "hyper-connections":
         levels = np.log1p(state.copies * np.expm1(base))
     levels[0] = base[0] + np.log(state.copies)
@@ -87,7 +87,7 @@ class _Sum:
 
     def add(self, s: Moments) -> None:
         """One more stream."""
-        square = self.layout.mean(self.layout.diagonal(s))
+        square = self.layout.mean_square(s)
         one = tuple([entry / square for entry in s]) if square else s
         self.count, self.square = self.count + 1, self.square + square
         before = self.alike or (0.0,) * len(one)

@@ -145,13 +145,14 @@ def _shape(spec: StackSpec) -> Shape:
 
 def _unit(spec: StackSpec, wiring: Wiring, kind: str) -> Unit:
     is_silent = _is_silent(wiring, kind)
+    places = ("in", "mid") if kind == "resnet" and "in" in wiring.norms else wiring.norms
     if not is_silent:
         _check_wiring(spec, wiring, kind)
         _check_parts(spec)
     norms: dict[str, Any] = {
-        name: wiring.kinds.get(place, str(spec.norm_kind))
+        name: wiring.kinds.get("in" if kind == "resnet" else place, str(spec.norm_kind))
         for place, name in NORMS.items()
-        if place in wiring.norms
+        if place in places
     }
     if is_silent:
         return Unit(kind="ffn", w_out=Weights(0.0), a=wiring.a, norm_out=norms.get("norm_out"))
@@ -163,6 +164,7 @@ def _unit(spec: StackSpec, wiring: Wiring, kind: str) -> Unit:
         c=wiring.c,
         qk_norm="query-key" in wiring.norms,
         alpha=wiring.alpha,
+        gate_bias=float(wiring.settings.get("gate_bias", 0.0)),
         **norms,
         **_matrices(spec, wiring, kind),
     )
@@ -182,24 +184,26 @@ NORMS = {
 }
 
 
+BIASED = ("attention", "ffn")  # their biases are an option
+
 # Classes of unit that are the template at initialisation, and those without a formula.
 AS_TEMPLATE = ("template", "normformer", "fixup")
+COVERED = (*AS_TEMPLATE, "highway")
 REASONS = {
-    "highway": "no formula for a gate that multiplies the branch",
     "stochastic": "which branches are dropped is drawn from the seed",
 }
 
 
 def _check_wiring(spec: StackSpec, wiring: Wiring, kind: str) -> None:
-    if kind == "resnet":
-        raise NoTheoryError(
-            "the resnet block has no formula: it places its norms and activations itself"
-        )
     if is_user_name(spec.block):
         raise NoTheoryError("no formula for a branch of your own")
     if wiring.unit in REASONS:
         raise NoTheoryError(REASONS[wiring.unit])
-    if wiring.unit not in (*AS_TEMPLATE, *RESTATED):
+    if kind == "resnet" and "out" in wiring.norms:
+        raise NoTheoryError("phi after the addition: what the stream and a branch share adds up")
+    if kind == "resnet" and (set(wiring.norms) - {"in"} or (wiring.norms and wiring.c != 1)):
+        raise NoTheoryError("a resnet block places its norms itself: no formula but for pre-norm")
+    if wiring.unit not in (*COVERED, *RESTATED):
         raise NoTheoryError(f"{spec.scheme} wires its units beyond the template")
     beyond = set(wiring.norms) - {*NORMS, "query-key"}
     if beyond:
@@ -212,7 +216,8 @@ def _matrices(spec: StackSpec, wiring: Wiring, kind: str) -> dict[str, Any]:
     def scaled(role: str, fan_in: int, fan_out: int, **what: bool) -> Weights:
         made = weights(spec, fan_in, fan_out, **what)
         bare = wiring.unit == "fixup"  # has scalar ones: 0
-        biased = not bare and (kind in ("mlp", "conv") or spec.has_bias(role))
+        unbiased = kind == "resnet" and wiring.norms  # as `networks.blocks.ResNet`
+        biased = not bare and not unbiased and (kind not in BIASED or spec.has_bias(role))
         bias = made.bias if biased else 0.0
         return replace(made, scale=made.scale * wiring.gains.get(role, 1.0) ** 2, bias=bias)
 
@@ -234,5 +239,13 @@ def _matrices(spec: StackSpec, wiring: Wiring, kind: str) -> dict[str, Any]:
             "w_query": scaled("q", d, queries),
             "w_key": scaled("k", d, keys),
         }
+    if kind == "resnet":
+        return {
+            "w_in": scaled("conv1", 9 * d, 9 * d, feeds=True),
+            "w_out": scaled("conv2", 9 * d, 9 * d, feeds=True, output=True),
+        }
     kernel, role = (9, "conv") if kind == "conv" else (1, "linear")
-    return {"w_in": scaled(role, d * kernel, d * kernel, feeds=True)}
+    made = {"w_in": scaled(role, d * kernel, d * kernel, feeds=True)}
+    if wiring.unit != "highway":
+        return made
+    return made | {"w_transform": weights(spec, d * kernel, d * kernel)}

@@ -21,6 +21,6 @@ def with_omegas(stack: Stack, layout: Layout) -> Stack:
     for unit in stack.units:
         f, _ = forward(replace(unit, a=0.0, norm_out=None), x, layout)
         units.append(replace(unit, a=math.sqrt(square)))
-        square += layout.mean(layout.diagonal(f.s))
+        square += layout.mean_square(f.s)
         x, _ = forward(units[-1], x, layout)
     return replace(stack, units=tuple(units), state=None)

@@ -14,6 +14,7 @@ from functools import partial
 import numpy as np
 
 from gradflow.specs.spec import StackSpec
+from gradflow.theory import highway
 from gradflow.theory.attention import LOGIT_LIMIT, excess, excess_array, scatter
 from gradflow.theory.copies import state_levels, state_shares, state_streams
 from gradflow.theory.describe import describe
@@ -104,17 +105,19 @@ def total_decades(spec: StackSpec) -> float:
         NoTheoryError: there is no prediction; finite width is no obstacle here.
     """
     check_spec(spec)
-    stack, layout, passes = _both_passes(describe(spec))
-    return float(_NATS_OF_SQUARE * _of_state(stack, _levels(passes, layout))[0])
+    stack, _, passes = _both_passes(describe(spec))
+    return float(_NATS_OF_SQUARE * _of_state(stack, np.array(passes.levels))[0])
 
 
 def _both_passes(stack: Stack) -> tuple[Stack, Layout, Passes]:
     """The stack as it is passed, and the passes."""
     check_stack(stack)
     layout = layout_of(stack)
+    if any(unit.w_transform is not None for unit in stack.units):
+        return stack, layout, highway.run(stack.units, stack.input_square, layout)
     if stack.state is not None and stack.state.kind == "admin":
         stack = with_omegas(stack, layout)
-    start = Stream(layout.start(stack.input_square))
+    start = Stream(layout.start(stack.input_square), common=0.0 if layout.shape.side > 1 else None)
     last = partial(_start, stack, layout=layout)
     if stack.state is None or stack.state.kind in (*COPIES, "ngpt"):
         return stack, layout, run(stack.units, start, last, layout)
@@ -125,11 +128,12 @@ def _noise(stack: Stack, passes: Passes, layout: Layout) -> Noise:
     few = _fewer_probes(stack)
     noise = finite_width(stack.units, passes, layout, few)
     if stack.state is not None and stack.state.kind in COPIES:
-        shares = state_shares(stack.state, _levels(passes, layout), passes.shares)
+        shares = state_shares(stack.state, np.array(passes.levels), passes.shares)
         rows = finite_width(stack.units, replace(passes, shares=shares), layout, few)
         variance = np.append(noise.variance[:1], rows.variance[1:])  # the input is one stream
         noise = replace(noise, variance=variance)
-    return noise.plus(_start_noise(stack, passes, layout))
+    noise = noise.plus(_start_noise(stack, passes, layout))
+    return noise.plus(np.array(passes.scatter or 0.0))
 
 
 def _of_state(stack: Stack, levels: Array) -> Array:
@@ -137,12 +141,6 @@ def _of_state(stack: Stack, levels: Array) -> Array:
     if stack.state is None or stack.state.kind not in COPIES:
         return levels
     return state_levels(stack.state, levels)
-
-
-def _levels(passes: Passes, layout: Layout) -> Array:
-    """ln of the mean square of the gradient over that at the output."""
-    square = np.array([layout.mean(layout.diagonal(g)) for g in passes.gradients])
-    return np.log(square / square[-1]) + np.array(passes.log_scales)
 
 
 def layout_of(stack: Stack) -> Layout:
@@ -154,16 +152,17 @@ def layout_of(stack: Stack) -> Layout:
 
 
 def _to_prediction(stack: Stack, passes: Passes, layout: Layout, noise: Noise) -> Prediction:
-    level = _of_state(stack, _levels(passes, layout) + noise.bias)
-    streams = passes.streams
+    level = _of_state(stack, np.array(passes.levels) + noise.bias)
+    streams, squares = passes.streams, passes.squares
     if stack.state is not None:
         streams = state_streams(stack.state, streams, layout)
+        squares = [layout.mean_square(x.s) for x in streams]
     return Prediction(
         tuple((_NATS_OF_SQUARE * level).tolist()),
         tuple((_NATS_OF_SQUARE * np.sqrt(noise.variance)).tolist()),
         tuple(tolerance(stack, passes, layout).tolist()),
-        tuple(math.sqrt(layout.mean(layout.diagonal(x.s))) for x in streams),
-        tuple(layout.cosine(x.s) for x in streams),
+        tuple(np.sqrt(squares).tolist()),
+        tuple(layout.cosines([x.s for x in streams]).tolist()),
     )
 
 
@@ -185,7 +184,7 @@ def _start_noise(stack: Stack, passes: Passes, layout: Layout) -> Array:
     if stack.head is None or stack.shape.domain != "tokens":
         return np.zeros(len(passes.gradients))
     tokens, classes = stack.shape.tokens, stack.head.classes
-    means = np.array([(1 + (tokens - 1) * layout.cosine(g)) / tokens for g in passes.gradients])
+    means = (1 + (tokens - 1) * layout.cosines(passes.gradients)) / tokens
     softmax = max(1 - 1 / (tokens * means[-1]), 0.0)
     logits = _head_input(stack.head, passes.streams[-1], layout)
     common = stack.head.weights.scale * layout.mean(layout.diagonal(logits.s))

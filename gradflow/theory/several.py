@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gradflow.theory.branches import BranchTape
 from gradflow.theory.bundle import (
     Branch,
     Bundle,
@@ -21,7 +22,7 @@ from gradflow.theory.bundle import (
 from gradflow.theory.layouts import Layout, Moments
 from gradflow.theory.maths import Array
 from gradflow.theory.norms import NormTape, Stream
-from gradflow.theory.passes import BranchTape, Passes, Tape, check_range
+from gradflow.theory.passes import Passes, Tape, checked
 from gradflow.theory.programs import Steps, program, readout
 from gradflow.theory.units import State, Unit
 
@@ -49,17 +50,19 @@ def run_several(
     ahead = _ahead(steps, x, layout)
     output, taped = go_ahead(last, ahead.bundle)
     g = go_back(last, taped, bundle_of(g_last(Stream(output.of(0))), layout).s)
-    gradients, shares, log_scales = [_summed(g)], [], [0.0]
+    gradients, shares, levels = [_summed(g)], [], [0.0]
+    carried = -math.log(_square(g, layout) * len(g))
     for each, taped in zip(reversed(steps), reversed(ahead.kept), strict=True):
-        around = _square(go_back(without_branches(each), taped, g), layout)
+        around = go_back(without_branches(each), taped, g)
         g = go_back(each, taped, g)
-        size, log_scale = _square(g, layout), log_scales[-1]
-        shares.append(max(1 - around / size, 0.0))
+        size = _square(g, layout) * len(g)
+        levels.append(carried + math.log(size))
+        shares.append(max(1 - _square(around, layout) * len(g) / size, 0.0))
         if not 1e-50 < size < 1e50:  # as in `passes.run`
-            g, log_scale = g / size, log_scale + math.log(size)
+            g, carried = g / size, carried + math.log(size)
         gradients.append(_summed(g))
-        log_scales.append(log_scale)
-    return Passes(ahead.streams, gradients[::-1], log_scales[::-1], ahead.tapes, shares[::-1])
+    squares = [layout.mean_square(x.s) for x in ahead.streams]
+    return Passes(ahead.streams, squares, gradients[::-1], levels[::-1], ahead.tapes, shares[::-1])
 
 
 class _Ahead(NamedTuple):
@@ -77,7 +80,7 @@ def _ahead(steps: Sequence[Steps], x: Stream, layout: Layout) -> _Ahead:
     for each in steps:
         square = _square(bundle.s, layout)
         bundle, taped = go_ahead(each, bundle)
-        check_range(_square(bundle.s, layout))
+        checked(_square(bundle.s, layout))
         streams.append(_together(bundle.s, layout))
         tapes.append(_tape(each, taped, square, layout))
         kept.append(taped)
@@ -91,12 +94,12 @@ def _summed(s: Array) -> Moments:
 
 def _square(s: Array, layout: Layout) -> float:
     """Mean square over streams and tokens."""
-    return layout.mean(layout.diagonal(_summed(s))) / len(s)
+    return layout.mean_square(_summed(s)) / len(s)
 
 
 def _together(s: Array, layout: Layout) -> Stream:
     """The mean square of all streams, and the mean of their cosines between tokens."""
-    squares = [layout.mean(layout.diagonal(to_moments(s[i, i]))) for i in range(len(s))]
+    squares = [layout.mean_square(to_moments(s[i, i])) for i in range(len(s))]
     alike = sum((s[i, i] / square for i, square in enumerate(squares)), np.zeros(s.shape[2:]))
     return Stream(to_moments(alike * (sum(squares) / len(s) ** 2)))
 
@@ -123,7 +126,7 @@ def _tape(steps: Steps, tapes: Sequence[Any], square: float, layout: Layout) -> 
 
 def _as_after(norm: NormTape, square: float, layout: Layout) -> NormTape:
     """With the share of what earlier norms have fixed in the place of the scale times `square`."""
-    fixed = max(1 - (norm.gain - 1) * norm.count, 0.0) ** 0.5
+    fixed = max(1 - (norm.gain - 1) * norm.number, 0.0) ** 0.5
     root = (fixed / square) ** 0.5
     scale = layout.outer(root * layout.diagonal(layout.start(1.0)))
-    return NormTape(norm.kind, scale, norm.gain, norm.count)
+    return NormTape(norm.kind, scale, norm.gain, norm.number)

@@ -31,13 +31,15 @@ class Unit:
     """One step of the stream; the names of matrices are those of `blocks`.
 
     Attributes:
-        kind: `mlp` phi(Wx), `conv` phi(conv3x3(x)), `ffn` W_out M(phi(W_in x)) or `attention`
-            W_out M(softmax(q k) v), M the norm `norm_mid`.
-        activation: of mlp, conv and ffn.
-        w_in: W, the convolution, or the first matrix of an ffn; the values of attention.
+        kind: `mlp` phi(Wx), `conv` phi(conv3x3(x)), `ffn` W_out M(phi(W_in x)), `resnet`
+            W_out phi(M(W_in phi(x))) or `attention` W_out M(softmax(q k) v), M the norm `norm_mid`.
+        activation: of all but attention.
+        w_in: W, the convolution, or the first matrix of two; the values of attention.
         w_out: the output projection; unused by mlp and conv.
         w_gate: of a gated ffn, W_out M(phi(W_gate x) * W_in x); None: it has no gate.
         w_query: queries; `w_key` keys, of attention only.
+        w_transform: of a highway layer, T(x) = sigmoid(W_T x + b_T), `gate_bias` b_T; None: it is
+            of the template.
         a: weight of the shortcut; 0 for a plain unit.
         b: weight of the branch's output.
         c: weight of the branch's input.
@@ -56,6 +58,8 @@ class Unit:
     w_gate: Weights | None = None
     w_query: Weights = field(default=Weights())
     w_key: Weights = field(default=Weights())
+    w_transform: Weights | None = None
+    gate_bias: float = 0.0
     a: float = 1.0
     b: float = 1.0
     c: float = 1.0
