@@ -77,12 +77,12 @@ def _row_start(tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     return (tokens - 1) * (_TABLE_STEPS + 1)
 
 
-def _looked_up(g: Array, most: int, starts: npt.NDArray[np.int64]) -> Array:
+def _looked_up(g: Array, last: int, starts: npt.NDArray[np.int64]) -> Array:
     """h from the table for at most that many tokens, its row for each g."""
-    below, steps = _excess_steps(most)
+    below, steps = _excess_steps(last)
     is_signed = least(g) < 0
     place = (np.abs(g) if is_signed else g) * (_TABLE_STEPS / _TABLE_END)
-    floor = np.floor(np.minimum(place, _TABLE_STEPS))
+    floor = np.floor(place if most(place) < _TABLE_STEPS else np.minimum(place, _TABLE_STEPS))
     where = starts + floor.astype(np.int64)
     h = below.take(where) + (place - floor) * steps.take(where)
     return np.where(g < 0, -h * np.exp(np.minimum(g, 0.0)), h) if is_signed else np.asarray(h)

@@ -18,7 +18,7 @@ class BranchTape(NamedTuple):
     """Inside a branch.
 
     Attributes:
-        hidden: moments of the pre-activations; of attention the mixed values.
+        hidden: moments of the pre-activations; none of attention.
         back: from the gradient at the activations to that at the branch's input, for each class:
             weight scale times E phi' phi'; None for attention.
         last: the same of the second activation, of a resnet.
@@ -80,7 +80,7 @@ def _attention(unit: Unit, u: Stream, layout: Layout) -> tuple[Stream, BranchTap
     """W_out M(softmax(q k) v)."""
     mixed, mixing = mix(unit, u.s, layout.shape.tokens)
     inner, mid = normalise(unit.norm_mid, Stream(mixed), layout)
-    return Stream(through(unit.w_out, inner.s)), BranchTape(mixed, mixing=mixing, mid=mid)
+    return Stream(through(unit.w_out, inner.s)), BranchTape((), mixing=mixing, mid=mid)
 
 
 def _resnet(unit: Unit, u: Stream, layout: Layout) -> tuple[Stream, BranchTape]:

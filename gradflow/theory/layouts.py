@@ -102,15 +102,29 @@ class Exchangeable:
     shape: Shape
 
     @cached_property
+    def _shifts(self) -> Array:
+        """Steps to the pixel before, to itself and to the one after, along a side: folded."""
+        side = self.shape.side
+        half = (side + 1) // 2
+        steps = np.stack([np.eye(side, k=k) for k in (-1, 0, 1)])
+        folded = steps[:, :half, :half].copy()
+        mirror = steps[:, :half, half:][:, :, ::-1]
+        folded[:, :, : mirror.shape[2]] += mirror
+        return folded
+
+    @cached_property
     def _neighbours(self) -> Array:
         """(1/3) tridiagonal over a side of the image, folded onto half of it."""
-        side = self.shape.side
-        band = (np.eye(side, k=-1) + np.eye(side) + np.eye(side, k=1)) / 3
-        half = (side + 1) // 2
-        folded = np.array(band[:half, :half])
-        mirror = band[:half, half:][:, ::-1]
-        folded[:, : mirror.shape[1]] += mirror
-        return folded
+        return np.asarray(self._shifts.sum(0) / 3)
+
+    @cached_property
+    def _seen(self) -> Array:
+        """Weights of a line's average over the pixels that each of `_shifts` comes from."""
+        each = np.full((3, (self.shape.side + 1) // 2), 2.0)
+        if self.shape.side % 2:
+            each[:, -1] = 1.0
+        each[[0, 2], 0] -= 1.0
+        return each / self.shape.side
 
     @cached_property
     def _share(self) -> Array:
@@ -141,7 +155,7 @@ class Exchangeable:
 
     def mean(self, x: Number) -> float:
         """x, or its average over the pixels."""
-        return x if isinstance(x, float) else float((x * self._share).sum())
+        return x if isinstance(x, float) else float(np.vdot(x, self._share))
 
     def mean_square(self, s: Moments) -> float:
         """Average of q."""
@@ -198,12 +212,9 @@ class Exchangeable:
         """
         if isinstance(m, float):
             return m * m
-        side, half = self.shape.side, len(m)
-        whole = np.pad(m, (0, side - half), "symmetric" if side % 2 == 0 else "reflect")
-        ringed = np.pad(whole, 1)
-        shifted = np.lib.stride_tricks.sliding_window_view(ringed, (side, side))
-        means = shifted.mean((2, 3))
-        return np.asarray(np.einsum("ij,ijab->ab", means, shifted[:, :, :half, :half]) / 9)
+        means = self._seen @ m @ self._seen.T
+        second = np.tensordot(means, self._shifts, 1)
+        return np.asarray((self._shifts @ m @ second.transpose(0, 2, 1)).sum(0) / 9)
 
 
 @dataclass(frozen=True)

@@ -122,8 +122,9 @@ def _pointwise(kind: str, x: Stream, layout: Layout, alpha: float) -> tuple[Stre
 
 def _batchnorm(x: Stream, layout: Layout) -> tuple[Stream, Moments]:
     """Per feature over all rows: their common part goes, the variance becomes 1."""
-    taken = layout.batch_common(x.s)
-    if x.common is not None:
+    if x.common is None:
+        taken = layout.batch_common(x.s)
+    else:
         taken = (2 * x.common - layout.mean(x.common),) * 2
     centred = tuple([entry - c for entry, c in zip(x.s, taken, strict=True)])
     variance = layout.mean(layout.diagonal(centred)) + EPS
