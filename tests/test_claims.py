@@ -204,9 +204,10 @@ def test_the_table_of_predictions_tells_a_wrong_one() -> None:
     wrong = replace(right, profiles=1.2 * right.profiles)
     assert not wrong.is_within
     assert not wrong.is_in_band
-    text = predicted_page([right, wrong], [])
+    text = predicted_page([right, wrong], [right], [])
     assert "1 of 2 within the stated tolerance, 1 in their band." in text
-    assert "| admin |" in text
+    assert "1 of 1 within the stated tolerance, 1 in their band." in text
+    assert "| stochastic-depth |" in text
     assert '"pre-ln"' in picture([replace(right, init="he, relu")]).to_json()
 
 

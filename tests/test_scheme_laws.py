@@ -124,14 +124,8 @@ PREDICTED = (
 )
 TOLERANCE = dict.fromkeys(PREDICTED, 0.025) | {"post-ln": 0.1, "mix-ln": 0.1}
 WITHHELD = {
-    "highway": "gate",
-    "stochastic-depth": "resnet",
-    "sandwich-ln": "8 x",
-    "hybridnorm": "norm at value",
-    "admin": "forward pass",
-    "ngpt": "length 1",
-    "he-v1": "resnet",
-    "he-v2": "resnet",
+    "stochastic-depth": "drawn from the seed",
+    "he-v1": "phi after the addition",
 }
 
 
@@ -180,7 +174,9 @@ def test_a_branch_that_starts_near_0_is_not_taken_for_one(monkeypatch: pytest.Mo
     assert "adds up along the shortcut" in str(
         predict(StackSpec(scheme="skipinit", block="mlp")).reason
     )
-    assert "resnet" in str(predict(StackSpec(scheme="skipinit", block="resnet")).reason)
+    found = predict(StackSpec(scheme="skipinit", block="resnet")).log10_grad_norm
+    assert found is not None
+    assert found[0] > 0
 
 
 @pytest.mark.parametrize("scheme", WITHHELD)

@@ -27,8 +27,6 @@ from gradflow.networks.stack import build_block
 from gradflow.runs.records import LayerRecord
 from gradflow.schemes import SCHEMES
 from gradflow.specs.spec import StackSpec
-from gradflow.theory.describe import REASONS, describe
-from gradflow.theory.units import NoTheoryError
 from gradflow.wiring import Place, Wiring
 
 NAMES = tuple(stream_oracle.EQUATIONS)
@@ -518,13 +516,6 @@ def test_saved_bytes_grow_with_the_state() -> None:
     _, *rows = walk(spec, 0, network(spec)).records()[0]
     ffns = [row.saved_bytes for row in rows if row.unit == "ffn"]
     assert all(b > a for a, b in pairwise(ffns))
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_theory_is_withheld_and_says_why(name: str) -> None:
-    with pytest.raises(NoTheoryError) as error:
-        describe(small(name))
-    assert str(error.value) == REASONS[SCHEMES[name].wire(Place(3, 1, 0, 2, "ffn")).unit]
 
 
 def test_every_readout_is_used() -> None:

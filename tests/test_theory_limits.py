@@ -24,7 +24,8 @@ VECTORS = Shape(domain="vectors", width=128, batch=64, hidden=128)
 PLAIN_MLP = {"block": "mlp", "shortcut": "plain", "norm": "none"}
 
 SPECS: list[tuple[dict[str, Any], str]] = [
-    ({"block": "resnet"}, "the resnet block has no formula"),
+    ({"block": "resnet", "norm": "post"}, "phi after the addition"),
+    ({"block": "resnet", "shortcut": "plain"}, "batchnorm in a plain resnet"),
     ({"loss": "mse"}, "the gradient of mse contains the output"),
     ({"width": 16}, "width 16 is too small"),
     ({"shortcut": "plain"}, "attention without a shortcut"),
@@ -48,6 +49,8 @@ SPECS: list[tuple[dict[str, Any], str]] = [
     ),
     ({"block": "ffn", "norm": "none", "depth": 300}, "leaves the range of float32"),
     ({"causal": True, "seq_len": 512, "depth": 24}, "too many T x T kernels"),
+    ({"scheme": "highway", "block": "mlp", "gain": 1.5, "depth": 24}, "a highway of relu"),
+    ({"scheme": "highway", "block": "conv", "loss": "ce"}, "highway layers under cross-entropy"),
 ]
 
 
@@ -66,6 +69,7 @@ UNITS: list[tuple[Unit, str]] = [
     ),
     (Unit(kind="ffn", activation="relu", norm_in="weightnorm"), "the norm weightnorm has no"),
     (Unit(kind="hyena"), "the branch hyena has no formula"),
+    (Unit(kind="ffn", w_transform=Weights()), "highway layers beside other units"),
 ]
 
 

@@ -24,9 +24,9 @@ from gradflow.theory import (
     predict_stack,
     total_decades,
 )
+from gradflow.theory.branches import BRANCHES
 from gradflow.theory.layouts import Exchangeable
 from gradflow.theory.norms import Stream
-from gradflow.theory.passes import BRANCHES
 
 WIDE = 8192  # where nothing of finite width is left
 LN = "layernorm"

@@ -1,7 +1,7 @@
 """Theory beside a measurement: the columns of the prediction, and how far the two lie apart.
 
 A prediction is relative to the gradient at the output, so the measured value there is added: 0 for
-the default cotangent, whose norm is 1. Torch-free.
+the default cotangent, whose norm is 1 where the output is one stream. Torch-free.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ def with_theory(run: Run) -> Run:
     if prediction.reason is not None:
         return replace(run, summary=replace(run.summary, theory_reason=prediction.reason))
     seeds = [_logs(rows) for _, rows in groupby(run.layer_records, key=attrgetter("seed"))]
-    outputs = [0.0 if run.spec.loss == "cotangent" else logs[-1] for logs in seeds]
+    given = run.spec.loss == "cotangent" and run.spec.readout is None  # of norm 1, exactly
+    outputs = [0.0 if given else logs[-1] for logs in seeds]
     apart = deviation(seeds, outputs, prediction)
     if apart is None:
         summary = replace(run.summary, theory_reason=NOT_FINITE)

@@ -3,7 +3,8 @@
 `predict(spec)` for a stack that gradflow builds, `predict_stack(Stack(...))` for units of the
 template `x' = Np(a x + b No(f(c Ni(x))))`. Formulas stand beside the code with source and limits:
 moments, kernels (activations), norms, attention, passes (the recursion), corrections and spread
-(finite width), limits (where none is given).
+(finite width), limits (where none is given). Beyond the template: restated and omegas (units in its
+terms), copies (streams that are Pre-LN's), and bundle, programs, several (streams of their own).
 """
 
 from gradflow.theory.describe import describe

@@ -9,14 +9,14 @@ e^g - 1. Derived here in the manner of Noci et al. 2022 (arXiv:2206.03126) and K
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from gradflow.theory.layouts import Moments
-from gradflow.theory.maths import Array, Number
+from gradflow.theory.layouts import Moments, through
+from gradflow.theory.maths import Array, Number, least, most
 from gradflow.theory.units import NoTheoryError, Unit
 
 LOGIT_LIMIT = 2.0
@@ -70,12 +70,29 @@ def excess(g: float, tokens: int) -> float:
 
 def excess_array(g: Array, tokens: npt.NDArray[np.int64]) -> Array:
     """`excess`, element by element."""
-    table = _excess_table(1, int(tokens.max()))
-    place = np.minimum(np.abs(g) / _TABLE_END, 1.0) * _TABLE_STEPS
-    low = np.minimum(place.astype(int), _TABLE_STEPS - 1)
-    below, above = table[tokens - 1, low], table[tokens - 1, low + 1]
-    h = below + (place - low) * (above - below)
-    return np.where(g < 0, -h * np.exp(np.minimum(g, 0.0)), h)
+    return _looked_up(g, int(tokens.max()), _row_start(tokens))
+
+
+def _row_start(tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    return (tokens - 1) * (_TABLE_STEPS + 1)
+
+
+def _looked_up(g: Array, last: int, starts: npt.NDArray[np.int64]) -> Array:
+    """h from the table for at most that many tokens, its row for each g."""
+    below, steps = _excess_steps(last)
+    is_signed = least(g) < 0
+    place = (np.abs(g) if is_signed else g) * (_TABLE_STEPS / _TABLE_END)
+    floor = np.floor(place if most(place) < _TABLE_STEPS else np.minimum(place, _TABLE_STEPS))
+    where = starts + floor.astype(np.int64)
+    h = below.take(where) + (place - floor) * steps.take(where)
+    return np.where(g < 0, -h * np.exp(np.minimum(g, 0.0)), h) if is_signed else np.asarray(h)
+
+
+@cache
+def _excess_steps(last: int) -> tuple[Array, Array]:
+    """The table for 1 ... last tokens in one row, and the step from each entry to the next."""
+    table = _excess_table(1, last)
+    return table.ravel(), np.diff(table, axis=1, append=table[:, -1:]).ravel()
 
 
 @cache
@@ -90,13 +107,12 @@ def scatter(g: float, tokens: int) -> float:
     return float(off.var() / off.mean() ** 2)
 
 
-@dataclass(frozen=True)
-class MixTape:
+class MixTape(NamedTuple):
     """What the way back through the mixing needs; covariances between rows as `Moments`.
 
     Attributes:
         values: scale of the value weights.
-        gap: E (u - mean u)^2 over the tokens seen, u the input of the branch.
+        gap: E (u - mean u)^2 over the t tokens seen, times 1 - 1/t, u the input of the branch.
         query: covariances of the queries; `keys` scales `gap` to that of the keys.
         to_query: scale on the way back through the query weights; `to_key` through the key's.
         h: the excess, per class.
@@ -117,7 +133,7 @@ def mix(unit: Unit, u: Moments, tokens: int) -> tuple[Moments, MixTape]:
     Exchangeable tokens: E = p_v + (q_v - p_v)(1 + h)/T, h for g on the diagonal and for g times the
     cosine of the queries off it. Causal: the same with the sums over each token's past.
     """
-    return _mix_rows(unit, u, tokens) if len(u) == 2 else _mix_causal(unit, u[0])
+    return _mix_rows(unit, u, tokens) if len(u) == 2 else _mix_causal(unit, u)
 
 
 def pull_mix(tape: MixTape, g: Moments, tokens: int) -> Moments:
@@ -143,7 +159,8 @@ def _mix_rows(unit: Unit, u: Moments, tokens: int) -> tuple[Moments, MixTape]:
     values = unit.w_in.scale
     mean = values * p + unit.w_in.bias
     mixed = tuple([mean + values * (q - p) * (1 + x) / tokens for x in h])
-    return mixed, MixTape(values, q - p, (query, cross), keys, to_query, to_key, h)
+    thin = 1 - 1 / tokens
+    return mixed, MixTape(values, (q - p) * thin, (query, cross), keys, to_query, to_key, h)
 
 
 def _check_logits(variance: float) -> None:
@@ -157,9 +174,8 @@ def _check_logits(variance: float) -> None:
 def _pull_rows(tape: MixTape, g: Moments, tokens: int) -> Moments:
     own, cross = (float(x) for x in g)
     others = (tokens - 1) * cross
-    thin = 1 - 1 / tokens
     seen = (1 + tape.h[0]) / tokens, (1 + tape.h[1]) / tokens
-    gap = float(tape.gap) * thin
+    gap = float(tape.gap)
     by_values = own * seen[0] + others * seen[1]
     by_query = float(tape.to_query * tape.keys) * gap * gap
     by_key = own * seen[0] * tape.query[0] + others * seen[1] * tape.query[1]
@@ -169,63 +185,91 @@ def _pull_rows(tape: MixTape, g: Moments, tokens: int) -> Moments:
     return float(total), float(resultant - total) / max(tokens - 1, 1)
 
 
-def _mix_causal(unit: Unit, u: Number) -> tuple[Moments, MixTape]:
-    k = np.asarray(u)
-    t = np.arange(1.0, len(k) + 1)
-    first, pairs = _grid(len(k))
-    past = k.cumsum(0).cumsum(1) / pairs
-    q = k.diagonal()
-    average = q.cumsum() / t
-    gap = np.maximum(average - past.diagonal(), 0.0) * t / np.maximum(t - 1, 1)
-    query = unit.w_query.scale * k + unit.w_query.bias
+def _mix_causal(unit: Unit, u: Moments) -> tuple[Moments, MixTape]:
+    k = np.asarray(u[0])
+    past = _past(len(k))
+    means = past.means.dot(k).dot(past.means.T)
+    average = past.means.dot(k.diagonal())
+    gap = np.maximum(average - means.diagonal(), 0.0) * past.unbiased
+    query = np.asarray(through(unit.w_query, u)[0])
     keys: Number = unit.w_key.scale
     to_query: Number = unit.w_query.scale
     to_key: Number = unit.w_key.scale
     if unit.qk_norm:
         norm = unit.w_key.scale * average + unit.w_key.bias
         lengths = np.sqrt(np.multiply.outer(query.diagonal(), query.diagonal()))
-        keys, to_key = keys / norm, (to_key / norm)[first - 1]
+        keys, to_key = keys / norm, (to_key / norm).take(past.first)
         to_query, query = to_query / lengths, query / lengths
-    variance = query.diagonal() * keys * gap
-    _check_logits(float(variance.max()))
-    root = np.sqrt(variance / np.maximum(query.diagonal(), 1e-300))
-    h = excess_array(query * np.multiply.outer(root, root), first)
-    values = unit.w_in.scale
-    near = gap[first - 1]
-    mixed = values * (past + h * near * first / pairs) + unit.w_in.bias
-    keys = keys if isinstance(keys, float) else np.asarray(keys)[first - 1]
-    return (mixed,), MixTape(values, near, (query,), keys, to_query, to_key, (h,))
+    spread = keys * gap
+    _check_logits(most(query.diagonal() * spread))
+    root = np.sqrt(spread)
+    h = _looked_up(query * root[:, None].dot(root[None]), len(k), past.starts)
+    near = gap.take(past.first)
+    mixed = through(unit.w_in, (means + h * near / past.most,))
+    keys = keys if isinstance(keys, float) else np.asarray(keys).take(past.first)
+    back = unit.w_in.scale, near * past.thin, (query,), keys, to_query, to_key, (h,)
+    return mixed, MixTape(*back)
 
 
 def _pull_causal(tape: MixTape, g: Number) -> Array:
-    first, pairs = _grid(len(np.asarray(g)))
-    share = np.asarray(g) / pairs
-    thin = 1 - 1 / first
-    gap = np.asarray(tape.gap) * thin
+    past = _past(len(np.asarray(g)))
+    share = g / past.pairs
     noisy = share * (1 + tape.h[0])
-    by_key = tape.to_key * gap * noisy * tape.query[0]
-    own = share * tape.h[0] + by_key
-    total = _later(share) - _later(own / np.maximum(first - 1, 1)).diagonal()[_last(len(first)) - 1]
-    corner = np.arange(len(first))
-    total[corner, corner] = (_later(share) + _later(own)).diagonal()
-    by_query = tape.to_query * tape.keys * gap * gap * first * noisy
-    return np.asarray(tape.values * (total + by_query))
+    moved = tape.gap * noisy
+    own = noisy - share + moved * tape.query[0] * tape.to_key
+    sums = past.later.dot(share).dot(past.later.T)
+    spread, same = (own * past.weights).dot(past.later[0]).dot(past.later.T)
+    total = sums - spread.take(past.last)
+    corner = total.ravel()[:: len(share) + 1]
+    corner += spread + same
+    total += (tape.to_query * tape.keys) * (tape.gap * past.seen) * moved
+    return np.asarray(total if tape.values == 1.0 else tape.values * total)
 
 
-def _later(x: Array) -> Array:
-    """The sum over t >= s, t' >= s' of x[t, t'], for all s, s'."""
-    return x[::-1, ::-1].cumsum(0).cumsum(1)[::-1, ::-1]
+class _Past(NamedTuple):
+    """Constants of a causal mask over T tokens; t from 1, [t, t'] of a pair.
+
+    Attributes:
+        seen: min(t, t'), the tokens that both see; `first` its place, from 0; `starts` its row of
+            the table of the excess.
+        last: the place of max(t, t'); `most` max(t, t') itself; `pairs` t t'.
+        means: 1/t for t' <= t: takes the mean over the past, of a row or of both.
+        later: 1 for t' >= t: takes the sum over what comes later.
+        weights: two tables; the sum over a row of a symmetric x with the second one, then over
+            later rows, is that of all x[t, t'] with t, t' >= s; the first divides by `seen` - 1.
+        unbiased: t/(t - 1), and 1 at t = 1.
+        thin: 1 - 1/`seen`.
+    """
+
+    seen: Array
+    starts: npt.NDArray[np.int64]
+    first: npt.NDArray[np.int64]
+    last: npt.NDArray[np.int64]
+    most: Array
+    pairs: Array
+    means: Array
+    later: Array
+    weights: Array
+    unbiased: Array
+    thin: Array
 
 
 @cache
-def _grid(tokens: int) -> tuple[npt.NDArray[np.int64], Array]:
-    """min(t, t') and t t', t from 1."""
+def _past(tokens: int) -> _Past:
     t = np.arange(1, tokens + 1)
-    return np.minimum.outer(t, t), np.multiply.outer(t, t).astype(float)
-
-
-@cache
-def _last(tokens: int) -> npt.NDArray[np.int64]:
-    """max(t, t')."""
-    t = np.arange(1, tokens + 1)
-    return np.maximum.outer(t, t)
+    seen, most = np.minimum.outer(t, t), np.maximum.outer(t, t)
+    later = np.triu(np.ones((tokens, tokens)))
+    twice = 2 * later - np.eye(tokens)
+    return _Past(
+        seen=seen.astype(float),
+        starts=_row_start(seen),
+        first=seen - 1,
+        last=most - 1,
+        most=most.astype(float),
+        pairs=np.multiply.outer(t, t).astype(float),
+        means=later.T / t[:, None],
+        later=later,
+        weights=np.stack([twice / np.maximum(seen - 1, 1), twice]),
+        unbiased=t / np.maximum(t - 1, 1),
+        thin=1 - 1 / seen,
+    )

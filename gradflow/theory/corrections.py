@@ -34,6 +34,8 @@ def elements(kind: str, shape: Shape, alike: float = 0.0) -> float:
         return shape.rows
     features = shape.width // GROUPS if kind == "groupnorm" else shape.width
     pixels = shape.side**2
+    if pixels == 1:
+        return features
     return features * pixels / (1 + (pixels - 1) * alike * alike)
 
 

@@ -6,14 +6,17 @@ together.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from gradflow.schemes.classic import FIXUP_LAST
 from gradflow.specs.spec import StackSpec
 from gradflow.specs.user_code import is_user_name
-from gradflow.theory.units import EPS, Head, NoTheoryError, Shape, Stack, Unit, Weights
-from gradflow.wiring import Wiring
+from gradflow.theory.restated import RESTATED
+from gradflow.theory.states import output_scale, state_of
+from gradflow.theory.units import EPS, Head, NoTheoryError, Shape, Stack, State, Unit, Weights
+from gradflow.wiring import Place, Wiring
 
 RECTIFIERS = ("relu", "gelu", "gelu-tanh", "silu")
 
@@ -71,7 +74,9 @@ def describe(spec: StackSpec) -> Stack:
     if spec.norm_eps > EPS and spec.normalises:
         raise NoTheoryError("no formula for another epsilon of the norms")
     scale = spec.recipe.input_scale(spec.depth) if spec.scheme else 1.0
-    return Stack(_shape(spec), _units(spec), scale**2, _head(spec))
+    wired = _wired(spec)
+    state = state_of(spec, [wiring for _, wiring in wired])
+    return Stack(_shape(spec), _units(spec, wired), scale**2, _head(spec, state), state)
 
 
 def _check_parts(spec: StackSpec) -> None:
@@ -93,26 +98,36 @@ def _check_values(spec: StackSpec) -> None:
         raise NoTheoryError(f"values of {values} features are too few: theory is of infinite width")
 
 
-def _units(spec: StackSpec) -> tuple[Unit, ...]:
+def _wired(spec: StackSpec) -> list[tuple[Place, Wiring]]:
+    """Every unit with its place; of a stack without a scheme, whose layers are alike, one layer."""
+    if spec.scheme is not None:
+        return list(spec.wirings())
+    units = range(spec.units_per_block)
+    return [(spec.place(1, unit), spec.wiring(1, unit)) for unit in units]
+
+
+def _units(spec: StackSpec, wired: Sequence[tuple[Place, Wiring]]) -> tuple[Unit, ...]:
     """Units of equal wiring are one object: a deep stack is described in no time."""
-    kinds = spec.kind.units
-    layers = range(1, spec.depth + 1) if spec.scheme else range(1, 2)
     units: list[Unit] = []
-    last: list[tuple[Wiring, Unit] | None] = [None] * len(kinds)
-    for layer in layers:
-        for number, kind in enumerate(kinds):
-            wiring, before = spec.wiring(layer, number), last[number]
-            unit = before[1] if before and before[0] == wiring else _unit(spec, wiring, kind)
-            last[number] = wiring, unit
-            units.append(unit)
+    last: list[tuple[Wiring, Unit] | None] = [None] * spec.units_per_block
+    for place, wiring in wired:
+        own = wiring
+        restate = RESTATED.get(wiring.unit)
+        if restate:  # whose settings do not change the branch
+            own = replace(wiring, settings={})
+        before = last[place.unit]
+        unit = before[1] if before and before[0] == own else _unit(spec, own, place.kind)
+        last[place.unit] = own, unit
+        units.append(restate(unit, place, wiring) if restate else unit)
     return tuple(units) * (1 if spec.scheme else spec.depth)
 
 
-def _head(spec: StackSpec) -> Head | None:
+def _head(spec: StackSpec, state: State | None) -> Head | None:
     if spec.loss != "ce":
         return None
     norm = str(spec.norm_kind or spec.domain.norm_kind) if spec.has_final_norm else None
-    return Head(spec.classes, weights(spec, spec.width, spec.classes), norm)
+    read = output_scale(state, spec.depth * spec.units_per_block, spec.width)
+    return Head(spec.classes, weights(spec, spec.width, spec.classes), norm, read)
 
 
 def _shape(spec: StackSpec) -> Shape:
@@ -130,13 +145,14 @@ def _shape(spec: StackSpec) -> Shape:
 
 def _unit(spec: StackSpec, wiring: Wiring, kind: str) -> Unit:
     is_silent = _is_silent(wiring, kind)
+    places = ("in", "mid") if kind == "resnet" and "in" in wiring.norms else wiring.norms
     if not is_silent:
         _check_wiring(spec, wiring, kind)
         _check_parts(spec)
     norms: dict[str, Any] = {
-        name: wiring.kinds.get(place, str(spec.norm_kind))
+        name: wiring.kinds.get("in" if kind == "resnet" else place, str(spec.norm_kind))
         for place, name in NORMS.items()
-        if place in wiring.norms
+        if place in places
     }
     if is_silent:
         return Unit(kind="ffn", w_out=Weights(0.0), a=wiring.a, norm_out=norms.get("norm_out"))
@@ -148,6 +164,7 @@ def _unit(spec: StackSpec, wiring: Wiring, kind: str) -> Unit:
         c=wiring.c,
         qk_norm="query-key" in wiring.norms,
         alpha=wiring.alpha,
+        gate_bias=float(wiring.settings.get("gate_bias", 0.0)),
         **norms,
         **_matrices(spec, wiring, kind),
     )
@@ -161,39 +178,32 @@ def _is_silent(wiring: Wiring, kind: str) -> bool:
 
 
 # Places of `wiring.NORM_PLACES` that the template has, with their names in `Unit`.
-NORMS = {"in": "norm_in", "branch": "norm_branch", "out": "norm_out", "mid": "norm_mid"}
+NORMS = {
+    **{"in": "norm_in", "branch": "norm_branch", "out": "norm_out", "mid": "norm_mid"},
+    **{"value": "norm_value", "shared": "norm_shared"},
+}
 
+
+BIASED = ("attention", "ffn")  # their biases are an option
 
 # Classes of unit that are the template at initialisation, and those without a formula.
 AS_TEMPLATE = ("template", "normformer", "fixup")
+COVERED = (*AS_TEMPLATE, "highway")
 REASONS = {
-    "highway": "no formula for a gate that multiplies the branch",
     "stochastic": "which branches are dropped is drawn from the seed",
-    "pb-relax": "no formula for norms of 8 x / max|x|, whose eps counts for less",
-    "admin": "the shortcuts' weights come from a forward pass",
-    "ngpt": "no formula for vectors normalised to length 1",
-    # Rows of a state hold all its streams together.
-    "b2t": "no formula for a shortcut over two units",
-    "residual-dual": "no formula for two streams that share a branch",
-    "siamesenorm": "no formula for two streams that share a branch",
-    "hyper-connections": "rows hold all streams together; the input row is n times that of pre-ln",
-    "mhc": "rows hold all n streams together: those of pre-ln over sqrt(n), the input row as it is",
-    "attnres": "rows hold all outputs so far; the input row is that of pre-ln over units + 1",
-    "denseformer": "rows hold all outputs so far; the input row is that of pre-ln",
-    "value-residual": "no formula for values that are averaged over layers",
 }
 
 
 def _check_wiring(spec: StackSpec, wiring: Wiring, kind: str) -> None:
-    if kind == "resnet":
-        raise NoTheoryError(
-            "the resnet block has no formula: it places its norms and activations itself"
-        )
     if is_user_name(spec.block):
         raise NoTheoryError("no formula for a branch of your own")
     if wiring.unit in REASONS:
         raise NoTheoryError(REASONS[wiring.unit])
-    if wiring.unit not in AS_TEMPLATE:
+    if kind == "resnet" and "out" in wiring.norms:
+        raise NoTheoryError("phi after the addition: what the stream and a branch share adds up")
+    if kind == "resnet" and (set(wiring.norms) - {"in"} or (wiring.norms and wiring.c != 1)):
+        raise NoTheoryError("a resnet block places its norms itself: no formula but for pre-norm")
+    if wiring.unit not in (*COVERED, *RESTATED):
         raise NoTheoryError(f"{spec.scheme} wires its units beyond the template")
     beyond = set(wiring.norms) - {*NORMS, "query-key"}
     if beyond:
@@ -206,7 +216,8 @@ def _matrices(spec: StackSpec, wiring: Wiring, kind: str) -> dict[str, Any]:
     def scaled(role: str, fan_in: int, fan_out: int, **what: bool) -> Weights:
         made = weights(spec, fan_in, fan_out, **what)
         bare = wiring.unit == "fixup"  # has scalar ones: 0
-        biased = not bare and (kind in ("mlp", "conv") or spec.has_bias(role))
+        unbiased = kind == "resnet" and wiring.norms  # as `networks.blocks.ResNet`
+        biased = not bare and not unbiased and (kind not in BIASED or spec.has_bias(role))
         bias = made.bias if biased else 0.0
         return replace(made, scale=made.scale * wiring.gains.get(role, 1.0) ** 2, bias=bias)
 
@@ -228,5 +239,13 @@ def _matrices(spec: StackSpec, wiring: Wiring, kind: str) -> dict[str, Any]:
             "w_query": scaled("q", d, queries),
             "w_key": scaled("k", d, keys),
         }
+    if kind == "resnet":
+        return {
+            "w_in": scaled("conv1", 9 * d, 9 * d, feeds=True),
+            "w_out": scaled("conv2", 9 * d, 9 * d, feeds=True, output=True),
+        }
     kernel, role = (9, "conv") if kind == "conv" else (1, "linear")
-    return {"w_in": scaled(role, d * kernel, d * kernel, feeds=True)}
+    made = {"w_in": scaled(role, d * kernel, d * kernel, feeds=True)}
+    if wiring.unit != "highway":
+        return made
+    return made | {"w_transform": weights(spec, d * kernel, d * kernel)}

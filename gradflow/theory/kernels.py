@@ -13,32 +13,48 @@ from functools import cache, lru_cache
 
 import numpy as np
 
-from gradflow.theory.maths import Array, Number, acos, asin, constant, cosine, rounded, sqrt
+from gradflow.theory.maths import Array, Number, acos, asin, atan, constant, cosine, rounded, sqrt
 from gradflow.theory.moments import ACTIVATIONS, Function, Moment
 
 Kernel = Callable[[Number, Number, Number], Number]
+Kernels = Callable[[Number, Number, Number], tuple[Number, Number]]
 
 _ORDER = 96  # the highest Hermite polynomial kept
 
 
 @dataclass(frozen=True)
 class Pair:
-    """The two kernels of an activation: `value` E phi phi, `slope` E phi' phi'."""
+    """The two kernels of an activation.
+
+    Attributes:
+        value: E phi phi.
+        slope: E phi' phi'.
+        together: both at once, where they share most of their work.
+    """
 
     value: Kernel
     slope: Kernel
+    together: Kernels | None = None
+
+    def both(self, q1: Number, q2: Number, p: Number) -> tuple[Number, Number]:
+        """`value` and `slope`."""
+        if self.together is not None:
+            return self.together(q1, q2, p)
+        return self.value(q1, q2, p), self.slope(q1, q2, p)
 
 
-def _relu_value(q1: Number, q2: Number, p: Number) -> Number:
-    """sqrt(q1 q2)/2 k1(c), k1 = (sqrt(1-c^2) + (pi - acos c) c)/pi (Cho & Saul 2009, J_1)."""
+def _shared(together: Kernels) -> Pair:
+    return Pair(lambda *args: together(*args)[0], lambda *args: together(*args)[1], together)
+
+
+def _relu(q1: Number, q2: Number, p: Number) -> tuple[Number, Number]:
+    """sqrt(q1 q2)/2 k1(c) and k0(c)/2, Cho & Saul 2009, J_1 and J_0.
+
+    k1 = (sqrt(1-c^2) + (pi - acos c) c)/pi, k0 = 1 - acos(c)/pi.
+    """
     c = cosine(q1, q2, p)
-    k1 = (sqrt(1 - c * c) + (math.pi - acos(c)) * c) / math.pi
-    return 0.5 * sqrt(q1 * q2) * k1
-
-
-def _relu_slope(q1: Number, q2: Number, p: Number) -> Number:
-    """k0(c)/2, k0 = 1 - acos(c)/pi (Cho & Saul 2009, J_0)."""
-    return 0.5 - 0.5 / math.pi * acos(cosine(q1, q2, p))
+    k0 = 1 - acos(c) / math.pi
+    return 0.5 * sqrt(q1 * q2) * (sqrt(1 - c * c) / math.pi + k0 * c), 0.5 * k0
 
 
 def _erf_value(q1: Number, q2: Number, p: Number) -> Number:
@@ -51,26 +67,24 @@ def _erf_slope(q1: Number, q2: Number, p: Number) -> Number:
     return 4 / math.pi / sqrt((1 + 2 * q1) * (1 + 2 * q2) - 4 * p * p)
 
 
-def _gelu_value(q1: Number, q2: Number, p: Number) -> Number:
-    """p H + F (q1 q2 + p^2 k), k = 1 - q1/a - q2/b, a = 1 + q1, b = 1 + q2.
+def _gelu(q1: Number, q2: Number, p: Number) -> tuple[Number, Number]:
+    """p H + F m and its derivative by p, H + F p (1 + 2k + m/r^2).
 
-    H = E Phi Phi = 1/4 + asin(p/sqrt(ab))/(2 pi), as Phi(z) = P(w < z) makes it an orthant;
-    F = 1/(2 pi sqrt(ab - p^2)), the product of the densities. By Stein's lemma, twice, on
+    a = 1 + q1, b = 1 + q2, r^2 = ab - p^2, k = 1 - q1/a - q2/b, m = q1 q2 + p^2 k;
+    H = E Phi Phi = 1/4 + atan(p/r)/(2 pi), as Phi(z) = P(w < z) makes it an orthant;
+    F = 1/(2 pi r), the product of the densities. By Stein's lemma, twice, on
     E z1 z2 Phi(z1) Phi(z2). Derived here; Tsuchida et al. 2021 have another form.
     """
     a, b = 1 + q1, 1 + q2
-    orthant = 0.25 + asin(p / sqrt(a * b)) / (2 * math.pi)
-    density = 0.5 / math.pi / sqrt(a * b - p * p)
-    return p * orthant + density * (q1 * q2 + p * p * (1 - q1 / a - q2 / b))
-
-
-def _gelu_slope(q1: Number, q2: Number, p: Number) -> Number:
-    """H + F p (1 + 2k + (q1 q2 + p^2 k)/(ab - p^2)): the derivative of `_gelu_value` by p."""
-    a, b = 1 + q1, 1 + q2
-    gap = a * b - p * p
-    k = 1 - q1 / a - q2 / b
-    orthant = 0.25 + asin(p / sqrt(a * b)) / (2 * math.pi)
-    return orthant + 0.5 / math.pi / sqrt(gap) * p * (1 + 2 * k + (q1 * q2 + p * p * k) / gap)
+    square = p * p
+    gap = a * b - square
+    root = sqrt(gap)
+    ratio = p / root
+    k = 1 / a - q2 / b
+    inner = (q1 * q2 + square * k) / gap
+    angle = 0.5 * math.pi + atan(ratio)
+    value, slope = p * angle + inner * root, angle + ratio * (1 + 2 * k + inner)
+    return value / (2 * math.pi), slope / (2 * math.pi)
 
 
 @cache
@@ -158,9 +172,9 @@ def _numeric(name: str) -> Pair:
 
 PAIRS: dict[str, Pair] = {
     "linear": Pair(lambda q1, q2, p: p, lambda q1, q2, p: constant(1.0, p)),
-    "relu": Pair(_relu_value, _relu_slope),
+    "relu": _shared(_relu),
     "erf": Pair(_erf_value, _erf_slope),
-    "gelu": Pair(_gelu_value, _gelu_slope),
+    "gelu": _shared(_gelu),
     "tanh": _numeric("tanh"),
     "silu": _numeric("silu"),
 }

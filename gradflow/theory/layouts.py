@@ -12,18 +12,37 @@ number (or array) for each class of them:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
 import numpy as np
 
-from gradflow.theory.kernels import PAIRS, Kernel
+from gradflow.theory.kernels import PAIRS
 from gradflow.theory.maths import Array, Number
-from gradflow.theory.moments import ACTIVATIONS, Moment
-from gradflow.theory.units import Shape
+from gradflow.theory.moments import ACTIVATIONS
+from gradflow.theory.units import Shape, Weights
 
 Moments = tuple[Number, ...]
+
+_AT_ONCE = 256  # kernels
+
+
+def through(weights: Weights, x: Moments) -> Moments:
+    """Moments of W x + b."""
+    product = scaled(weights.scale, x)
+    return tuple([entry + weights.bias for entry in product]) if weights.bias else product
+
+
+def scaled(factor: float, x: Moments) -> Moments:
+    """The factor times x."""
+    return x if factor == 1.0 else tuple([factor * entry for entry in x])
+
+
+def plus(x: Moments, y: Moments) -> Moments:
+    """x + y."""
+    return tuple([one + two for one, two in zip(x, y, strict=True)])
 
 
 class Layout(Protocol):
@@ -48,8 +67,14 @@ class Layout(Protocol):
     def mean(self, x: Number) -> float:
         """Average of a number per row."""
 
+    def mean_square(self, s: Moments) -> float:
+        """Average of the diagonal."""
+
     def cosine(self, s: Moments) -> float:
         """Average cosine between two rows."""
+
+    def cosines(self, many: Sequence[Moments]) -> Array:
+        """`cosine` of each."""
 
     def batch_mean(self, s: Moments) -> float:
         """E (mean over the batch's rows)^2, per feature."""
@@ -60,11 +85,14 @@ class Layout(Protocol):
     def mix_pixels(self, x: Number) -> Number:
         """Average over the 3 x 3 neighbours of each pixel, 0 beyond the border."""
 
-    def activate(self, name: str, s: Moments) -> Moments:
-        """E phi phi for each class."""
+    def mix_common(self, m: Number) -> Number:
+        """For rows that share the vector m_r v, what a convolution makes of them.
 
-    def slopes(self, name: str, s: Moments) -> Moments:
-        """E phi' phi' for each class."""
+        Average over r' of E y_r y_r', for weights of variance 1/fan_in and |v|^2 = 1 per feature.
+        """
+
+    def activate(self, name: str, s: Moments) -> tuple[Moments, Moments]:
+        """E phi phi and E phi' phi', for each class."""
 
 
 @dataclass(frozen=True)
@@ -74,15 +102,29 @@ class Exchangeable:
     shape: Shape
 
     @cached_property
+    def _shifts(self) -> Array:
+        """Steps to the pixel before, to itself and to the one after, along a side: folded."""
+        side = self.shape.side
+        half = (side + 1) // 2
+        steps = np.stack([np.eye(side, k=k) for k in (-1, 0, 1)])
+        folded = steps[:, :half, :half].copy()
+        mirror = steps[:, :half, half:][:, :, ::-1]
+        folded[:, :, : mirror.shape[2]] += mirror
+        return folded
+
+    @cached_property
     def _neighbours(self) -> Array:
         """(1/3) tridiagonal over a side of the image, folded onto half of it."""
-        side = self.shape.side
-        band = (np.eye(side, k=-1) + np.eye(side) + np.eye(side, k=1)) / 3
-        half = (side + 1) // 2
-        folded = np.array(band[:half, :half])
-        mirror = band[:half, half:][:, ::-1]
-        folded[:, : mirror.shape[1]] += mirror
-        return folded
+        return np.asarray(self._shifts.sum(0) / 3)
+
+    @cached_property
+    def _seen(self) -> Array:
+        """Weights of a line's average over the pixels that each of `_shifts` comes from."""
+        each = np.full((3, (self.shape.side + 1) // 2), 2.0)
+        if self.shape.side % 2:
+            each[:, -1] = 1.0
+        each[[0, 2], 0] -= 1.0
+        return each / self.shape.side
 
     @cached_property
     def _share(self) -> Array:
@@ -113,12 +155,20 @@ class Exchangeable:
 
     def mean(self, x: Number) -> float:
         """x, or its average over the pixels."""
-        return x if isinstance(x, float) else float((x * self._share).sum())
+        return x if isinstance(x, float) else float(np.vdot(x, self._share))
+
+    def mean_square(self, s: Moments) -> float:
+        """Average of q."""
+        return self.mean(s[0])
 
     def cosine(self, s: Moments) -> float:
         """p / q."""
         q, p = (self.mean(x) for x in s)
         return p / q if q else 0.0
+
+    def cosines(self, many: Sequence[Moments]) -> Array:
+        """`cosine` of each."""
+        return np.array([self.cosine(s) for s in many])
 
     def batch_mean(self, s: Moments) -> float:
         """(q + (R - 1) p) / R over the R rows of the batch."""
@@ -135,25 +185,36 @@ class Exchangeable:
 
     def mix_pixels(self, x: Number) -> Number:
         """A x A, with A the average of three; x itself where there are no pixels."""
-        return x if isinstance(x, float) else np.asarray(self._neighbours @ x @ self._neighbours.T)
+        if isinstance(x, float):
+            return x / 9 if self.shape.domain == "images" else x  # one pixel, all else is border
+        return np.asarray(self._neighbours @ x @ self._neighbours.T)
 
-    def activate(self, name: str, s: Moments) -> Moments:
-        """E phi^2, and E phi phi' of two rows."""
-        square = ACTIVATIONS[name].square
-        return square(s[0]), self._across(PAIRS[name].value, square, s)
+    def activate(self, name: str, s: Moments) -> tuple[Moments, Moments]:
+        """Of one row, and of two; of two pixels by the cosine of the average, which is small."""
+        phi, q = ACTIVATIONS[name], self.mean(s[0])
+        value, slope = PAIRS[name].both(q, q, self.mean(s[1]))
+        squares, slopes = phi.square(s[0]), phi.slope_square(s[0])
+        if not isinstance(s[0], float):
+            value, slope = (
+                each * (pair / moment(q))
+                for each, pair, moment in (
+                    (squares, value, phi.square),
+                    (slopes, slope, phi.slope_square),
+                )
+            )
+        return (squares, value), (slopes, slope)
 
-    def slopes(self, name: str, s: Moments) -> Moments:
-        """E phi'^2, and E phi' phi' of two rows."""
-        square = ACTIVATIONS[name].slope_square
-        return square(s[0]), self._across(PAIRS[name].slope, square, s)
+    def mix_common(self, m: Number) -> Number:
+        """1/9 of the sum over the kernel's places d of m_(a+d) and its average over the pixels a.
 
-    def _across(self, kernel: Kernel, square: Moment, s: Moments) -> Number:
-        """The kernel between rows; for pixels by the cosine of the average, a small correction."""
-        q, p = (self.mean(x) for x in s)
-        between = kernel(q, q, p)
-        if isinstance(s[0], float):
-            return between
-        return square(s[0]) * (between / square(q))
+        The pixels that a place sees lie inside the image; a pixel of the border and one of its
+        middle so share fewer places than their sizes suggest.
+        """
+        if isinstance(m, float):
+            return m * m
+        means = self._seen @ m @ self._seen.T
+        second = np.tensordot(means, self._shifts, 1)
+        return np.asarray((self._shifts @ m @ second.transpose(0, 2, 1)).sum(0) / 9)
 
 
 @dataclass(frozen=True)
@@ -177,19 +238,37 @@ class CausalTokens:
 
     def outer(self, x: Number) -> Moments:
         """x_r x_s, T x T."""
-        return (np.multiply.outer(x, x),)
+        values = np.asarray(x)
+        return (values[:, None].dot(values[None]),)  # the quickest product of few numbers
 
     def mean(self, x: Number) -> float:
         """Over the tokens."""
-        values = np.asarray(x)  # `np.mean` takes three times as long for so few
-        return float(np.add.reduce(values, axis=None)) / values.size
+        return float(np.asarray(x).dot(self._even))
+
+    @cached_property
+    def _even(self) -> Array:
+        """1/T each; a dot product is the quickest mean of few numbers."""
+        return np.full(self.shape.tokens, 1 / self.shape.tokens)
+
+    def mean_square(self, s: Moments) -> float:
+        """The trace over T."""
+        return float(np.asarray(s[0]).diagonal().dot(self._even))
 
     def cosine(self, s: Moments) -> float:
         """Off the diagonal, by the average length."""
-        k = np.asarray(s[0])
-        trace, n = float(np.add.reduce(k.diagonal())), len(k)
-        others = float(np.add.reduce(k, axis=None)) - trace
-        return others / max(n - 1, 1) / trace if trace else 0.0
+        return float(self.cosines([s])[0])
+
+    def cosines(self, many: Sequence[Moments]) -> Array:
+        """`cosine` of each; a few hundred at a time, one by one takes three times as long."""
+        parts = (many[start : start + _AT_ONCE] for start in range(0, len(many), _AT_ONCE))
+        found = [self._cosines(np.array([s[0] for s in part])) for part in parts]
+        return np.concatenate([np.zeros(0), *found])
+
+    def _cosines(self, k: Array) -> Array:
+        n = self.shape.tokens
+        own = k.diagonal(axis1=1, axis2=2).dot(self._even)
+        everything = k.dot(self._even).dot(self._even)
+        return np.asarray((n * everything - own) / max(n - 1, 1) / np.where(own == 0, np.inf, own))
 
     def batch_mean(self, s: Moments) -> float:
         """Not defined: batchnorm would mix what the mask keeps apart."""
@@ -203,14 +282,12 @@ class CausalTokens:
         """Tokens are no pixels."""
         return x
 
-    def activate(self, name: str, s: Moments) -> Moments:
-        """E phi phi between all tokens."""
-        return self._kernel(PAIRS[name].value, s)
+    def mix_common(self, m: Number) -> Number:
+        """As `mix_pixels`."""
+        raise NotImplementedError
 
-    def slopes(self, name: str, s: Moments) -> Moments:
-        """E phi' phi' between all tokens."""
-        return self._kernel(PAIRS[name].slope, s)
-
-    def _kernel(self, kernel: Kernel, s: Moments) -> Moments:
+    def activate(self, name: str, s: Moments) -> tuple[Moments, Moments]:
+        """Between all tokens."""
         ((q1, q2),) = self.ends(s)
-        return (kernel(q1, q2, s[0]),)
+        value, slope = PAIRS[name].both(q1, q2, s[0])
+        return (value,), (slope,)

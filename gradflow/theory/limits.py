@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from gradflow.specs.spec import StackSpec
+from gradflow.theory.branches import BRANCHES, BranchTape
 from gradflow.theory.layouts import Layout
 from gradflow.theory.maths import Array
 from gradflow.theory.moments import ACTIVATIONS
 from gradflow.theory.norms import KNOWN, POINTWISE
-from gradflow.theory.passes import BRANCHES, Passes
+from gradflow.theory.passes import Passes
 from gradflow.theory.spread import Noise
 from gradflow.theory.units import NoTheoryError, Stack, Unit
 
@@ -21,6 +22,7 @@ MOST_DRIFT = 0.02  # likewise
 MOST_TOLERANCE = 0.15  # decades of |g|
 MOST_ENTRIES = 1 << 23  # of the T x T kernels of all causal units: they take 50 bytes each
 
+BORDER = 0.2  # of the profile, over the pixels on a side; measured: up to 0.15
 CLOSE, WIDE = 0.025, 0.1  # decades of |g|; the latter for post-norm and causal
 
 
@@ -47,10 +49,20 @@ def check_stack(stack: Stack) -> None:
         _check_unit(unit)
         for norm in unit.norms:
             _check_norm(norm)
+    if any(unit.w_transform is not None for unit in units):
+        _check_highway(stack, units)
     if stack.head is not None:
         _check_head(stack, units)
     if any(unit.kind == "attention" for unit in units):
         _check_tokens(stack, units)
+
+
+def _check_highway(stack: Stack, units: tuple[Unit, ...]) -> None:
+    for unit in units:
+        if unit.w_transform is None or not unit.is_single or unit.norms:
+            raise NoTheoryError("highway layers beside other units, or of other parts")
+    if stack.head is not None and stack.shape.domain == "images":
+        raise NoTheoryError("highway layers under cross-entropy: pixels share one gradient")
 
 
 def _check_head(stack: Stack, units: tuple[Unit, ...]) -> None:
@@ -77,8 +89,8 @@ def _check_unit(unit: Unit) -> None:
         raise NoTheoryError(f"the branch {unit.kind} has no formula")
     if unit.kind == "attention" and not unit.a:
         raise NoTheoryError("attention without a shortcut collapses the tokens at once")
-    if unit.kind == "ffn" and not unit.a and "batchnorm" in unit.norms:
-        raise NoTheoryError("batchnorm in a plain ffn: the rows' own sizes drift apart")
+    if unit.kind in ("ffn", "resnet") and not unit.a and "batchnorm" in unit.norms:
+        raise NoTheoryError(f"batchnorm in a plain {unit.kind}: the rows' own sizes drift apart")
     if unit.w_gate is not None and not unit.a:
         raise NoTheoryError("a gated ffn without a shortcut: its products come far apart")
     odd = unit.activation in ACTIVATIONS and ACTIVATIONS[unit.activation].odd
@@ -88,7 +100,7 @@ def _check_unit(unit: Unit) -> None:
         raise NoTheoryError(
             f"dyt and derf of a stream with a mean, as {unit.activation}(Wx) has, have no formula"
         )
-    if unit.is_single and unit.a and not odd and not unit.norms:
+    if unit.is_single and unit.a and not (odd or unit.norms or unit.w_transform):
         raise NoTheoryError(
             f"x + {unit.activation}(Wx): its mean adds up along the shortcut, and the gradient "
             "gathers in that one direction"
@@ -106,7 +118,7 @@ def check_passes(stack: Stack, passes: Passes, layout: Layout, noise: Noise) -> 
     Raises:
         NoTheoryError: says why.
     """
-    for kind, count in {(norm.kind, norm.count) for tape in passes.tapes for norm in tape.norms}:
+    for kind, count in {(norm.kind, norm.number) for tape in passes.tapes for norm in tape.norms}:
         if count < (LEAST_ROWS if kind == "batchnorm" else LEAST_ELEMENTS):
             raise NoTheoryError(f"{kind} over {count:.0f} independent elements is too noisy")
     if not noise.variance[0] <= MOST_NOISE:
@@ -114,9 +126,11 @@ def check_passes(stack: Stack, passes: Passes, layout: Layout, noise: Noise) -> 
             f"width {stack.shape.width} is too small for this depth: seeds would differ by "
             f"{0.5 / np.log(10) * np.sqrt(noise.variance[0]):.2g} decades"
         )
-    if not noise.drift <= MOST_DRIFT:
+    if not noise.drift + passes.drift <= MOST_DRIFT:
+        unit = stack.units[0]
+        what = "a plain net" if unit.w_transform is None else "a highway"
         raise NoTheoryError(
-            f"a plain net of {stack.units[0].activation} without norms: rows of unlike size come "
+            f"{what} of {unit.activation} without norms: rows of unlike size come "
             f"further apart, and width {stack.shape.width} makes them unlike"
         )
     if not tolerance(stack, passes, layout)[0] <= MOST_TOLERANCE:
@@ -135,7 +149,8 @@ def tolerance(stack: Stack, passes: Passes, layout: Layout) -> Array:
     0.05 decades of |g|^2, or 0.2 where a norm follows the shortcut or a mask is causal. Besides,
     0.5/n nats of |g|^2 per plain unit of width n, an order that `corrections` has in part; and for
     batchnorm 0.5 nats per unit (1 beside a shortcut) for each mean square correlation between rows
-    that finite width brings (`_correlations`): fitted.
+    that finite width brings (`_correlations`): fitted. In a resnet the norms see covariances
+    between pixels that the border makes unlike, of which theory has the averages: `BORDER`.
     """
     post = any(unit.norm_out and unit.a for unit in stack.units)
     base = WIDE if post or stack.shape.causal else CLOSE
@@ -144,6 +159,9 @@ def tolerance(stack: Stack, passes: Passes, layout: Layout) -> Array:
         each = np.array([1.0 if unit.a else 0.5 for unit in stack.units])
         drift = each * np.array(passes.shares) * _correlations(stack, passes, layout)
         rows[:-1] += 0.5 / np.log(10) * drift[::-1].cumsum()[::-1]
+    bordered = stack.shape.side > 1 and any(unit.kind == "resnet" for unit in stack.units)
+    if bordered and any("batchnorm" in unit.norms for unit in stack.units):
+        rows += BORDER / stack.shape.side * 0.5 / np.log(10) * np.abs(passes.levels)
     plain = np.array([0.0 if unit.a else 0.5 / stack.shape.width for unit in stack.units])
     rows[:-1] += 0.5 / np.log(10) * plain[::-1].cumsum()[::-1]
     rows[-1] = 0.0
@@ -154,7 +172,8 @@ def _correlations(stack: Stack, passes: Passes, layout: Layout) -> Array:
     """E c^2 between rows after each unit: c^2' = r^2 c^2 + 1/n.
 
     r is what a unit leaves of a small correlation: (a^2 V_x + b^2 s (E phi')^2 V_u)/V_y, V the
-    variances without the rows' common part. A convolution averages over 9 pairs of pixels.
+    variances without the rows' common part. A convolution averages over 9 pairs of pixels. In a
+    resnet the new part 1/n is that of the branch, by its share of V_y.
     """
     found = np.zeros(len(stack.units))
     c = 0.0
@@ -163,12 +182,19 @@ def _correlations(stack: Stack, passes: Passes, layout: Layout) -> Array:
         out = 1.0 if tape.after is None else float(layout.mean(tape.after.scale[0]))
         own, after = (layout.mean(layout.diagonal(s)) - layout.batch_mean(s) for s in (x, y))
         u = layout.mean(layout.diagonal(tape.u)) - layout.batch_mean(tape.u)
-        back = tape.inside.back
-        gain = 1.0 if unit.is_single else unit.w_out.scale
-        through = 0.0 if back is None else gain * layout.mean(back[1]) * u
-        if unit.kind == "conv":
-            through /= 3
-        kept = (unit.a**2 * own + unit.b**2 * through) * out / after
-        c = kept**2 * c + 1 / stack.shape.width
+        kept = (unit.a**2 * own + unit.b**2 * _passed(unit, tape.inside, layout) * u) * out / after
+        new = 1 - unit.a**2 * own * out / after if unit.kind == "resnet" else 1.0
+        c = kept**2 * c + new**2 / stack.shape.width
         found[place] = c
     return found
+
+
+def _passed(unit: Unit, tape: BranchTape, layout: Layout) -> float:
+    """What the branch makes of a small covariance between rows."""
+    if tape.back is None:
+        return 0.0
+    slope = layout.mean(tape.back[1])
+    if tape.last is not None:
+        norm = 1.0 if tape.mid is None else layout.mean(tape.mid.scale[1])
+        return slope / 3 * norm * layout.mean(tape.last[1]) / 3
+    return slope / 3 if unit.kind == "conv" else slope * (unit.is_single or unit.w_out.scale)

@@ -32,6 +32,11 @@ def acos(x: Number) -> Number:
     return math.pi / 2 - asin(x)
 
 
+def atan(x: Number) -> Number:
+    """Inverse tangent."""
+    return math.atan(x) if isinstance(x, float) else np.asarray(np.arctan(x))
+
+
 def exp(x: Number) -> Number:
     """Exponential."""
     return math.exp(x) if isinstance(x, float) else np.asarray(np.exp(x))
@@ -42,7 +47,17 @@ def cosine(q1: Number, q2: Number, p: Number) -> Number:
     if isinstance(p, float):
         length = math.sqrt(q1 * q2)
         return max(-1.0, min(1.0, p / length)) if length else 0.0
-    return np.clip(p / np.sqrt(np.maximum(q1 * q2, TINY)), -1.0, 1.0)
+    return _within_1(p / np.sqrt(np.maximum(q1 * q2, TINY)))
+
+
+def least(x: Array) -> float:
+    """The minimum; `np.min` takes four times as long for so few numbers."""
+    return float(x.item(x.argmin()))
+
+
+def most(x: Array) -> float:
+    """The maximum, as `least`."""
+    return float(x.item(x.argmax()))
 
 
 def constant(value: float, like: Number) -> Number:
@@ -56,4 +71,9 @@ def rounded(x: float) -> float:
 
 
 def _array_asin(x: Array) -> Array:
-    return np.asarray(np.arcsin(np.clip(x, -1.0, 1.0)))
+    return np.asarray(np.arcsin(_within_1(x)))
+
+
+def _within_1(x: Array) -> Array:
+    """Quicker than `np.clip` on few numbers."""
+    return np.minimum(np.maximum(x, -1.0), 1.0)

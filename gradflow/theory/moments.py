@@ -42,13 +42,19 @@ def gaussian_mean(f: Function, q: Number) -> Number:
     Returns:
         The mean, of q's shape.
     """
+    z, weight = gaussian_nodes(q)
+    total = (f(z) * weight).sum(-1)
+    return float(total) if isinstance(q, float) else np.asarray(total)
+
+
+def gaussian_nodes(q: Number) -> tuple[Array, Array]:
+    """The nodes of `gaussian_mean`, along a new last axis, and their weights."""
     wide = np.maximum(np.asarray(q, dtype=np.float64), TINY)[..., None]
     end = np.arcsinh(_REACH * np.sqrt(wide))
     s = end * _STEPS
     z = np.sinh(s)
     density = np.exp(-0.5 * z * z / wide) * np.cosh(s)
-    total = (f(z) * density).sum(-1) * (end / np.sqrt(wide))[..., 0] / (_HALF_NODES * _ROOT_2PI)
-    return float(total) if isinstance(q, float) else np.asarray(total)
+    return z, density * (end / (np.sqrt(wide) * (_HALF_NODES * _ROOT_2PI)))
 
 
 @lru_cache(maxsize=4096)

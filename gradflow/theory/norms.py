@@ -9,7 +9,7 @@ much; for normal x they cancel to (n - 2)/(n - 3). So the Jacobian is 1 / sigma 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from gradflow.theory.corrections import Source, elements, norm_gain
 from gradflow.theory.layouts import Layout, Moments
@@ -22,8 +22,7 @@ POINTWISE = {"dyt": "tanh", "derf": "erf"}  # f(alpha x) in place of a norm
 KNOWN = (*ROW_NORMS, "batchnorm", *POINTWISE)
 
 
-@dataclass(frozen=True)
-class Stream:
+class Stream(NamedTuple):
     """Moments of the stream.
 
     Attributes:
@@ -31,29 +30,31 @@ class Stream:
         mean: average over a row's features.
         source: phi and q where the stream is phi(N(0, q)), else None.
         normed: the kind of norm that it just left, else None.
+        common: of pixels, average over r' of E x_r x_r' per kind of row r; None where it is not
+            known.
     """
 
     s: Moments
     mean: Number = 0.0
     source: Source | None = None
     normed: str | None = None
+    common: Number | None = None
 
 
-@dataclass(frozen=True)
-class NormTape:
+class NormTape(NamedTuple):
     """What the Jacobian of a norm needs.
 
     Attributes:
         kind: of norm.
         scale: 1 / (sigma_r sigma_s) per class.
         gain: correction of |g|^2 for the finite number of elements that the norm averages.
-        count: that number, as far as they are independent.
+        number: of these elements, as far as they are independent.
     """
 
     kind: str
     scale: Moments
     gain: float = 1.0
-    count: float = math.inf
+    number: float = math.inf
 
 
 def normalise(
@@ -92,7 +93,8 @@ def _by_rows(kind: str, x: Stream, layout: Layout) -> tuple[Stream, Moments]:
     inverse = 1 / sqrt(q + EPS)
     scale = layout.outer(inverse)
     s = tuple([f * entry for f, entry in zip(scale, s, strict=True)])
-    return Stream(s, mean * inverse, normed=kind), scale
+    mean = 0.0 if is_zero(mean) else mean * inverse
+    return Stream(s, mean, normed=kind), scale
 
 
 def _common(mean: Number, centre: Number, layout: Layout) -> Moments:
@@ -114,14 +116,17 @@ def _pointwise(kind: str, x: Stream, layout: Layout, alpha: float) -> tuple[Stre
     as a stretched exponential. Only for streams without a mean.
     """
     hidden = tuple([alpha**2 * entry for entry in x.s])
-    scale = tuple([alpha**2 * entry for entry in layout.slopes(POINTWISE[kind], hidden)])
-    return Stream(layout.activate(POINTWISE[kind], hidden)), NormTape(kind, scale)
+    values, slopes = layout.activate(POINTWISE[kind], hidden)
+    return Stream(values), NormTape(kind, tuple([alpha**2 * entry for entry in slopes]))
 
 
 def _batchnorm(x: Stream, layout: Layout) -> tuple[Stream, Moments]:
     """Per feature over all rows: their common part goes, the variance becomes 1."""
-    common = layout.batch_common(x.s)
-    centred = tuple([entry - c for entry, c in zip(x.s, common, strict=True)])
+    if x.common is None:
+        taken = layout.batch_common(x.s)
+    else:
+        taken = (2 * x.common - layout.mean(x.common),) * 2
+    centred = tuple([entry - c for entry, c in zip(x.s, taken, strict=True)])
     variance = layout.mean(layout.diagonal(centred)) + EPS
     s = tuple([entry / variance for entry in centred])
     centre = 0.0 if is_zero(x.mean) else layout.mean(x.mean)
@@ -136,4 +141,6 @@ def pull_norm(tape: NormTape | None, g: Moments, layout: Layout) -> Moments:
     if tape.kind == "batchnorm":
         common = layout.batch_mean(g)
         g = tuple([entry - common for entry in g])
+    if tape.gain == 1.0:
+        return tuple([f * entry for f, entry in zip(tape.scale, g, strict=True)])
     return tuple([tape.gain * f * entry for f, entry in zip(tape.scale, g, strict=True)])

@@ -13,36 +13,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from gradflow.theory.attention import MixTape, mix, pull_mix
-from gradflow.theory.layouts import Layout, Moments
-from gradflow.theory.moments import ACTIVATIONS
+from gradflow.theory.branches import BRANCHES, BranchTape, pull_branch
+from gradflow.theory.layouts import Layout, Moments, plus, scaled
 from gradflow.theory.norms import NormTape, Stream, is_zero, normalise, pull_norm
-from gradflow.theory.units import NoTheoryError, Unit, Weights
+from gradflow.theory.units import NoTheoryError, Unit
 
 _LEAST_SQUARE, _MOST_SQUARE = 1e-70, 1e70
 
 
-@dataclass(frozen=True)
-class BranchTape:
-    """Inside a branch.
-
-    Attributes:
-        hidden: moments of the pre-activations; of attention the mixed values.
-        back: from the gradient at the activations to that at the branch's input, for each class:
-            weight scale times E phi' phi'; None for attention.
-        mixing: of attention, else None.
-        mid: of the norm before the output projection.
-    """
-
-    hidden: Moments
-    back: Moments | None = None
-    mixing: MixTape | None = None
-    mid: NormTape | None = None
-
-
-@dataclass(frozen=True)
-class Tape:
+class Tape(NamedTuple):
     """One unit after its forward pass: its norms Ni, No, Np, and its branch, whose input is u."""
 
     u: Moments
@@ -58,124 +39,52 @@ class Tape:
         return [norm for norm in placed if norm is not None]
 
 
-def through(weights: Weights, x: Moments) -> Moments:
-    """Moments of W x + b."""
-    return tuple([weights.scale * entry + weights.bias for entry in x])
-
-
-def _scaled(factor: float, x: Moments) -> Moments:
-    return x if factor == 1.0 else tuple([factor * entry for entry in x])
-
-
-def _plus(x: Moments, y: Moments) -> Moments:
-    return tuple([one + two for one, two in zip(x, y, strict=True)])
-
-
 def forward(unit: Unit, x: Stream, layout: Layout) -> tuple[Stream, Tape]:
     """The stream after the unit."""
-    u, before = normalise(unit.norm_in, x, layout, alpha=unit.alpha)
-    u = u if unit.c == 1.0 else Stream(_scaled(unit.c**2, u.s), u.mean * unit.c)
+    u = x if unit.read == 1.0 else Stream(scaled(unit.read**2, x.s), x.mean * unit.read)
+    u, before = normalise(unit.norm_in, u, layout, alpha=unit.alpha)
+    u = u if unit.c == 1.0 else Stream(scaled(unit.c**2, u.s), u.mean * unit.c)
     f, inside = BRANCHES[unit.kind](unit, u, layout)
     f, branch = normalise(unit.norm_branch, f, layout)
     y = _joined(unit, x, f)
+    if unit.norm_out is None:
+        return y, Tape(u.s, before, inside, branch, None)
     fixed = _kept(unit, x, y, layout) if unit.norm_out == x.normed else 0.0
     y, after = normalise(unit.norm_out, y, layout, fixed)
     return y, Tape(u.s, before, inside, branch, after)
 
 
-def backward(unit: Unit, tape: Tape, g: Moments, layout: Layout) -> tuple[Moments, float]:
-    """Moments of the gradient at the unit's input; the branch's share in its mean square."""
+def backward(unit: Unit, tape: Tape, g: Moments, layout: Layout) -> tuple[Moments, float, float]:
+    """Moments of the gradient at the unit's input; their mean square; the branch's share in it."""
     g = pull_norm(tape.after, g, layout)
-    through_f = pull_norm(tape.branch, _scaled(unit.b**2, g), layout)
-    through_f = _pull_branch(unit, tape.inside, through_f, layout)
-    through_f = pull_norm(tape.before, _scaled(unit.c**2, through_f), layout)
+    through_f = pull_norm(tape.branch, scaled(unit.b**2, g), layout)
+    through_f = pull_branch(unit, tape.inside, through_f, layout)
+    through_f = pull_norm(tape.before, scaled(unit.c**2, through_f), layout)
+    through_f = scaled(unit.read**2, through_f)
     if not unit.a:
-        return through_f, 1.0
-    total = _plus(_scaled(unit.a**2, g), through_f)
-    part, whole = (layout.mean(layout.diagonal(x)) for x in (through_f, total))
-    return total, part / whole
+        return through_f, layout.mean_square(through_f), 1.0
+    total = plus(scaled(unit.a**2, g), through_f)
+    square = layout.mean_square(total)
+    return total, square, layout.mean_square(through_f) / square
 
 
 def _kept(unit: Unit, x: Stream, y: Stream, layout: Layout) -> float:
     """The shortcut's share in the mean square."""
-    before, after = (layout.mean(layout.diagonal(part.s)) for part in (x, y))
-    return unit.a**2 * before / after
+    return unit.a**2 * layout.mean_square(x.s) / layout.mean_square(y.s)
 
 
 def _joined(unit: Unit, x: Stream, f: Stream) -> Stream:
     """a x + b f; x and f share only their means over the features."""
     if not unit.a:
-        return Stream(_scaled(unit.b**2, f.s), unit.b * f.mean, f.source)
-    s = _plus(_scaled(unit.a**2, x.s), _scaled(unit.b**2, f.s))
+        return Stream(scaled(unit.b**2, f.s), unit.b * f.mean, f.source)
+    s = plus(scaled(unit.a**2, x.s), scaled(unit.b**2, f.s))
     if not (is_zero(x.mean) or is_zero(f.mean)):
         common = 2 * unit.a * unit.b * x.mean * f.mean
         s = tuple([entry + common for entry in s])
-    return Stream(s, unit.a * x.mean + unit.b * f.mean)
-
-
-def _single(unit: Unit, u: Stream, layout: Layout) -> tuple[Stream, BranchTape]:
-    """phi(W u): E phi^2, with a mean E phi over the features."""
-    hidden = through(unit.w_in, tuple(layout.mix_pixels(entry) for entry in u.s))
-    phi = ACTIVATIONS[unit.activation]
-    mean = 0.0 if phi.odd else phi.mean(layout.diagonal(hidden))
-    back = _scaled(unit.w_in.scale, layout.slopes(unit.activation, hidden))
-    f = layout.activate(unit.activation, hidden)
-    source = (unit.activation, layout.mean(layout.diagonal(hidden)))
-    return Stream(f, mean, source), BranchTape(hidden, back)
-
-
-def _ffn(unit: Unit, u: Stream, layout: Layout) -> tuple[Stream, BranchTape]:
-    """W_out M(phi(W_in u)), or with a gate."""
-    if unit.w_gate is not None:
-        return _gated_ffn(unit, unit.w_gate, u, layout)
-    hidden = through(unit.w_in, u.s)
-    phi = ACTIVATIONS[unit.activation]
-    mean = 0.0 if phi.odd or unit.norm_mid is None else phi.mean(layout.diagonal(hidden))
-    source = (unit.activation, layout.mean(layout.diagonal(hidden)))
-    inner = Stream(layout.activate(unit.activation, hidden), mean, source)
-    inner, mid = normalise(unit.norm_mid, inner, layout)
-    back = _scaled(unit.w_in.scale, layout.slopes(unit.activation, hidden))
-    return Stream(through(unit.w_out, inner.s)), BranchTape(hidden, back, mid=mid)
-
-
-def _gated_ffn(unit: Unit, gate: Weights, u: Stream, layout: Layout) -> tuple[Stream, BranchTape]:
-    """W_out M(phi(W_gate u) * W_in u): both factors are independent, the second has no mean.
-
-    Forward the product of their moments; backward s_in E phi phi + s_gate E phi' phi' E h h, h the
-    second factor. Derived here; at ffn_mult 4 SwiGLU grows as (q_L/q_l)^2.07.
-    """
-    hidden, linear = through(gate, u.s), through(unit.w_in, u.s)
-    values = layout.activate(unit.activation, hidden)
-    slopes = layout.slopes(unit.activation, hidden)
-    product = tuple([phi * h for phi, h in zip(values, linear, strict=True)])
-    back = tuple(
-        [
-            unit.w_in.scale * phi + gate.scale * slope * h
-            for phi, slope, h in zip(values, slopes, linear, strict=True)
-        ]
-    )
-    inner, mid = normalise(unit.norm_mid, Stream(product), layout)
-    return Stream(through(unit.w_out, inner.s)), BranchTape(hidden, back, mid=mid)
-
-
-def _attention(unit: Unit, u: Stream, layout: Layout) -> tuple[Stream, BranchTape]:
-    """W_out M(softmax(q k) v)."""
-    mixed, mixing = mix(unit, u.s, layout.shape.tokens)
-    inner, mid = normalise(unit.norm_mid, Stream(mixed), layout)
-    return Stream(through(unit.w_out, inner.s)), BranchTape(mixed, mixing=mixing, mid=mid)
-
-
-BRANCHES = {"mlp": _single, "conv": _single, "ffn": _ffn, "attention": _attention}
-
-
-def _pull_branch(unit: Unit, tape: BranchTape, g: Moments, layout: Layout) -> Moments:
-    if not unit.is_single:
-        g = pull_norm(tape.mid, _scaled(unit.w_out.scale, g), layout)
-    if tape.mixing is not None:
-        return pull_mix(tape.mixing, g, layout.shape.tokens)
-    assert tape.back is not None
-    g = tuple([k * e for k, e in zip(tape.back, g, strict=True)])
-    return tuple([layout.mix_pixels(entry) for entry in g]) if unit.kind == "conv" else g
+    mean = unit.a * x.mean + unit.b * f.mean
+    if x.common is None or f.common is None:
+        return Stream(s, mean)
+    return Stream(s, mean, common=unit.a**2 * x.common + unit.b**2 * f.common)
 
 
 @dataclass(frozen=True)
@@ -184,17 +93,23 @@ class Passes:
 
     Attributes:
         streams: at the input and after every unit.
-        gradients: moments of the gradient there, but for the factor e^`log_scales`.
-        log_scales: nats.
+        squares: mean squares of the streams.
+        gradients: moments of the gradient there, but for a factor.
+        levels: ln of the mean square of the gradient over that at the output.
         tapes: of the units.
         shares: of the units' branches in |g|^2 at their inputs.
+        scatter: variance of ln |g|^2 that a kind of unit brings of its own (`highway`); `drift` as
+            in `spread.Noise`.
     """
 
     streams: list[Stream]
+    squares: list[float]
     gradients: list[Moments]
-    log_scales: list[float]
+    levels: list[float]
     tapes: list[Tape]
     shares: list[float]
+    scatter: Sequence[float] = ()
+    drift: float = 0.0
 
 
 def run(
@@ -211,25 +126,31 @@ def run(
     Raises:
         NoTheoryError: the stream leaves the range of number formats, or attention that of theory.
     """
-    streams, tapes = [x], []
+    streams, squares, tapes = [x], [layout.mean_square(x.s)], []
     for unit in units:
         x, tape = forward(unit, x, layout)
-        _check_range(layout.mean(layout.diagonal(x.s)))
         streams.append(x)
+        squares.append(checked(layout.mean_square(x.s)))
         tapes.append(tape)
     g = g_last(x)
-    gradients, shares, log_scales = [g], [], [0.0]
+    carried = -math.log(layout.mean_square(g))
+    gradients, shares, levels = [g], [], [0.0]
     for unit, tape in zip(reversed(units), reversed(tapes), strict=True):
-        g, share = backward(unit, tape, g, layout)
-        size, log_scale = layout.mean(layout.diagonal(g)), log_scales[-1]
+        g, size, share = backward(unit, tape, g, layout)
+        levels.append(carried + math.log(size))
         if not 1e-50 < size < 1e50:  # the pass is linear: carry the scale, lose no digits
-            g, log_scale = _scaled(1 / size, g), log_scale + math.log(size)
+            g, carried = scaled(1 / size, g), carried + math.log(size)
         gradients.append(g)
         shares.append(share)
-        log_scales.append(log_scale)
-    return Passes(streams, gradients[::-1], log_scales[::-1], tapes, shares[::-1])
+    return Passes(streams, squares, gradients[::-1], levels[::-1], tapes, shares[::-1])
 
 
-def _check_range(square: float) -> None:
+def checked(square: float) -> float:
+    """The mean square of a stream.
+
+    Raises:
+        NoTheoryError: it leaves the range of number formats.
+    """
     if not _LEAST_SQUARE < square < _MOST_SQUARE:
         raise NoTheoryError(f"a stream of mean square {square:.0e} leaves the range of float32")
+    return square

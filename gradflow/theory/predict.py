@@ -8,20 +8,26 @@ exactly, cross-entropy by a head of its own (its tokens share the softmax's mean
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
 from gradflow.specs.spec import StackSpec
-from gradflow.theory.attention import excess, excess_array, scatter
+from gradflow.theory import highway
+from gradflow.theory.attention import LOGIT_LIMIT, excess, excess_array, scatter
+from gradflow.theory.copies import state_levels, state_shares, state_streams
 from gradflow.theory.describe import describe
 from gradflow.theory.layouts import CausalTokens, Exchangeable, Layout, Moments
 from gradflow.theory.limits import check_passes, check_spec, check_stack, tolerance
 from gradflow.theory.maths import Array
 from gradflow.theory.norms import Stream, normalise
+from gradflow.theory.omegas import with_omegas
 from gradflow.theory.passes import Passes, run
+from gradflow.theory.several import run_several
 from gradflow.theory.spread import Noise, finite_width
-from gradflow.theory.units import NoTheoryError, Stack
+from gradflow.theory.states import COPIES
+from gradflow.theory.units import Head, NoTheoryError, Stack
 
 _NATS_OF_SQUARE = 0.5 / math.log(10)  # decades of a norm per nat of its square
 
@@ -84,9 +90,8 @@ def predict_stack(stack: Stack) -> Prediction:
         stack: shape, units, and the head if the loss is cross-entropy.
     """
     try:
-        layout, passes = _both_passes(stack)
-        noise = finite_width(stack.units, passes, layout, _fewer_probes(stack))
-        noise = noise.plus(_start_noise(stack, passes, layout))
+        stack, layout, passes = _both_passes(stack)
+        noise = _noise(stack, passes, layout)
         check_passes(stack, passes, layout, noise)
     except NoTheoryError as limit:
         return Prediction(None, reason=str(limit))
@@ -100,21 +105,42 @@ def total_decades(spec: StackSpec) -> float:
         NoTheoryError: there is no prediction; finite width is no obstacle here.
     """
     check_spec(spec)
-    layout, passes = _both_passes(describe(spec))
-    return float(_NATS_OF_SQUARE * _levels(passes, layout)[0])
+    stack, _, passes = _both_passes(describe(spec))
+    return float(_NATS_OF_SQUARE * _of_state(stack, np.array(passes.levels))[0])
 
 
-def _both_passes(stack: Stack) -> tuple[Layout, Passes]:
+def _both_passes(stack: Stack) -> tuple[Stack, Layout, Passes]:
+    """The stack as it is passed, and the passes."""
     check_stack(stack)
     layout = layout_of(stack)
-    start = Stream(layout.start(stack.input_square))
-    return layout, run(stack.units, start, lambda y: _start(stack, y, layout), layout)
+    if any(unit.w_transform is not None for unit in stack.units):
+        return stack, layout, highway.run(stack.units, stack.input_square, layout)
+    if stack.state is not None and stack.state.kind == "admin":
+        stack = with_omegas(stack, layout)
+    start = Stream(layout.start(stack.input_square), common=0.0 if layout.shape.side > 1 else None)
+    last = partial(_start, stack, layout=layout)
+    if stack.state is None or stack.state.kind in (*COPIES, "ngpt"):
+        return stack, layout, run(stack.units, start, last, layout)
+    return stack, layout, run_several(stack.units, stack.state, start, last, layout)
 
 
-def _levels(passes: Passes, layout: Layout) -> Array:
-    """ln of the mean square of the gradient over that at the output."""
-    square = np.array([layout.mean(layout.diagonal(g)) for g in passes.gradients])
-    return np.log(square / square[-1]) + np.array(passes.log_scales)
+def _noise(stack: Stack, passes: Passes, layout: Layout) -> Noise:
+    few = _fewer_probes(stack)
+    noise = finite_width(stack.units, passes, layout, few)
+    if stack.state is not None and stack.state.kind in COPIES:
+        shares = state_shares(stack.state, np.array(passes.levels), passes.shares)
+        rows = finite_width(stack.units, replace(passes, shares=shares), layout, few)
+        variance = np.append(noise.variance[:1], rows.variance[1:])  # the input is one stream
+        noise = replace(noise, variance=variance)
+    noise = noise.plus(_start_noise(stack, passes, layout))
+    return noise.plus(np.array(passes.scatter or 0.0))
+
+
+def _of_state(stack: Stack, levels: Array) -> Array:
+    """The levels of the rows, which hold all streams of a state."""
+    if stack.state is None or stack.state.kind not in COPIES:
+        return levels
+    return state_levels(stack.state, levels)
 
 
 def layout_of(stack: Stack) -> Layout:
@@ -126,13 +152,17 @@ def layout_of(stack: Stack) -> Layout:
 
 
 def _to_prediction(stack: Stack, passes: Passes, layout: Layout, noise: Noise) -> Prediction:
-    level = _levels(passes, layout) + noise.bias
+    level = _of_state(stack, np.array(passes.levels) + noise.bias)
+    streams, squares = passes.streams, passes.squares
+    if stack.state is not None:
+        streams = state_streams(stack.state, streams, layout)
+        squares = [layout.mean_square(x.s) for x in streams]
     return Prediction(
         tuple((_NATS_OF_SQUARE * level).tolist()),
         tuple((_NATS_OF_SQUARE * np.sqrt(noise.variance)).tolist()),
         tuple(tolerance(stack, passes, layout).tolist()),
-        tuple(math.sqrt(layout.mean(layout.diagonal(x.s))) for x in passes.streams),
-        tuple(layout.cosine(x.s) for x in passes.streams),
+        tuple(np.sqrt(squares).tolist()),
+        tuple(layout.cosines([x.s for x in streams]).tolist()),
     )
 
 
@@ -154,9 +184,9 @@ def _start_noise(stack: Stack, passes: Passes, layout: Layout) -> Array:
     if stack.head is None or stack.shape.domain != "tokens":
         return np.zeros(len(passes.gradients))
     tokens, classes = stack.shape.tokens, stack.head.classes
-    means = np.array([(1 + (tokens - 1) * layout.cosine(g)) / tokens for g in passes.gradients])
+    means = (1 + (tokens - 1) * layout.cosines(passes.gradients)) / tokens
     softmax = max(1 - 1 / (tokens * means[-1]), 0.0)
-    logits, _ = normalise(stack.head.norm, passes.streams[-1], layout)
+    logits = _head_input(stack.head, passes.streams[-1], layout)
     common = stack.head.weights.scale * layout.mean(layout.diagonal(logits.s))
     common *= max(layout.cosine(logits.s), 0.0)
     each = softmax**2 * scatter(common, classes) + (1 - softmax) ** 2 * 2 / (classes - 1)
@@ -172,13 +202,29 @@ def _start(stack: Stack, y: Stream, layout: Layout) -> Moments:
     """
     if stack.head is None or stack.shape.domain != "tokens":
         return layout.start(1.0)
-    logits, _ = normalise(stack.head.norm, y, layout)
+    logits = _head_input(stack.head, y, layout)
     s = tuple(stack.head.weights.scale * x + stack.head.weights.bias for x in logits.s)
+    _check_head_logits(stack, layout.mean(layout.diagonal(s)))
     classes = stack.head.classes
     if len(s) == 2:
         own, cross = (excess(float(x), classes) for x in s)
         return 1.0, cross / (classes - 1 + own)
     return (_shared_softmax(np.asarray(s[0]), classes),)
+
+
+def _check_head_logits(stack: Stack, variance: float) -> None:
+    """Without a final norm two streams add up; the moments of the softmax end there."""
+    if stack.state is not None and variance > LOGIT_LIMIT:
+        raise NoTheoryError(
+            f"cross-entropy over logits of variance {variance:.2g}, above {LOGIT_LIMIT:g}, of "
+            "streams without a final norm"
+        )
+
+
+def _head_input(head: Head, y: Stream, layout: Layout) -> Stream:
+    """What the head projects."""
+    read = tuple([head.read**2 * entry for entry in y.s])
+    return normalise(head.norm, Stream(read, head.read * y.mean), layout)[0]
 
 
 def _shared_softmax(logits: Array, classes: int) -> Array:

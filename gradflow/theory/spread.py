@@ -37,10 +37,10 @@ class _Found:
 
     Attributes:
         share: of the branch in |g|^2, w.
-        q: variance of the pre-activations; `alike` their cosine between rows.
+        q: variance of the pre-activations; `alike` their cosine between rows; of attention 1, 0.
         probes: 1/N.
         fresh: share of the branch in the variance that a norm after the shortcut divides out.
-        settled: cosine between rows of the unit's output.
+        settled: cosine between rows of the unit's output, where a norm follows the shortcut.
     """
 
     share: Array
@@ -119,24 +119,34 @@ def _averaged(alone: Array, probes: Array) -> Array:
 
 
 def _gather(units: Sequence[Unit], passes: Passes, layout: Layout, few: float) -> _Found:
-    tokens, rows = layout.shape.tokens, layout.shape.rows
-    numbers = []
-    for place, (unit, tape) in enumerate(zip(units, passes.tapes, strict=True)):
-        g, x, y = passes.gradients[place + 1], *passes.streams[place : place + 2]
-        hidden = tape.inside.hidden
-        same = layout.cosine(g) if layout.shape.domain == "tokens" else 0.0
-        probes = (1 + (tokens - 1) * same * same) / rows
-        q = layout.mean(layout.diagonal(hidden))
-        fresh = 0.0
-        if unit.a and tape.after is not None:
-            kept = layout.mean(layout.diagonal(x.s)) * layout.mean(
-                layout.diagonal(tape.after.scale)
-            )
-            fresh = max(1 - unit.a**2 * kept, 0.0)
-        cosines = max(layout.cosine(hidden), 0.0), max(layout.cosine(y.s), 0.0)
-        numbers.append((passes.shares[place], q, cosines[0], probes, fresh, cosines[1]))
-    share, q, alike, probes, fresh, settled = np.array(numbers).T
-    return _Found(share, q, alike, probes + few + 1 / layout.shape.width, fresh, settled)
+    tokens, rows, none = layout.shape.tokens, layout.shape.rows, np.zeros(len(units))
+    same = layout.cosines(passes.gradients[1:]) if layout.shape.domain == "tokens" else none
+    probes = (1 + (tokens - 1) * same * same) / rows
+    tapes = enumerate(passes.tapes)
+    hidden = {place: tape.inside.hidden for place, tape in tapes if tape.inside.back is not None}
+    q, alike = none + 1, none.copy()
+    q[list(hidden)] = [layout.mean_square(each) for each in hidden.values()]
+    alike[list(hidden)] = np.maximum(layout.cosines(list(hidden.values())), 0.0)
+    fresh, settled = _renewed(units, passes, layout)
+    each = probes + few + 1 / layout.shape.width
+    return _Found(np.array(passes.shares), q, alike, each, fresh, settled)
+
+
+def _renewed(units: Sequence[Unit], passes: Passes, layout: Layout) -> tuple[Array, Array]:
+    """`fresh` and `settled`."""
+    fresh, settled = np.zeros(len(units)), np.zeros(len(units))
+    after = {
+        place: tape.after
+        for place, tape in enumerate(passes.tapes)
+        if units[place].a and tape.after is not None
+    }
+    places = list(after)
+    a = np.array([units[place].a for place in places])
+    kept = [passes.squares[place] * layout.mean_square(norm.scale) for place, norm in after.items()]
+    fresh[places] = np.maximum(1 - a**2 * kept, 0.0)
+    cosines = layout.cosines([passes.streams[place + 1].s for place in places])
+    settled[places] = np.maximum(cosines, 0.0)
+    return fresh, settled
 
 
 def _inner(unit: Unit, layout: Layout) -> int:
@@ -150,7 +160,8 @@ def _by_probe(unit: Unit, found: _Found, layout: Layout) -> Array:
     matrices = 2 / n + (0.0 if unit.is_single else 2 / _inner(unit, layout))
     slopes = np.zeros_like(w)
     if unit.kind != "attention":
-        slopes = 2 * _slope_noise(unit, found.q, None) / _inner(unit, layout)
+        layers = 2 if unit.kind == "resnet" else 1
+        slopes = 2 * layers * _slope_noise(unit, found.q, None) / _inner(unit, layout)
     return np.asarray(4 * w * (1 - w) / n + w * w * (matrices + slopes))
 
 

@@ -31,18 +31,23 @@ class Unit:
     """One step of the stream; the names of matrices are those of `blocks`.
 
     Attributes:
-        kind: `mlp` phi(Wx), `conv` phi(conv3x3(x)), `ffn` W_out M(phi(W_in x)) or `attention`
-            W_out M(softmax(q k) v), M the norm `norm_mid`.
-        activation: of mlp, conv and ffn.
-        w_in: W, the convolution, or the first matrix of an ffn; the values of attention.
+        kind: `mlp` phi(Wx), `conv` phi(conv3x3(x)), `ffn` W_out M(phi(W_in x)), `resnet`
+            W_out phi(M(W_in phi(x))) or `attention` W_out M(softmax(q k) v), M the norm `norm_mid`.
+        activation: of all but attention.
+        w_in: W, the convolution, or the first matrix of two; the values of attention.
         w_out: the output projection; unused by mlp and conv.
         w_gate: of a gated ffn, W_out M(phi(W_gate x) * W_in x); None: it has no gate.
         w_query: queries; `w_key` keys, of attention only.
+        w_transform: of a highway layer, T(x) = sigmoid(W_T x + b_T), `gate_bias` b_T; None: it is
+            of the template.
         a: weight of the shortcut; 0 for a plain unit.
         b: weight of the branch's output.
         c: weight of the branch's input.
         norm_in: kind of Ni, or None; so for `norm_branch` No, `norm_out` Np and `norm_mid` M.
         qk_norm: queries and keys are normalised per head.
+        read: factor on the branch's input before Ni; a norm leaves nothing of it but for its eps.
+        norm_value: kind of norm of the values, per head; `norm_shared` that of the unit's input,
+            for shortcut and branch alike.
         alpha: of the pointwise norms dyt, tanh(alpha x), and derf, erf(alpha x).
     """
 
@@ -53,6 +58,8 @@ class Unit:
     w_gate: Weights | None = None
     w_query: Weights = field(default=Weights())
     w_key: Weights = field(default=Weights())
+    w_transform: Weights | None = None
+    gate_bias: float = 0.0
     a: float = 1.0
     b: float = 1.0
     c: float = 1.0
@@ -62,6 +69,9 @@ class Unit:
     norm_mid: str | None = None
     qk_norm: bool = False
     alpha: float = 0.5
+    read: float = 1.0
+    norm_value: str | None = None
+    norm_shared: str | None = None
 
     @property
     def is_single(self) -> bool:
@@ -72,7 +82,8 @@ class Unit:
     def norms(self) -> tuple[str, ...]:
         """The kinds of norm that it has."""
         placed = (self.norm_in, self.norm_branch, self.norm_mid, self.norm_out)
-        return tuple(kind for kind in placed if kind is not None)
+        own = (self.norm_value, self.norm_shared)
+        return tuple(kind for kind in (*placed, *own) if kind is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,11 +116,38 @@ class Shape:
 
 @dataclass(frozen=True)
 class Head:
-    """A classifier after the stack, with cross-entropy against random labels."""
+    """A classifier after the stack, with cross-entropy against random labels.
+
+    Attributes:
+        classes: their number.
+        weights: of the projection.
+        norm: before it.
+        read: factor on the stream before that norm.
+    """
 
     classes: int
     weights: Weights
     norm: str | None = None
+    read: float = 1.0
+
+
+@dataclass(frozen=True)
+class State:
+    """What goes from unit to unit in place of one stream.
+
+    Attributes:
+        kind: of the units that make it, as in `wiring.UNIT_SETTINGS`.
+        copies: of the input at the start, where all streams remain copies.
+        norm: kind of norm that units and readout have besides those of the template.
+        head_size: values that a norm of theirs averages.
+        layer: units to a layer.
+    """
+
+    kind: str
+    copies: int = 1
+    norm: str = "layernorm"
+    head_size: int = 1
+    layer: int = 1
 
 
 @dataclass(frozen=True)
@@ -121,9 +159,11 @@ class Stack:
         units: first to last.
         input_square: E x^2 of the input's elements, which are independent.
         head: what turns y_D into the loss; None for a random cotangent.
+        state: of several streams; None for one. The units are those of the branches.
     """
 
     shape: Shape
     units: tuple[Unit, ...]
     input_square: float = 1.0
     head: Head | None = None
+    state: State | None = None
