@@ -103,6 +103,7 @@ class Wiring:
         norms: places of `NORM_PLACES` that are normalised.
         kinds: kind of norm at a place, where it is not the stack's own.
         alpha: of the pointwise kinds dyt and derf.
+        logit_power: attention's logits are q.k / c^logit_power, c the features of a head.
         gains: factors on the standard deviation of the branch's matrices, by name; 0 = zero.
         unit: its kind, of `UNIT_SETTINGS`; `template` computes the equation above.
         settings: what the other kinds need.
@@ -115,6 +116,7 @@ class Wiring:
     norms: tuple[str, ...] = ()
     kinds: Mapping[str, str] = field(default_factory=dict)
     alpha: float = 0.5
+    logit_power: float = 0.5
     gains: Mapping[str, float] = field(default_factory=dict)
     unit: str = "template"
     settings: Mapping[str, Any] = field(default_factory=dict)

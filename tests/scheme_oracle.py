@@ -106,9 +106,11 @@ def heads(c: Case, x: Tensor) -> list[Tensor]:
     return [affine(c.p, f"branch.{at}", x).reshape(shape) for at in "qkv"]
 
 
-def attention(c: Case, x: Tensor, mid: Callable[[Tensor], Tensor] = same) -> Tensor:
+def attention(
+    c: Case, x: Tensor, mid: Callable[[Tensor], Tensor] = same, sharpness: float | None = None
+) -> Tensor:
     q, k, v = heads(c, x)
-    joined = mixed(c, q, k, v, q.shape[-1] ** -0.5).reshape(x.shape)
+    joined = mixed(c, q, k, v, sharpness or q.shape[-1] ** -0.5).reshape(x.shape)
     return affine(c.p, "branch.out", mid(joined))
 
 
@@ -234,12 +236,18 @@ def keel(c: Case, skip: Tensor, x: Tensor) -> Tensor:
     return c.ln("after", sublayers * skip + c.f(c.ln("before", x)))
 
 
+def mup(c: Case, x: Tensor) -> Tensor:
+    """The branch of muP: attention's logits are q.k over the features of a head."""
+    sharpness = int(c.spec.heads or 1) / c.spec.width
+    return attention(c, x, sharpness=sharpness) if c.kind == "attention" else c.f(x)
+
+
 def depth_mup(c: Case, skip: Tensor, x: Tensor) -> Tensor:
-    return skip + c.f(c.ln("before", x)) / math.sqrt(c.n)
+    return skip + mup(c, c.ln("before", x)) / math.sqrt(c.n)
 
 
 def completep(c: Case, skip: Tensor, x: Tensor) -> Tensor:
-    return skip + c.f(c.ln("before", x)) / (c.n / 2)
+    return skip + mup(c, c.ln("before", x)) / (c.n / 2)
 
 
 def deepscalelm(c: Case, skip: Tensor, x: Tensor) -> Tensor:

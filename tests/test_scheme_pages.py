@@ -97,8 +97,8 @@ def test_constants_that_vary_are_shown_by_layer_and_by_unit(
 
 # What is known to be missing, by a word of the line that says so.
 LACKS = {
-    "depth-mup": ("over d_head", "output multiplier", "learning rates"),
-    "completep": ("over d_head", "output multiplier", "Adam's eps and weight decay"),
+    "depth-mup": ("output multiplier", "learning rates"),
+    "completep": ("output multiplier", "Adam's eps and weight decay"),
     "fixup": ("a classifier that starts at 0", "activation after the addition"),
     "mhc": ("Table 1 (H_pre, H_post) and mHC-lite's code (H_res)",),
     "ngpt": ("s_z in the head",),

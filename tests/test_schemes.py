@@ -553,8 +553,15 @@ def by_blocks(where: Place) -> Wiring:
     return Wiring(a=float(where.depth), norms=("in", "out"))
 
 
+def sharp_logits(where: Place) -> Wiring:
+    return replace(SCHEMES_RIGHT["completep"].wire(where), logit_power=0.5)
+
+
 SCHEMES_RIGHT = dict(SCHEMES)
-WRONG = [("deepnorm", alpha_on_the_branch), ("lns", no_factor), ("keel", by_blocks)]
+WRONG = [
+    *(("deepnorm", alpha_on_the_branch), ("lns", no_factor), ("keel", by_blocks)),
+    ("completep", sharp_logits),
+]
 
 
 @pytest.mark.parametrize(("name", "wire"), WRONG)

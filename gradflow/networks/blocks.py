@@ -144,7 +144,8 @@ class Attention(Branch):
 
     f(x) = W_o M(concat_h softmax(q_h k_h^T / sqrt(c)) v_h) + b_o through torch's fused kernel, c
     the features of a head, M the norm in the middle, where there is one; queries, keys and values
-    are normalised per head where the wiring says so, queries and keys then rotated (`rotary`).
+    are normalised per head where the wiring says so, queries and keys then rotated (`rotary`). The
+    power of c may be another (`Wiring.logit_power`).
     With fewer `kv_heads` than `heads` each key and value serves a group of queries, Ainslie et al.
     2023 (arXiv:2305.13245).
     """
@@ -166,6 +167,7 @@ class Attention(Branch):
         self.k_norm = make_norm(spec, wiring, "query-key", width=self.size)
         self.v_norm = make_norm(spec, wiring, "value", width=self.size)
         self.mid = make_norm(spec, wiring, "mid", width=queries)
+        self.sharpness = self.size**-wiring.logit_power
 
     def forward(self, x: Tensor) -> Tensor:
         return self.attend(x, self.v(x))
@@ -177,7 +179,7 @@ class Attention(Branch):
         if self.base:
             q, k = rotate(q, self.base), rotate(k, self.base)
         mixed = F.scaled_dot_product_attention(
-            q, k, v, is_causal=self.causal, enable_gqa=self.grouped
+            q, k, v, is_causal=self.causal, scale=self.sharpness, enable_gqa=self.grouped
         )
         return self.out(self.mid(mixed.transpose(1, 2).flatten(2)))
 

@@ -77,11 +77,13 @@ KEEL = Scheme(
 )
 
 
-# What both parameterisations say beyond the stream: of width, and of the optimiser.
-MUP_LACKS = (
-    "attention logits over d_head: they are over sqrt(d_head)",
-    "an output multiplier of 1 over the width on the head's logits",
-)
+# What both parameterisations say of the head.
+MUP_LACKS = ("an output multiplier of 1 over the width on the head's logits",)
+
+
+def _mup(weight: float) -> Wiring:
+    """Logits over d_head, as muP has them: Yang et al. 2022, arXiv:2203.03466."""
+    return Wiring(norms=("in",), b=weight, logit_power=1.0)
 
 
 def depth_mup_constants(place: Place) -> dict[str, float]:
@@ -90,18 +92,18 @@ def depth_mup_constants(place: Place) -> dict[str, float]:
 
 
 DEPTH_MUP = Scheme(
-    equation="x' = x + L^(-1/2) f(LN(x)), L blocks; a final LN",
+    equation="x' = x + L^(-1/2) f(LN(x)), L blocks; attention logits q.k / d_head; a final LN",
     init="the stack's own, variance of order 1/fan_in; output projections not scaled",
     paper="Yang et al. 2023, arXiv:2310.02244; Bordelon et al. 2023, arXiv:2309.16620",
     claim="|g_0|^2 / |g_L|^2 tends to a constant of order 1",
-    wire=lambda place: Wiring(norms=("in",), b=depth_mup_constants(place)["branch weight"]),
+    wire=lambda place: _mup(depth_mup_constants(place)["branch weight"]),
     constants=depth_mup_constants,
     final_norm=True,
     lacks=(
         *MUP_LACKS,
         "learning rates by width and depth: --lr is that of all parameters",
     ),
-    pitfalls=("output projections over sqrt(2L) as well",),
+    pitfalls=("output projections over sqrt(2L) as well", "attention logits over sqrt(d_head)"),
 )
 
 # The depth at which the authors' examples have branch weight 1 (nanoGPT-mup, branch completep).
@@ -114,18 +116,23 @@ def completep_constants(place: Place) -> dict[str, float]:
 
 
 COMPLETEP = Scheme(
-    equation="x' = x + (L_base / L) f(LN(x)), L blocks, L_base = 2; a final LN",
+    equation="x' = x + (L_base / L) f(LN(x)), L blocks, L_base = 2; attention logits q.k / d_head; "
+    "a final LN",
     init="the stack's own, variance of order 1/fan_in; output projections not scaled",
     paper="Dey et al. 2025, arXiv:2505.01618",
     claim="|g_0|^2 / |g_L|^2 tends to 1: every layer's share vanishes as 1/L^2",
-    wire=lambda place: Wiring(norms=("in",), b=completep_constants(place)["branch weight"]),
+    wire=lambda place: _mup(completep_constants(place)["branch weight"]),
     constants=completep_constants,
     final_norm=True,
     lacks=(
         *MUP_LACKS,
         "learning rate, Adam's eps and weight decay by width and depth: they are the same for all",
     ),
-    pitfalls=("the exponent 1/2 of depth-muP", "output projections over sqrt(2L) as well"),
+    pitfalls=(
+        "the exponent 1/2 of depth-muP",
+        "output projections over sqrt(2L) as well",
+        "attention logits over sqrt(d_head)",
+    ),
 )
 
 # Cosine between tokens of real text after the embedding, as the authors' code has it.

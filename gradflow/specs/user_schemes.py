@@ -174,7 +174,7 @@ class _OwnUnits:
 
 
 def _check_numbers(wiring: Wiring, where: str) -> None:
-    for name in ("a", "b", "c", "alpha"):
+    for name in ("a", "b", "c", "alpha", "logit_power"):
         _expect(is_number(getattr(wiring, name)), f"{name} {where} is a number", wiring, name)
     known = wiring.learned is None or wiring.learned in tuple(LEARNED)
     _expect(known, f"learned {where} is None, or one of {', '.join(LEARNED)}", wiring, "learned")
