@@ -243,6 +243,45 @@ def sub_ln(unit: Unit, _: int = 0) -> Unit:
     return scaled(replace(pre(unit), norm_mid=LN), math.log(2 * BLOCKS))
 
 
+def softer(unit: Unit, factor: float) -> Unit:
+    """With the variance of the queries times a factor: the logits' is, too."""
+    w = unit.w_query
+    return replace(unit, w_query=Weights(factor * w.scale, factor * w.bias))
+
+
+def biased(unit: Unit, _: int = 0) -> Unit:
+    query, key = Weights(1.2, 0.3), Weights(1.1, 0.2)
+    return replace(pre(unit), w_query=query, w_key=key) if unit.kind == "attention" else pre(unit)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_logits_over_another_power_are_those_of_other_queries(causal: bool) -> None:
+    """softmax(s q k) is softmax(q' k) with q' = s q, forward and to the input."""
+    by_power = transformer(lambda u, _: replace(biased(u), logits=0.3), causal=causal)
+    by_query = transformer(lambda u, _: softer(biased(u), 0.3), causal=causal)
+    as_it_was = transformer(biased, causal=causal)
+    assert by_power.log10_grad_norm == pytest.approx(by_query.log10_grad_norm, rel=1e-12)
+    assert total_squared(by_power) != pytest.approx(total_squared(as_it_was), abs=0.01)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_normalised_queries_may_have_other_logits(causal: bool) -> None:
+    """Where queries and keys have mean square 1, so do the logits, times the factor."""
+
+    def normed(unit: Unit, _: int = 0) -> Unit:
+        return replace(biased(unit), qk_norm=True)
+
+    half = transformer(lambda u, _: replace(normed(u), logits=0.5), causal=causal)
+    none = transformer(lambda u, _: replace(normed(u), logits=1e-12), causal=causal)
+    flat = transformer(lambda u, _: softer(biased(u), 1e-12), causal=causal)
+    assert total_squared(none) == pytest.approx(total_squared(flat), abs=1e-6)
+    assert (
+        total_squared(none)
+        < total_squared(half)
+        < total_squared(transformer(normed, causal=causal))
+    )
+
+
 # Measured there: decades of |g_0|^2 / |g_L|^2, final mean square, final cosine; the tolerance.
 SCHEMES: list[tuple[str, Change, float, float, float | None, float]] = [
     ("pre-ln", pre, 1.246, 41.2, 0.808, 0.05),

@@ -153,6 +153,7 @@ def _mix_rows(unit: Unit, u: Moments, tokens: int) -> tuple[Moments, MixTape]:
         norm = unit.w_key.scale * q + unit.w_key.bias
         keys, to_query, to_key = keys / norm, to_query / query, to_key / norm
         query, cross = 1.0, cross / query
+    query, cross, to_query = (unit.logits * x for x in (query, cross, to_query))
     g = max(query * keys * (q - p), 0.0)
     _check_logits(g)
     h = excess(g, tokens), excess(g * cross / query if query else 0.0, tokens)
@@ -200,6 +201,8 @@ def _mix_causal(unit: Unit, u: Moments) -> tuple[Moments, MixTape]:
         lengths = np.sqrt(np.multiply.outer(query.diagonal(), query.diagonal()))
         keys, to_key = keys / norm, (to_key / norm).take(past.first)
         to_query, query = to_query / lengths, query / lengths
+    if unit.logits != 1:
+        to_query, query = unit.logits * to_query, unit.logits * query
     spread = keys * gap
     _check_logits(most(query.diagonal() * spread))
     root = np.sqrt(spread)

@@ -163,6 +163,8 @@ def _unit(spec: StackSpec, wiring: Wiring, kind: str) -> Unit:
         b=wiring.b,
         c=wiring.c,
         qk_norm="query-key" in wiring.norms,
+        # The power 1/2 gives logits the variance of q times that of k.
+        logits=spec.head_size ** (1 - 2 * wiring.logit_power) if kind == "attention" else 1.0,
         alpha=wiring.alpha,
         gate_bias=float(wiring.settings.get("gate_bias", 0.0)),
         **norms,

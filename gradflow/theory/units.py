@@ -45,6 +45,7 @@ class Unit:
         c: weight of the branch's input.
         norm_in: kind of Ni, or None; so for `norm_branch` No, `norm_out` Np and `norm_mid` M.
         qk_norm: queries and keys are normalised per head.
+        logits: factor on the variance of attention's logits, over that of q.k / sqrt(c).
         read: factor on the branch's input before Ni; a norm leaves nothing of it but for its eps.
         norm_value: kind of norm of the values, per head; `norm_shared` that of the unit's input,
             for shortcut and branch alike.
@@ -69,6 +70,7 @@ class Unit:
     norm_mid: str | None = None
     qk_norm: bool = False
     alpha: float = 0.5
+    logits: float = 1.0
     read: float = 1.0
     norm_value: str | None = None
     norm_shared: str | None = None
