@@ -56,15 +56,60 @@ class Stage(nn.Module):
         self.blocks = nn.ModuleList(Unit(width) for _ in range(depth))
 
 
+class Layer(nn.Module):
+    """Dense, or with experts, as in mixtures of both."""
+
+    def __init__(self, *, experts: bool) -> None:
+        super().__init__()
+        self.mix, self.mlp = Unit(), Expert() if experts else Unit()
+
+
+class Convs(nn.Module):
+    """A stage whose first block has a projection; every block is two convolutions with norms."""
+
+    def __init__(self, width: int, depth: int) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*(Conv(width, first=i == 0) for i in range(depth)))
+
+
+class Conv(nn.Module):
+    """One block of it."""
+
+    def __init__(self, width: int, *, first: bool) -> None:
+        super().__init__()
+        self.parts = nn.Sequential(Unit(width), Unit(width))
+        self.down = nn.Linear(width, width) if first else nn.Identity()
+
+
 CASES: dict[str, tuple[nn.Module, list[str]]] = {
     "a list": (Named(embed=nn.Linear(2, 2), h=nn.ModuleList([Unit(), Unit()])), ["h.0", "h.1"]),
     "two lists": (EncoderDecoder(), ["encoder.0", "encoder.1", "decoder.0", "decoder.1"]),
     "stages of blocks": (ResNet(), ["layer1.0", "layer1.1", "layer2.0", "layer2.1"]),
     "stages of their own class": (
         Named(stages=nn.ModuleList([Stage(4, 2), Stage(8, 1)])),
-        ["stages.0.blocks.0", "stages.0.blocks.1", "stages.1"],
+        ["stages.0.blocks.0", "stages.0.blocks.1", "stages.1.blocks.0"],
     ),
     "experts are inside": (Named(h=nn.ModuleList([Expert(), Expert()])), ["h.0", "h.1"]),
+    "every second one has experts": (
+        Named(h=nn.ModuleList(Layer(experts=i % 2 == 1) for i in range(5))),
+        [f"h.{i}" for i in range(5)],
+    ),
+    "the first ones have no experts": (
+        Named(h=nn.ModuleList(Layer(experts=i > 1) for i in range(4))),
+        [f"h.{i}" for i in range(4)],
+    ),
+    "a first block that fits the width": (
+        Named(stages=nn.ModuleList([Convs(4, 2), Convs(8, 3), Convs(9, 1)])),
+        [f"stages.{s}.blocks.{i}" for s, depth in enumerate((2, 3, 1)) for i in range(depth)],
+    ),
+    "lists beside each other are not called": (
+        Named(h=nn.ModuleList([Unit(), Unit()]), norms=nn.ModuleList([nn.LayerNorm(4)])),
+        ["h.0", "h.1"],
+    ),
+    "lists of lists": (
+        Named(h=nn.ModuleList(nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)]) for _ in range(2))),
+        ["h.0.0", "h.0.1", "h.1.0", "h.1.1"],
+    ),
     "hybrid": (Named(h=nn.ModuleList([Unit(), Other(), Unit()])), ["h.0", "h.1", "h.2"]),
     "a wrapper": (Named(model=Named(h=nn.Sequential(Unit(), Unit()))), ["model.h.0", "model.h.1"]),
     "no repetition": (Named(a=Unit(), b=nn.ReLU(), c=Other()), ["a", "b", "c"]),

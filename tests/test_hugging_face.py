@@ -21,6 +21,7 @@ from gradflow.runs.records import Run
 from gradflow.specs.model_request import ModelRequest
 from gradflow.specs.model_spec import ModelSpec
 from gradflow.specs.run_options import RunOptions
+from gradflow.watching.discovery import find_layers
 
 pytestmark = pytest.mark.slow  # transformers takes seconds to import
 transformers = pytest.importorskip("transformers")
@@ -85,6 +86,29 @@ def test_norms_are_those_of_autograd() -> None:
     want = torch.autograd.grad((c / c.norm() * out.logits).sum(), below)
     got = [row.grad_norm for row in run.layer_records[:2]]
     assert got == pytest.approx([float(g.norm()) for g in want], rel=1e-9)
+
+
+# What a type's default configuration has: its blocks, and no parts of them.
+BLOCKS = {
+    "switch_transformers": (24, "SwitchTransformersBlock"),  # every other one has experts
+    "zamba2": (54, "Zamba2MambaDecoderLayer Zamba2HybridLayer"),
+    "xlm": (24, "MultiHeadAttention TransformerFFN"),  # lists of both, and of norms
+    "swin": (12, "SwinLayer"),
+    "resnet": (16, "ResNetBottleNeckLayer"),  # the first of each stage has a projection
+    "regnet": (22, "RegNetYLayer"),
+    "cvt": (13, "CvtLayer"),  # the first stage has one block
+    "convnext": (18, "ConvNextLayer"),
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_the_blocks_are_found_and_not_their_parts(name: str) -> None:
+    with torch.device("meta"):
+        config = transformers.AutoConfig.for_model(name)
+        found = find_layers(transformers.AutoModel.from_config(config))
+    count, kinds = BLOCKS[name]
+    assert len(found) == count
+    assert {place.kind for place in found} == set(kinds.split())
 
 
 def test_the_shared_block_of_albert_has_a_row_for_each_call() -> None:

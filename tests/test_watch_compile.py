@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +16,7 @@ import gradflow
 from gradflow.errors import MeasurementError
 from gradflow.runs.records import LayerRecord
 from gradflow.watching import Flow
+from gradflow.watching.passes import Pass
 
 NUMBERS = ("act_rms", "act_cos", "grad_norm", "gain", "identity_share", "param_grad_norm")
 # Tracing and differentiation without code generation, which takes most of the time.
@@ -117,10 +119,23 @@ def test_a_function_compiled_before_is_an_error_that_says_what_to_do() -> None:
         flow.table()
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor imports what torch deprecates
-def test_generated_code_gives_the_numbers_of_eager() -> None:
+def test_passes_without_a_backward_are_not_kept() -> None:
     model = model_of()
     with gradflow.watch(model) as flow:
-        step(torch.compile(model, fullgraph=True), batch())
+        compiled = torch.compile(model, fullgraph=True, backend=BACKEND)
+        for _ in range(4):
+            compiled(batch())
+            step(compiled, batch())
+            flow.end_step()
+        gc.collect()
+        assert sum(type(one) is Pass for one in gc.get_objects()) <= 2
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor imports what torch deprecates
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_generated_code_gives_the_numbers_of_eager(mode: str) -> None:
+    model = model_of()
+    with gradflow.watch(model) as flow:
+        step(torch.compile(model, fullgraph=True, mode=mode), batch())
     same(flow, eager(), rel=1e-4)

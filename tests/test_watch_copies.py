@@ -88,6 +88,25 @@ def test_the_copy_s_hooks_are_nobody_else_s(monkeypatch: pytest.MonkeyPatch) -> 
     assert seen == [2] * 60  # module and arguments, and no keywords
 
 
+@pytest.mark.parametrize("make", [copy.deepcopy, lambda scaler: pickle.loads(pickle.dumps(scaler))])
+def test_a_scaler_can_be_copied_as_well(make: Callable[[Any], Any]) -> None:
+    model, scaler = chain(Residual), torch.amp.GradScaler("cpu", init_scale=8.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def step(scaler: Any) -> None:
+        scaler.scale(model(torch.randn(2, WIDTH)).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+    with gradflow.watch(model, scaler=scaler, optimizer=object()) as flow:
+        step(scaler)
+        twin = make(scaler)
+        assert twin.get_scale() == 8.0
+        step(twin)  # ends no step: that of the watched scaler does
+        step(scaler)
+    assert list(flow.layers.step.unique()) == [0, 1]
+
+
 def test_the_weights_are_stored_as_without_watch() -> None:
     model = chain(Residual)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -13,6 +14,8 @@ from torch.nn.parameter import is_lazy
 from gradflow.errors import UsageError
 from gradflow.watching.ranks import class_of
 
+# These are never called.
+LISTS = (nn.ModuleList, nn.ModuleDict)
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 SHOWN = 12
 
@@ -49,8 +52,8 @@ def find_layers(model: nn.Module, patterns: Sequence[str] | None = None) -> list
     it, `**` for any number of parts.
 
     Without: the repeated blocks. A run of sibling modules of one type is repetition, and so is a
-    list of modules in which a type occurs twice, as in hybrid models. Siblings that
-    differ in the shapes of their parameters, or are plain containers, are stages if they hold
+    list of modules in which a type occurs twice, as in hybrid models. Siblings most of which
+    differ in the shapes of their parameters, or plain containers, are stages if they hold
     runs themselves; then those count. Modules without children make a run only where no others
     do. A model without repetition is watched at its top-level children.
 
@@ -125,15 +128,19 @@ def _children(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]
             yield f"{prefix}.{name}" if prefix else name, child
 
 
-def _blocks(module: nn.Module, prefix: str, *, leaves: bool) -> Named:
-    """The repeated blocks below a module, in the order of registration."""
+def _blocks(module: nn.Module, prefix: str, *, leaves: bool, staged: bool = False) -> Named:
+    """The repeated blocks below a module, in the order of registration.
+
+    In a stage (`staged`) a list with a single member is a stage of one block.
+    """
     found: Named = []
+    alone = staged and not leaves and isinstance(module, CONTAINERS) and len(module._modules) == 1
     for run in _runs(module, prefix):
-        if len(run) > 1 and _can_repeat(run[0][1], module, leaves=leaves):
-            found += _run(run, leaves=leaves)
+        if (len(run) > 1 or alone) and _can_repeat(run[0][1], module, leaves=leaves):
+            found += _run(run, leaves=leaves, staged=staged)
         else:
             for name, child in run:
-                found += _blocks(child, name, leaves=leaves)
+                found += _blocks(child, name, leaves=leaves, staged=staged)
     return found
 
 
@@ -154,15 +161,22 @@ def _can_repeat(child: nn.Module, parent: nn.Module, *, leaves: bool) -> bool:
     return has_parameters and isinstance(parent, CONTAINERS)
 
 
-def _run(run: Named, *, leaves: bool) -> Named:
-    """The members of a run, or, where they are stages, what is repeated in them."""
-    alike = len({_shapes(module) for _, module in run}) == 1
-    if alike and class_of(run[0][1]) not in CONTAINERS:
+def _run(run: Named, *, leaves: bool, staged: bool) -> Named:
+    """The members of a run, or, where they are stages, what is repeated in them.
+
+    There are no stages in stages: the first of two blocks may have a projection.
+    """
+    if (staged or _mostly_alike(run)) and class_of(run[0][1]) not in CONTAINERS:
         return run
-    inner = [_blocks(module, name, leaves=leaves) for name, module in run]
-    if not any(inner):
-        return run
-    return [item for own, member in zip(inner, run, strict=True) for item in own or [member]]
+    inner = [_blocks(module, name, leaves=leaves, staged=True) for name, module in run]
+    found = [item for own, member in zip(inner, run, strict=True) for item in own or [member]]
+    return [(name, module) for name, module in found if not isinstance(module, LISTS)]
+
+
+def _mostly_alike(run: Named) -> bool:
+    """Whether most members have a twin: some may have experts where others have none."""
+    counts = Counter(_shapes(module) for _, module in run)
+    return 2 * sum(n for n in counts.values() if n > 1) >= len(run)
 
 
 def _shapes(module: nn.Module) -> tuple[tuple[str, tuple[int, ...]], ...]:
@@ -184,7 +198,7 @@ def _top(model: nn.Module) -> Named:
 def _callable(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
     """The children, and those of lists and dictionaries in place of these."""
     for name, child in _children(module, prefix):
-        if isinstance(child, nn.ModuleList | nn.ModuleDict):
+        if isinstance(child, LISTS):
             yield from _callable(child, name)
         else:
             yield name, child

@@ -140,7 +140,10 @@ class Flow:
             self._recorder.muted = False
 
     def end_step(self) -> None:
-        """Say that a training step is over, where no torch optimizer says it."""
+        """Say that a training step is over, where no torch optimizer says it.
+
+        So it is after the replay of a CUDA graph that has the optimizer's step in it.
+        """
         recorder = self._recorder
         if graphs.is_capturing():  # and nothing of it has run
             recorder.close()

@@ -13,6 +13,7 @@ from torch import Tensor
 from gradflow.errors import UsageError
 from gradflow.watching.meter import FORWARD, GRADIENT, WIDTH, Pool
 
+BUILT: bool = torch.backends.cuda.is_built()  # type: ignore[no-untyped-call]  # torch's stubs
 # Devices whose work can be captured.
 KINDS = ("cuda",)
 # Rows for one layer in all graphs: a call has up to five.
@@ -22,8 +23,7 @@ LARGEST = sorted({FORWARD.index("y_max"), GRADIENT.index("g_max")})
 
 def is_capturing() -> bool:
     """Whether what is launched now becomes part of a CUDA graph and does not run."""
-    built = torch.backends.cuda.is_built()  # type: ignore[no-untyped-call]  # torch's stubs
-    return built and torch.cuda.is_current_stream_capturing()
+    return BUILT and torch.cuda.is_current_stream_capturing()
 
 
 class GraphPool(Pool):

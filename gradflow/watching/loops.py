@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 
 from torch import nn
 
-from gradflow.watching.discovery import Place
+from gradflow.watching.discovery import LISTS, Place
 from gradflow.watching.passes import Pass
 
 
@@ -24,8 +24,11 @@ def candidates(model: nn.Module, places: Sequence[Place]) -> list[Place]:
 
 def _is_block(module: nn.Module) -> bool:
     """Whether it can be called, and has parts and parameters."""
-    lists = isinstance(module, nn.ModuleList | nn.ModuleDict)
-    return bool(module._modules) and not lists and next(module.parameters(), None) is not None
+    return (
+        bool(module._modules)
+        and not isinstance(module, LISTS)
+        and next(module.parameters(), None) is not None
+    )
 
 
 def called_again(places: Sequence[Place], passes: Sequence[Pass]) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -60,19 +61,29 @@ class Steps:
         return hook
 
 
+@dataclass(frozen=True)
+class _Update:
+    """`scaler.update` that calls `end` first; a copy of the scaler has its own update again."""
+
+    scaler: Any
+    update: Callable[..., Any]
+    end: Callable[[], None]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.end()
+        return self.update(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self.scaler, "update")
+
+
 @contextmanager
 def followed_scaler(scaler: Any, end: Callable[[], None]) -> Iterator[None]:
     """Call `end` before a scaler changes its scale: it leaves out steps with infinities."""
     if scaler is None:
         yield
         return
-    update = scaler.update
-
-    def ended(*args: Any, **kwargs: Any) -> Any:
-        end()
-        return update(*args, **kwargs)
-
-    scaler.update = ended
+    scaler.update = _Update(scaler, scaler.update, end)
     try:
         yield
     finally:

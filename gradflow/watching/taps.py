@@ -56,7 +56,7 @@ class Traced:
         else:
             current.complete(self._call(current, place), tap)
         if graph:
-            self.waiting.setdefault((place, entering), []).append((current, tap))
+            self._wait((place, entering), current, tap)
 
     def backward(self, g: Tensor, place: int, *, entering: bool) -> None:
         """The gradient of an input or output has been computed."""
@@ -64,6 +64,12 @@ class Traced:
         if waiting:
             owner, tap = waiting.pop()
             self.recorder.gradient(owner, tap, g)
+
+    def _wait(self, where: tuple[int, bool], current: Pass, tap: Tap) -> None:
+        """Expect the gradient of a tap; those of passes that are over come no more."""
+        passes = self.recorder.passes
+        waiting = [item for item in self.waiting.get(where, ()) if item[0] in passes]
+        self.waiting[where] = [*waiting, (current, tap)]
 
     def forget_graphs(self) -> None:
         """Have everything compiled again if there are taps in a graph."""
