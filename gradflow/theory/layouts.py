@@ -213,7 +213,7 @@ class Exchangeable:
         if isinstance(m, float):
             return m * m
         means = self._seen @ m @ self._seen.T
-        second = np.tensordot(means, self._shifts, 1)
+        second = (means @ self._shifts.reshape(3, -1)).reshape(self._shifts.shape)
         return np.asarray((self._shifts @ m @ second.transpose(0, 2, 1)).sum(0) / 9)
 
 

@@ -17,7 +17,7 @@ from gradflow.theory import highway
 from gradflow.theory.attention import excess, excess_array, scatter
 from gradflow.theory.describe import describe
 from gradflow.theory.layouts import CausalTokens, Exchangeable, Layout, Moments
-from gradflow.theory.limits import check_passes, check_spec, check_stack, tolerance
+from gradflow.theory.limits import check_passes, check_spec, check_stack
 from gradflow.theory.maths import Array
 from gradflow.theory.norms import Stream, normalise
 from gradflow.theory.passes import Passes, run
@@ -89,10 +89,10 @@ def predict_stack(stack: Stack) -> Prediction:
         noise = finite_width(stack.units, passes, layout, _fewer_probes(stack))
         noise = noise.plus(_start_noise(stack, passes, layout))
         noise = noise.plus(np.array(passes.scatter or 0.0))
-        check_passes(stack, passes, layout, noise)
+        rows = check_passes(stack, passes, layout, noise)
     except NoTheoryError as limit:
         return Prediction(None, reason=str(limit))
-    return _to_prediction(stack, passes, layout, noise)
+    return _to_prediction(rows, passes, layout, noise)
 
 
 def total_decades(spec: StackSpec) -> float:
@@ -123,12 +123,12 @@ def layout_of(stack: Stack) -> Layout:
     return Exchangeable(stack.shape)
 
 
-def _to_prediction(stack: Stack, passes: Passes, layout: Layout, noise: Noise) -> Prediction:
+def _to_prediction(rows: Array, passes: Passes, layout: Layout, noise: Noise) -> Prediction:
     level = np.array(passes.levels) + noise.bias
     return Prediction(
         tuple((_NATS_OF_SQUARE * level).tolist()),
         tuple((_NATS_OF_SQUARE * np.sqrt(noise.variance)).tolist()),
-        tuple(tolerance(stack, passes, layout).tolist()),
+        tuple(rows.tolist()),
         tuple(np.sqrt(passes.squares).tolist()),
         tuple(layout.cosines([x.s for x in passes.streams]).tolist()),
     )
