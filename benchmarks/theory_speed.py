@@ -33,6 +33,7 @@ STACKS = {
         width=WIDE, block="mlp", shortcut="plain", norm="none", activation="tanh", bias_var=0.05
     ),
     "conv, pre-layernorm, 16 x 16": StackSpec(width=WIDE, block="conv", norm_kind="layernorm"),
+    "resnet, he-v2, 16 x 16": StackSpec(width=WIDE, scheme="he-v2", block="resnet"),
     "transformer, causal, 16 tokens": StackSpec(width=WIDE, causal=True, seq_len=16),
 }
 MAP = {**DEFAULT_GRID, "block": ["mlp", "conv", "ffn", "transformer"]}

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from gradflow.theory.attention import MixTape, mix, pull_mix
-from gradflow.theory.layouts import Layout, Moments, scaled, through
+from gradflow.theory.layouts import Layout, Moments, scaled, through, times
 from gradflow.theory.moments import ACTIVATIONS
 from gradflow.theory.norms import NormTape, Stream, normalise, pull_norm
 from gradflow.theory.units import Unit, Weights
@@ -65,7 +65,7 @@ def _gated_ffn(unit: Unit, gate: Weights, u: Stream, layout: Layout) -> tuple[St
     """
     hidden, linear = through(gate, u.s), through(unit.w_in, u.s)
     values, slopes = layout.activate(unit.activation, hidden)
-    product = tuple([phi * h for phi, h in zip(values, linear, strict=True)])
+    product = times(values, linear)
     back = tuple(
         [
             unit.w_in.scale * phi + gate.scale * slope * h
@@ -121,18 +121,14 @@ BRANCHES = {
 def pull_branch(unit: Unit, tape: BranchTape, g: Moments, layout: Layout) -> Moments:
     """Moments of the gradient at the branch's input, from those at its output."""
     if tape.last is not None:
-        g = pull_norm(tape.mid, _times(tape.last, _mixed(g, layout)), layout)
-        return _times(tape.back or (), _mixed(g, layout))
+        g = pull_norm(tape.mid, times(tape.last, _mixed(g, layout)), layout)
+        return times(tape.back or (), _mixed(g, layout))
     if not unit.is_single:
         g = pull_norm(tape.mid, scaled(unit.w_out.scale, g), layout)
     if tape.mixing is not None:
         return pull_mix(tape.mixing, g, layout.shape.tokens)
-    g = _times(tape.back or (), g)
+    g = times(tape.back or (), g)
     return _mixed(g, layout) if unit.kind == "conv" else g
-
-
-def _times(factors: Moments, g: Moments) -> Moments:
-    return tuple([f * entry for f, entry in zip(factors, g, strict=True)])
 
 
 def _mixed(g: Moments, layout: Layout) -> Moments:

@@ -44,7 +44,7 @@ from gradflow.theory.layouts import Layout, through
 from gradflow.theory.maths import Array, Number
 from gradflow.theory.mixtures import branch_moments, gate_moments
 from gradflow.theory.norms import Stream
-from gradflow.theory.passes import Passes, Tape, checked
+from gradflow.theory.passes import Passes, Tape, check_range
 from gradflow.theory.units import Unit
 
 
@@ -189,7 +189,7 @@ def _forward(
         steps.append(Step(unit, x, seen[0], shares, gate, branch))
         p = covariance(steps[-1], p, hidden, opened, layout)
         x = tuple(power(steps[-1], k) for k in range(5))
-        checked(layout.mean(x[2]))
+        check_range(layout.mean(x[2]))
         streams.append(Stream((x[2], p), x[1]))
     return steps, streams
 

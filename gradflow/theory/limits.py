@@ -112,8 +112,11 @@ def _check_norm(norm: str) -> None:
         raise NoTheoryError(f"the norm {norm} has no formula")
 
 
-def check_passes(stack: Stack, passes: Passes, layout: Layout, noise: Noise) -> None:
+def check_passes(stack: Stack, passes: Passes, layout: Layout, noise: Noise) -> Array:
     """Refuse a result beyond the range of its own formulas.
+
+    Returns:
+        Its `tolerance`.
 
     Raises:
         NoTheoryError: says why.
@@ -133,8 +136,10 @@ def check_passes(stack: Stack, passes: Passes, layout: Layout, noise: Noise) -> 
             f"{what} of {unit.activation} without norms: rows of unlike size come "
             f"further apart, and width {stack.shape.width} makes them unlike"
         )
-    if not tolerance(stack, passes, layout)[0] <= MOST_TOLERANCE:
+    rows = tolerance(stack, passes, layout)
+    if not rows[0] <= MOST_TOLERANCE:
         raise NoTheoryError(_imprecise(stack))
+    return rows
 
 
 def _imprecise(stack: Stack) -> str:
@@ -180,8 +185,8 @@ def _correlations(stack: Stack, passes: Passes, layout: Layout) -> Array:
     for place, (unit, tape) in enumerate(zip(stack.units, passes.tapes, strict=True)):
         x, y = passes.streams[place].s, passes.streams[place + 1].s
         out = 1.0 if tape.after is None else float(layout.mean(tape.after.scale[0]))
-        own, after = (layout.mean(layout.diagonal(s)) - layout.batch_mean(s) for s in (x, y))
-        u = layout.mean(layout.diagonal(tape.u)) - layout.batch_mean(tape.u)
+        own, after = (layout.mean_square(s) - layout.batch_mean(s) for s in (x, y))
+        u = layout.mean_square(tape.u) - layout.batch_mean(tape.u)
         kept = (unit.a**2 * own + unit.b**2 * _passed(unit, tape.inside, layout) * u) * out / after
         new = 1 - unit.a**2 * own * out / after if unit.kind == "resnet" else 1.0
         c = kept**2 * c + new**2 / stack.shape.width

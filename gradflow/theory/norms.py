@@ -12,7 +12,7 @@ import math
 from typing import NamedTuple
 
 from gradflow.theory.corrections import Source, elements, norm_gain
-from gradflow.theory.layouts import Layout, Moments
+from gradflow.theory.layouts import Layout, Moments, scaled, times
 from gradflow.theory.maths import Number, sqrt
 from gradflow.theory.units import EPS
 
@@ -92,7 +92,7 @@ def _by_rows(kind: str, x: Stream, layout: Layout) -> tuple[Stream, Moments]:
         s = tuple([e - c for e, c in zip(s, _common(x.mean, centre, layout), strict=True)])
     inverse = 1 / sqrt(q + EPS)
     scale = layout.outer(inverse)
-    s = tuple([f * entry for f, entry in zip(scale, s, strict=True)])
+    s = times(scale, s)
     mean = 0.0 if is_zero(mean) else mean * inverse
     return Stream(s, mean, normed=kind), scale
 
@@ -141,6 +141,4 @@ def pull_norm(tape: NormTape | None, g: Moments, layout: Layout) -> Moments:
     if tape.kind == "batchnorm":
         common = layout.batch_mean(g)
         g = tuple([entry - common for entry in g])
-    if tape.gain == 1.0:
-        return tuple([f * entry for f, entry in zip(tape.scale, g, strict=True)])
-    return tuple([tape.gain * f * entry for f, entry in zip(tape.scale, g, strict=True)])
+    return scaled(tape.gain, times(tape.scale, g))

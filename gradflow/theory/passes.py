@@ -130,7 +130,7 @@ def run(
     for unit in units:
         x, tape = forward(unit, x, layout)
         streams.append(x)
-        squares.append(checked(layout.mean_square(x.s)))
+        squares.append(check_range(layout.mean_square(x.s)))
         tapes.append(tape)
     g = g_last(x)
     carried = -math.log(layout.mean_square(g))
@@ -145,7 +145,7 @@ def run(
     return Passes(streams, squares, gradients[::-1], levels[::-1], tapes, shares[::-1])
 
 
-def checked(square: float) -> float:
+def check_range(square: float) -> float:
     """The mean square of a stream.
 
     Raises:

@@ -19,7 +19,7 @@ from gradflow.theory.attention import LOGIT_LIMIT, excess, excess_array, scatter
 from gradflow.theory.copies import state_levels, state_shares, state_streams
 from gradflow.theory.describe import describe
 from gradflow.theory.layouts import CausalTokens, Exchangeable, Layout, Moments
-from gradflow.theory.limits import check_passes, check_spec, check_stack, tolerance
+from gradflow.theory.limits import check_passes, check_spec, check_stack
 from gradflow.theory.maths import Array
 from gradflow.theory.norms import Stream, normalise
 from gradflow.theory.omegas import with_omegas
@@ -92,10 +92,10 @@ def predict_stack(stack: Stack) -> Prediction:
     try:
         stack, layout, passes = _both_passes(stack)
         noise = _noise(stack, passes, layout)
-        check_passes(stack, passes, layout, noise)
+        rows = check_passes(stack, passes, layout, noise)
     except NoTheoryError as limit:
         return Prediction(None, reason=str(limit))
-    return _to_prediction(stack, passes, layout, noise)
+    return _to_prediction(stack, passes, layout, noise, rows)
 
 
 def total_decades(spec: StackSpec) -> float:
@@ -151,7 +151,9 @@ def layout_of(stack: Stack) -> Layout:
     return Exchangeable(stack.shape)
 
 
-def _to_prediction(stack: Stack, passes: Passes, layout: Layout, noise: Noise) -> Prediction:
+def _to_prediction(
+    stack: Stack, passes: Passes, layout: Layout, noise: Noise, rows: Array
+) -> Prediction:
     level = _of_state(stack, np.array(passes.levels) + noise.bias)
     streams, squares = passes.streams, passes.squares
     if stack.state is not None:
@@ -160,7 +162,7 @@ def _to_prediction(stack: Stack, passes: Passes, layout: Layout, noise: Noise) -
     return Prediction(
         tuple((_NATS_OF_SQUARE * level).tolist()),
         tuple((_NATS_OF_SQUARE * np.sqrt(noise.variance)).tolist()),
-        tuple(tolerance(stack, passes, layout).tolist()),
+        tuple(rows.tolist()),
         tuple(np.sqrt(squares).tolist()),
         tuple(layout.cosines([x.s for x in streams]).tolist()),
     )

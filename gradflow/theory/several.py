@@ -22,7 +22,7 @@ from gradflow.theory.bundle import (
 from gradflow.theory.layouts import Layout, Moments
 from gradflow.theory.maths import Array
 from gradflow.theory.norms import NormTape, Stream
-from gradflow.theory.passes import Passes, Tape, checked
+from gradflow.theory.passes import Passes, Tape, check_range
 from gradflow.theory.programs import Steps, program, readout
 from gradflow.theory.units import State, Unit
 
@@ -80,7 +80,7 @@ def _ahead(steps: Sequence[Steps], x: Stream, layout: Layout) -> _Ahead:
     for each in steps:
         square = _square(bundle.s, layout)
         bundle, taped = go_ahead(each, bundle)
-        checked(_square(bundle.s, layout))
+        check_range(_square(bundle.s, layout))
         streams.append(_together(bundle.s, layout))
         tapes.append(_tape(each, taped, square, layout))
         kept.append(taped)
