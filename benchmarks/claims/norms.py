@@ -119,17 +119,17 @@ DEEP_TOKENS = {**TOKENS, "depth": 24, "init": "he"}
 RANK = Claim(
     title="Dong et al. 2021, Noci et al. 2022: rank collapse",
     source="Dong et al. 2021, arXiv:2103.03404; Noci et al. 2022, arXiv:2206.03126",
-    setting="attention alone, width 128, 2 x 64 tokens, He; depth 4 in float64 without shortcuts, "
+    setting="attention alone, width 128, 2 x 64 tokens, He; depth 3 in float64 without shortcuts, "
     "depth 24 with them",
     says="Without shortcuts all tokens become one, doubly exponentially: the distance is cubed per "
     "layer. With shortcuts they still do in Post-LN, and the gradients of queries and keys "
     "vanish; branches scaled by 1/sqrt(L) prevent it.",
     quantities=(
         Quantity(
-            name="no shortcut: log(1 - cosine) of layer 4 over that of layer 3",
+            name="no shortcut: order of convergence of 1 - cosine, layers 1 to 3",
             options={
                 **TOKENS,
-                **{"shortcut": "plain", "norm": "pre", "depth": 4, "dtype": "float64"},
+                **{"shortcut": "plain", "norm": "pre", "depth": 3, "dtype": "float64"},
             },
             read=collapse_order,
             expected=about(3, 0.5),

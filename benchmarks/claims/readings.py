@@ -113,10 +113,13 @@ def token_cosine(spec: StackSpec, seed: int) -> float:
 
 
 def collapse_order(spec: StackSpec, seed: int) -> float:
-    """log(1 - cosine between tokens) after the last layer over that before it."""
+    """Order of convergence of e = 1 - cosine between tokens over the last three layers.
+
+    e'' / e' = (e' / e)^p. Of float64, e must stay well above 1e-16.
+    """
     layers, _ = records(spec, seed)
-    below, above = (math.log(1 - float(row.act_cos or 0.0)) for row in layers[-2:])
-    return above / below
+    first, second, third = (math.log(1 - float(row.act_cos or 0.0)) for row in layers[-3:])
+    return (third - second) / (second - first)
 
 
 def query_over_value(spec: StackSpec, seed: int) -> float:
