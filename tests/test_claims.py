@@ -165,8 +165,11 @@ def test_shares_are_those_of_a_stream_that_grows_linearly(monkeypatch: pytest.Mo
 def test_the_order_of_collapse_is_the_power_of_the_distance(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    spec = planted(monkeypatch, act_cos=[0.0, 0.5, 1 - 0.5**2, 1 - 0.5**6])
+    """e' = e^3 / 2, then e^2 / 2: the constant does not count."""
+    spec = planted(monkeypatch, act_cos=[0.0, *(1 - e for e in (0.1, 0.1**3 / 2, 0.1**9 / 16))])
     assert collapse_order(spec, 0) == pytest.approx(3)
+    spec = planted(monkeypatch, act_cos=[0.0, *(1 - e for e in (0.1, 0.1**2 / 2, 0.1**4 / 8))])
+    assert collapse_order(spec, 0) == pytest.approx(2)
 
 
 # The pages.
