@@ -164,6 +164,8 @@ RANK = Claim(
             wrong={"scheme": "post-ln"},
         ),
     ),
+    note="depth-mup's attention logits are over d_head, not its root: that alone divides its ratio "
+    "by sqrt(d_head), 5.7 here.",
 )
 
 
