@@ -96,7 +96,7 @@ class ParameterWatch:
         self.active = True
         self._parameters: list[nn.Parameter] = [one.parameter for one in owned]
         self._kept = {id(p) for p in self._parameters}
-        self._graphed = GraphedParameters(map(local, self._parameters), graphs.KINDS)
+        self._graphed = GraphedParameters(self._parameters, graphs.KINDS)
         self._copies: list[Tensor] = []
         self.reset()
 
