@@ -133,6 +133,7 @@ class Branching(nn.Module):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch hides it from who only prints
 def test_a_step_that_refuses_to_be_counted_has_times_all_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -280,7 +280,8 @@ def norms(tensors: Sequence[Tensor]) -> list[Tensor]:
     found: dict[int, Tensor] = {}
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for i, x in enumerate(tensors):
-        if x.is_complex() or (x.device.type == "cpu" and x.numel() > SMALL):
+        large = x.device.type == "cpu" and x.numel() > SMALL
+        if large or x.is_complex() or x.is_sparse:
             found[i] = norm(_values(x))
         else:
             groups.setdefault((x.device, x.dtype), []).append(i)
