@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from problems import CPU, network, small
 from records import layer_rows, run_of, spec_of
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import gradflow
@@ -35,6 +37,37 @@ def test_a_product_of_n_by_k_and_k_by_m_has_2_n_k_m() -> None:
     with FlopCounter() as counter:
         torch.ones(n, k) @ torch.ones(k, m) + 1
     assert counter.total == 2 * n * k * m
+
+
+def test_products_by_groups_are_those_of_their_parts() -> None:
+    """What experts do to the tokens that come to them, forward and backward."""
+    tokens, experts, n, m = (6, 2), 2, 8, 4
+    x, w = torch.ones(sum(tokens), n, requires_grad=True), torch.ones(experts, n, m)
+    ends = torch.tensor(tokens).cumsum(0, dtype=torch.int32)
+    with FlopCounter() as counter:
+        torch._grouped_mm(x, w.requires_grad_(), offs=ends).square().sum().backward()
+    assert counter.is_complete
+    assert counter.total == sum(3 * 2 * rows * n * m for rows in tokens)
+
+
+@torch.library.custom_op("gradflow_tests::product", mutates_args=())
+def own_product(x: Tensor) -> Tensor:
+    return x @ x
+
+
+UNKNOWN: dict[str, Callable[[Tensor], Any]] = {
+    "lstm": nn.LSTM(4, 4),
+    "bilinear": lambda x: nn.Bilinear(4, 4, 2)(x, x),
+    "sparse": lambda x: torch.sparse.mm(torch.eye(4).to_sparse(), x.detach()),
+    "own operation": own_product,
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_products_inside_an_operation_are_not_counted_as_none(name: str) -> None:
+    with FlopCounter() as counter:
+        UNKNOWN[name](torch.ones(4, 4, requires_grad=True))
+    assert not counter.is_complete
 
 
 # Of one layer, forward; its backward pass has twice the products.

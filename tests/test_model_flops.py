@@ -120,6 +120,30 @@ def test_where_torch_has_no_formula_nothing_is_said(monkeypatch: pytest.MonkeyPa
     assert found.forward_s == 3.0
 
 
+class Branching(nn.Module):
+    """Its branch is taken inside an operation, `torch.cond`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.cond(x.sum() > 0, self.linear, lambda x: self.linear(x).tanh(), (x,))
+        return x + y
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch hides it from who only prints
+def test_a_step_that_refuses_to_be_counted_has_times_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pair = partial(nn.Sequential, Branching(), Branching())
+    monkeypatch.setattr(user_models, "branching", pair, raising=False)
+    found = measured("user_models:branching")
+    assert found.forward_flop is None
+    assert found.forward_s
+
+
 def test_counting_changes_nothing() -> None:
     model, x = chain(Residual), torch.randn(2, WIDTH)
     state, before = torch.get_rng_state(), [p.clone() for p in model.parameters()]

@@ -17,6 +17,7 @@ import torch.nn.functional as F  # noqa: N812 (torch's own convention)
 import user_models
 from commandline import CommandLine
 from torch import Tensor, nn
+from zoo import WIDTH, Residual
 
 from gradflow.engine.timing import FakeClock
 from gradflow.errors import UsageError
@@ -50,6 +51,24 @@ def measured(thing: str, options: RunOptions = OPTIONS, **values: Any) -> Run:
 
 def logs(run: Run) -> list[float]:
     return [math.nan if r.grad_norm is None else r.grad_norm for r in run.layer_records]
+
+
+def half_frozen() -> nn.Module:
+    """Of four layers two have a backward pass, and one of these an input that takes a gradient."""
+    model = nn.Sequential(*(Residual() for _ in range(4)))
+    model[:2].requires_grad_(False)
+    return model
+
+
+def test_layers_without_a_backward_pass_have_no_times_and_this_is_said(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(user_models, "half_frozen", half_frozen, raising=False)
+    options = RunOptions(device="cpu", repeats=1, time_budget=1e-9)
+    request = ModelRequest(model="user_models:half_frozen", input=f"5,{WIDTH}")
+    run = measure_model(request, options, clock=FakeClock([1.0]))
+    assert [row.layer for row in run.layer_records if row.forward_s is not None] == [4]
+    assert any("1 of 4 layers, that have a backward pass" in line for line in run.warnings)
 
 
 def by_hand(seed: int, loss: str) -> tuple[list[float], float]:

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from records import layer_rows, run_of, spec_of
+from rich.cells import cell_len
 from rich.console import Console, RenderableType
 
 from gradflow.runs.records import LayerRecord, Run, TimeRecord
@@ -123,6 +124,19 @@ def test_long_names_keep_the_end_that_tells_them_apart() -> None:
     assert all(name.startswith("…") for name in names)
     assert [name[-len("layers.0#9") :].lstrip(".") for name in names[:1]] == ["layers.0#9"]
     assert names[-1].endswith("layers.2#11")
+
+
+def test_wide_characters_take_two_columns_each() -> None:
+    spec = spec_of(depth=3, block="mlp")
+    sizes = {"gain": 1.0, "skip_gain": 1.0, "branch_gain": 1.0, "act_rms": 1.0, "forward_s": 1.0}
+    rows = [
+        replace(row, unit=f"{'層' * 12}.{row.layer}")
+        for row in layer_rows(spec, [0.0] * 4, log10_param_grad_norm=1.0, backward_s=1.0, **sizes)
+    ]
+    text = lines(layer_table(run_of(spec, rows, times=[TIME])))
+    names = [line.split()[1] for line in text[1:]]
+    assert [name[0] + name[-2:] for name in names] == ["….0", "….1", "….2", "….3"]
+    assert max(map(cell_len, text)) <= 80
 
 
 def test_columns_that_nothing_fills_are_left_out() -> None:

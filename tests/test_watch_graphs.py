@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -243,6 +244,28 @@ def test_more_calls_than_there_is_room_for_are_an_error_that_says_what_to_do(
     with pytest.raises(UsageError, match=r"have \d+ rows.*watch fewer layers"):  # noqa: SIM117
         with gradflow.watch(model), graph:
             backward(model, x)
+
+
+def test_a_build_for_cuda_on_a_machine_without_a_driver_can_watch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """There torch raises when it is asked about its stream."""
+
+    def no_driver() -> bool:
+        raise RuntimeError("CUDA driver version is insufficient for CUDA runtime version")
+
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", no_driver)
+    assert not runpy.run_path(graphs.__file__)["is_capturing"]()
+
+
+def test_parameters_of_which_a_rank_has_a_shard_have_a_row_in_graphs(
+    graph: FakeGraph, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shard is another tensor whenever it is asked for."""
+    monkeypatch.setattr("gradflow.watching.parameters.local", lambda x: x.detach())
+    alike(captured_step(graph), eager())
 
 
 # What no tap may do: wait for the device.

@@ -160,6 +160,30 @@ def test_plain_sgd_updates_by_the_learning_rate_times_the_gradient() -> None:
         assert row.update_ratio == pytest.approx(wanted, rel=1e-9)
 
 
+class Sparse(nn.Module):
+    """Weights of which only some are stored."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter((0.5 * torch.eye(WIDTH)).to_sparse())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.sparse.mm(self.weight, x.T).T
+
+
+def test_sparse_weights_are_those_that_are_stored() -> None:
+    model = nn.Sequential(Sparse(), Sparse()).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with gradflow.watch(model) as flow:
+        model(batch()).square().sum().backward()
+        grads = [norm([p.grad.coalesce().values()]) for p in model.parameters()]
+        optimizer.step()
+    size = 0.5 * math.sqrt(WIDTH)
+    assert column(flow, "param_norm") == pytest.approx([size] * 2)
+    assert column(flow, "param_grad_norm") == pytest.approx(grads)
+    assert column(flow, "update_ratio") == pytest.approx([0.01 * g / size for g in grads])
+
+
 def test_without_an_optimizer_there_is_no_update() -> None:
     with gradflow.watch(model_of()) as flow:
         flow._watched.model(batch()).sum().backward()

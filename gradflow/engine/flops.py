@@ -15,12 +15,35 @@ from gradflow.engine.walk import vjp
 from gradflow.networks.residual import Unit
 
 aten = torch.ops.aten
+
+
+def grouped_flop(a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
+    """Products by groups, as of experts: of rows, of columns or of the dimension summed over."""
+    rows = a.shape[-2:] if b.ndim == 2 else a.shape
+    return 2 * rows.numel() * b.shape[-1]
+
+
 # Torch's formulas: of matrix products, convolutions and attention; 2 N K M for N x K by K x M. All
-# else is memory traffic and not counted. Attention on CPU is not in torch's own table.
+# else is memory traffic and not counted. Three are not in torch's own table.
 FORMULAS: dict[Any, Callable[..., int]] = flop_registry | {
+    aten._grouped_mm: grouped_flop,
     aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
 }
+# Torch's operations that have products inside them and no formula.
+OPAQUE = {
+    aten.mkldnn_rnn_layer,
+    aten.mkldnn_rnn_layer_backward,
+    aten._cudnn_rnn,
+    aten._cudnn_rnn_backward,
+    aten.miopen_rnn,
+    aten.miopen_rnn_backward,
+    aten._trilinear,
+    aten._sparse_addmm,
+    aten._scaled_grouped_mm,
+}
+# Nobody knows what is in an operation of others.
+NAMESPACES = ("aten", "prim", "prims", "profiler", "c10d", "_c10d_functional", "gradflow")
 
 
 # How formulas refuse shapes that they do not know.
@@ -30,7 +53,7 @@ REFUSALS = (AssertionError, IndexError, NotImplementedError, RuntimeError, TypeE
 class FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's stubs
     """Adds up `total` while it is entered.
 
-    `is_complete` says whether torch's formulas took everything that they are for.
+    `is_complete` says whether there was a formula for everything that may have products.
 
     Torch's own `FlopCounterMode` follows modules by hooks, which `torch.autograd.grad` refuses.
     """
@@ -49,7 +72,10 @@ class FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch'
         del types
         found = func(*args, **(kwargs or {}))
         formula = FORMULAS.get(func.overloadpacket)
-        if formula is not None:
+        if formula is None:
+            known = func.namespace in NAMESPACES and func.overloadpacket not in OPAQUE
+            self.is_complete = self.is_complete and known
+        else:
             try:
                 self.total += formula(*args, **(kwargs or {}), out_val=found)
             except REFUSALS:
@@ -57,30 +83,36 @@ class FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch'
         return found
 
 
-def network_flops(network: Network) -> tuple[int, int]:
+def network_flops(network: Network) -> tuple[int, int] | None:
     """FLOPs of one forward pass and of one backward pass through the units, the loss left out.
+
+    None where there is no formula for something in a branch.
 
     A causal mask saves nothing in the count, by torch's convention. The backward pass is that of
     the engine: it has the gradients of all inputs and parameters. Every kind of unit is run once
     for each shape of its input.
     """
-    known: dict[object, tuple[int, int, torch.Size]] = {}
+    known: dict[object, tuple[int, int, torch.Size] | None] = {}
     forward, backward, shape = 0, 0, network.x.shape
     for unit in (unit for block in network.blocks for unit in block.units):
         key = (unit.shortcut, shape, *(type(part) for part in unit.modules()))
         if key not in known:
             known[key] = _unit_flops(unit, network.x.new_ones(shape))
-        there, back, shape = known[key]
+        found = known[key]
+        if found is None:
+            return None
+        there, back, shape = found
         forward, backward = forward + there, backward + back
     return forward, backward
 
 
-def _unit_flops(unit: Unit, x: Tensor) -> tuple[int, int, torch.Size]:
-    """FLOPs forward and backward, and the shape of the output."""
+def _unit_flops(unit: Unit, x: Tensor) -> tuple[int, int, torch.Size] | None:
+    """FLOPs forward and backward, and the shape of the output; None where some are unknown."""
     branch = x.requires_grad_()
     skip = x.detach().requires_grad_() if unit.shortcut else None
     with FlopCounter() as there:
         y = unit.join(skip, branch)
     with FlopCounter() as back:
         vjp(Tape(1, unit, skip, branch, y), torch.ones_like(y))
-    return there.total, back.total, y.shape
+    complete = there.is_complete and back.is_complete
+    return (there.total, back.total, y.shape) if complete else None

@@ -9,6 +9,7 @@ from typing import Any
 from gradflow.runs.records import LayerRecord, Run, Timing
 from gradflow.runs.spool import Spool
 from gradflow.runs.summary import Summary
+from gradflow.specs.model_spec import ModelSpec, Spec
 
 # Above these the run carries a warning that names the remedy.
 NOISY_SPREAD = 0.10
@@ -23,14 +24,23 @@ def with_times(run: Run, timing: Timing, statistics_s: float | None = None) -> R
         timing: of the same network.
         statistics_s: median seconds that a statistics pass spent on the timed layers.
     """
+    if isinstance(run.spec, ModelSpec):
+        timing = _numbered(timing, run.layer_records)
     return replace(
         run,
         layer_records=_with_columns(run.layer_records, timing),
         time_records=timing.repeats,
         summary=_with_cost(run.summary, run.spec.depth, timing),
         overhead=_overhead(timing, statistics_s),
-        warnings=(*run.warnings, *_warnings(timing, run.spec.depth)),
+        warnings=(*run.warnings, *_warnings(timing, run.spec)),
     )
+
+
+def _numbered(timing: Timing, rows: Iterable[LayerRecord]) -> Timing:
+    """Times of a model with the numbers of its layers, some of which may have no times."""
+    layers = {row.unit: row.layer for row in rows}
+    repeats = (replace(one, layer=layers.get(one.unit, one.layer)) for one in timing.repeats)
+    return replace(timing, repeats=tuple(repeats))
 
 
 def _with_columns(rows: Sequence[LayerRecord], timing: Timing) -> Sequence[LayerRecord]:
@@ -99,10 +109,11 @@ def _overhead(timing: Timing, statistics_s: float | None) -> dict[str, float] | 
     }
 
 
-def _warnings(timing: Timing, depth: int) -> Iterator[str]:
-    if timing.layers < depth:
+def _warnings(timing: Timing, spec: Spec) -> Iterator[str]:
+    if timing.layers < spec.depth:
+        which = "that have a backward pass" if isinstance(spec, ModelSpec) else "evenly spread"
         yield (
-            f"times are those of {timing.layers} of {depth:,} layers, evenly spread; "
+            f"times are those of {timing.layers} of {spec.depth:,} layers, {which}; "
             "totals are their mean times the depth"
         )
     if timing.spread > NOISY_SPREAD:

@@ -13,7 +13,6 @@ from torch import Tensor
 from gradflow.errors import UsageError
 from gradflow.watching.meter import FORWARD, GRADIENT, WIDTH, Pool
 
-BUILT: bool = torch.backends.cuda.is_built()  # type: ignore[no-untyped-call]  # torch's stubs
 # Devices whose work can be captured.
 KINDS = ("cuda",)
 # Rows for one layer in all graphs: a call has up to five.
@@ -23,7 +22,9 @@ LARGEST = sorted({FORWARD.index("y_max"), GRADIENT.index("g_max")})
 
 def is_capturing() -> bool:
     """Whether what is launched now becomes part of a CUDA graph and does not run."""
-    return BUILT and torch.cuda.is_current_stream_capturing()
+    # Asked about its stream, a build for CUDA raises where there is no driver.
+    begun: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # torch's stubs
+    return begun and torch.cuda.is_current_stream_capturing()
 
 
 class GraphPool(Pool):

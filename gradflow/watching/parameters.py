@@ -96,7 +96,7 @@ class ParameterWatch:
         self.active = True
         self._parameters: list[nn.Parameter] = [one.parameter for one in owned]
         self._kept = {id(p) for p in self._parameters}
-        self._graphed = GraphedParameters(map(local, self._parameters), graphs.KINDS)
+        self._graphed = GraphedParameters(self._parameters, graphs.KINDS)
         self._copies: list[Tensor] = []
         self.reset()
 
@@ -280,7 +280,8 @@ def norms(tensors: Sequence[Tensor]) -> list[Tensor]:
     found: dict[int, Tensor] = {}
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for i, x in enumerate(tensors):
-        if x.is_complex() or (x.device.type == "cpu" and x.numel() > SMALL):
+        large = x.device.type == "cpu" and x.numel() > SMALL
+        if large or x.is_complex() or x.is_sparse:
             found[i] = norm(_values(x))
         else:
             groups.setdefault((x.device, x.dtype), []).append(i)

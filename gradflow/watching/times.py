@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -153,11 +154,14 @@ class OperationClock:
 def counted_step(places: Sequence[Place], step: Callable[[], None]) -> Seconds | None:
     """FLOPs of each call in one step, forward and backward; None where torch has no formula.
 
-    They are counted between the very moments at which `timed_step` takes the time.
+    They are counted between the very moments at which `timed_step` takes the time. None as well
+    where the step cannot be counted: `torch.cond` and its like refuse to be looked at.
     """
-    with FlopCounter() as counter:
+    with suppress(Exception), FlopCounter() as counter:
         found, _ = timed_step(places, step, OperationClock(counter))
-    return found if counter.is_complete else None
+        return found if counter.is_complete else None
+    torch.compiler.reset()  # what was half compiled under the counter would fail again
+    return None
 
 
 def bare_step(step: Callable[[], None], clock: Clock) -> float:
