@@ -12,17 +12,21 @@ import pytest
 import torch
 from problems import CPU, SIZES, network, retyped, small, thinned
 from recorded import FakeCapture
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import gradflow
 from gradflow.engine.collect import new_tables
 from gradflow.engine.graphs import Graphs
 from gradflow.engine.memory import footprint, make_plan
 from gradflow.engine.plan import Footprint, Plan, choose
+from gradflow.engine.saved import count_saved
 from gradflow.engine.seed_blocks import SeedBlocks
 from gradflow.engine.seed_walk import seed_network, walk_seeds
 from gradflow.engine.together import LEAST_SEEDS, MOST_WORK, with_seeds
 from gradflow.engine.walk import walk
 from gradflow.errors import UsageError
+from gradflow.networks.inputs import stream_shape
+from gradflow.networks.stack import build_block
 from gradflow.runs.records import LayerRecord, ParamRecord
 from gradflow.schemes import SCHEMES
 from gradflow.specs.block_kinds import BLOCKS
@@ -176,6 +180,28 @@ def test_it_is_chosen_where_it_pays() -> None:
     assert footprint(wide, 0, CPU).work > MOST_WORK > footprint(NARROW, 0, CPU).work
     assert planned(wide, seeds=8).seeds == 1
     assert planned(wide, seeds=8, together=True).seeds == 8
+
+
+LONG = StackSpec(width=8, heads=2, seq_len=512, batch_size=1, depth=6)
+
+
+def test_long_sequences_go_one_by_one() -> None:
+    """Their scores take longer together, and memory that one seed never takes."""
+    assert footprint(LONG, 0, CPU).work < MOST_WORK
+    assert planned(LONG, seeds=8).seeds == 1
+    assert planned(replace(LONG, seq_len=128), seeds=8).seeds == 8
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+def test_the_plan_knows_what_attention_keeps_of_several_seeds(dtype: str) -> None:
+    """The oracle: bytes that autograd saves where torch computes attention step by step."""
+    spec = retyped(LONG, dtype=dtype)
+    unit = next(iter(build_block(spec, 0, 1, CPU).units))
+    x = torch.ones(stream_shape(spec), dtype=getattr(torch, dtype))
+    with sdpa_kernel(SDPBackend.MATH):
+        kept = count_saved(unit, x)
+    assert footprint(spec, 0, CPU).scores == pytest.approx(kept - count_saved(unit, x), rel=0.05)
+    assert planned(spec, seeds=3, together=True).needed > 3 * spec.depth * kept
 
 
 def test_the_work_of_a_layer_is_its_multiply_adds() -> None:

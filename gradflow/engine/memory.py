@@ -80,6 +80,7 @@ def footprint(spec: StackSpec, seed: int, device: torch.device) -> Footprint:
         ahead=int(device.type == "cuda"),
         # Each weight meets each vector of the stream.
         work=parameters // itemsize * math.prod(stream_shape(spec)) // spec.width,
+        scores=_score_bytes(spec, itemsize),
         nodes=_KERNELS * _NODE * spec.units_per_block,
     )
 
@@ -89,6 +90,12 @@ def _kept(spec: StackSpec, layer: int, block: Block) -> int:
     saved, like = SavedBytes(), next(block.parameters())
     inputs = (like.new_ones(input_shape(spec, layer, u)) for u in range(spec.units_per_block))
     return sum(saved.of(unit, x) for unit, x in zip(block.units, inputs, strict=True))
+
+
+def _score_bytes(spec: StackSpec, itemsize: int) -> int:
+    """One number, of float32 at least, for each head and pair of tokens; 0 without attention."""
+    pairs = int(spec.batch_size or 1) * int(spec.heads or 0) * int(spec.seq_len or 0) ** 2
+    return spec.kind.units.count("attention") * pairs * max(4, itemsize)
 
 
 def _parameter_bytes(block: Block) -> int:

@@ -3,6 +3,7 @@
 Torch-free. An operation on a small tensor takes as long as it takes to start, so a pile of seeds
 costs little more than one of them; a large one is as fast by itself. On 2 cores the line lay near 4
 million multiply-adds in a layer (benchmarks/seeds.py), and below 4 seeds there was nothing to win.
+Nor was there with more than 512 KiB of attention's scores: one seed by itself never holds them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from gradflow.specs import user_code
 from gradflow.specs.run_options import RunOptions
 from gradflow.specs.spec import StackSpec
 
-LEAST_SEEDS, MOST_WORK = 4, 1 << 22
+LEAST_SEEDS, MOST_WORK, MOST_SCORES = 4, 1 << 22, 1 << 19
 
 
 def with_seeds(
@@ -38,14 +39,18 @@ def with_seeds(
         raise UsageError(f"--together is not for {reason}", "--together", "leave it out")
     if options.seeds == 1 or reason or options.together is False:
         return plan
-    pays = options.seeds >= LEAST_SEEDS and size.work <= MOST_WORK
-    if options.together is None and not pays:
+    if options.together is None and not pays(options.seeds, size):
         return plan
     all_seeds, fits = choose(spec.depth, _times(size, options.seeds), options, free)
     is_as_fast = (all_seeds.spans, all_seeds.rebuild) == (plan.spans, plan.rebuild)
     if not fits or not (is_as_fast or options.together):
         return plan
     return replace(all_seeds, timed=plan.timed, seeds=options.seeds)
+
+
+def pays(seeds: int, size: Footprint) -> bool:
+    """Whether so many seeds are faster together."""
+    return seeds >= LEAST_SEEDS and size.work <= MOST_WORK and size.scores <= MOST_SCORES
 
 
 def _refusal(spec: StackSpec, options: RunOptions) -> str | None:
@@ -64,6 +69,8 @@ def _refusal(spec: StackSpec, options: RunOptions) -> str | None:
 
 
 def _times(size: Footprint, seeds: int) -> Footprint:
-    """Of all seeds; modules are made once for them."""
-    numbers = ("parameters", "graph", "stream", "rows")
-    return replace(size, **{name: seeds * getattr(size, name) for name in numbers})
+    """Of all seeds; modules are made once for them, and attention keeps its scores."""
+    numbers = ("parameters", "stream", "rows")
+    graph, passing = seeds * (size.graph + size.scores), seeds * size.scores
+    times = {name: seeds * getattr(size, name) for name in numbers}
+    return replace(size, graph=graph, passing=passing, **times)
