@@ -22,7 +22,7 @@ from gradflow.engine.plan import Footprint, Plan, choose
 from gradflow.engine.saved import count_saved
 from gradflow.engine.seed_blocks import SeedBlocks
 from gradflow.engine.seed_walk import seed_network, walk_seeds
-from gradflow.engine.together import LEAST_SEEDS, MOST_WORK, with_seeds
+from gradflow.engine.together import LEAST_SEEDS, MOST_SEEDS, MOST_WORK, with_seeds
 from gradflow.engine.walk import walk
 from gradflow.errors import UsageError
 from gradflow.networks.inputs import stream_shape
@@ -175,6 +175,8 @@ def planned(spec: StackSpec = NARROW, **options: Any) -> Plan:
 def test_it_is_chosen_where_it_pays() -> None:
     assert planned(seeds=LEAST_SEEDS).seeds == LEAST_SEEDS
     assert planned(seeds=LEAST_SEEDS - 1).seeds == 1
+    assert planned(seeds=MOST_SEEDS).seeds == MOST_SEEDS
+    assert planned(seeds=MOST_SEEDS + 1).seeds == 1  # or its tables would be too many open files
     assert planned(seeds=8, together=False).seeds == 1
     wide = StackSpec(width=256, depth=2)
     assert footprint(wide, 0, CPU).work > MOST_WORK > footprint(NARROW, 0, CPU).work

@@ -4,6 +4,7 @@ Torch-free. An operation on a small tensor takes as long as it takes to start, s
 costs little more than one of them; a large one is as fast by itself. On 2 cores the line lay near 4
 million multiply-adds in a layer (benchmarks/seeds.py), and below 4 seeds there was nothing to win.
 Nor was there with more than 512 KiB of attention's scores: one seed by itself never holds them.
+Each seed has two tables, which are files where they are long; a process may have 1,024 open.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from gradflow.specs import user_code
 from gradflow.specs.run_options import RunOptions
 from gradflow.specs.spec import StackSpec
 
-LEAST_SEEDS, MOST_WORK, MOST_SCORES = 4, 1 << 22, 1 << 19
+LEAST_SEEDS, MOST_SEEDS = 4, 256
+MOST_WORK, MOST_SCORES = 1 << 22, 1 << 19
 
 
 def with_seeds(
@@ -49,8 +51,9 @@ def with_seeds(
 
 
 def pays(seeds: int, size: Footprint) -> bool:
-    """Whether so many seeds are faster together."""
-    return seeds >= LEAST_SEEDS and size.work <= MOST_WORK and size.scores <= MOST_SCORES
+    """Whether so many seeds are faster together, and their tables no danger."""
+    is_small = size.work <= MOST_WORK and size.scores <= MOST_SCORES
+    return is_small and LEAST_SEEDS <= seeds <= MOST_SEEDS
 
 
 def _refusal(spec: StackSpec, options: RunOptions) -> str | None:
