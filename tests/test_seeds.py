@@ -24,7 +24,7 @@ from gradflow.engine.seed_blocks import SeedBlocks
 from gradflow.engine.seed_walk import seed_network, walk_seeds
 from gradflow.engine.together import LEAST_SEEDS, MOST_SEEDS, MOST_WORK, with_seeds
 from gradflow.engine.walk import walk
-from gradflow.errors import UsageError
+from gradflow.errors import MeasurementError, UsageError
 from gradflow.networks.inputs import stream_shape
 from gradflow.networks.stack import build_block
 from gradflow.runs.records import LayerRecord, ParamRecord
@@ -223,9 +223,17 @@ def test_it_is_not_chosen_where_memory_would_force_another_policy() -> None:
     options = RunOptions(seeds=8, memory_limit="400KiB")
     plan, _ = choose(20, size, options, 1 << 40)
     assert plan.keep == "graph"
-    assert with_seeds(plan, NARROW, options, size, 1 << 40).seeds == 1
-    asked = replace(options, together=True)
-    assert with_seeds(plan, NARROW, asked, size, 1 << 40).keep != "graph"
+    assert with_seeds(plan, NARROW, options, size, 1 << 40) == (plan, True)
+    asked, fits = with_seeds(plan, NARROW, replace(options, together=True), size, 1 << 40)
+    assert fits
+    assert asked.keep != "graph"
+
+
+def test_what_was_asked_for_and_does_not_fit_is_an_error_not_something_else() -> None:
+    limit = "600KiB"
+    assert planned(seeds=500, memory_limit=limit, together=None).seeds == 1
+    with pytest.raises(MeasurementError, match=r"600 KiB are allowed; .*or leave out --together$"):
+        planned(seeds=500, memory_limit=limit, together=True)
 
 
 REFUSED = {

@@ -140,7 +140,8 @@ def make_plan(spec: StackSpec, options: RunOptions, device: torch.device) -> Pla
     if options.steps:
         options, size = _for_training(options, size)
     plan, fits = choose(spec.depth, size, options, free)
-    plan = with_seeds(plan, spec, options, size, free) if fits else plan
+    if fits:
+        plan, fits = with_seeds(plan, spec, options, size, free)
     if _is_captured(plan, spec, options, size, device):
         captured = with_graphs(plan, size)
         if options.cuda_graphs or captured.needed <= room_unasked(options, free):
@@ -181,7 +182,8 @@ def out_of_memory(needed: int, room: int, spec: StackSpec, options: RunOptions) 
     sizes = ("depth", "batch_size", "seq_len", "image_size", "ffn_mult", "width")
     lower = ", ".join(flag(name) for name in sizes if getattr(spec, name) is not None)
     policy = ", or leave --keep and --rebuild to gradflow" if options.is_policy_given else ""
-    policy = ", or leave out --cuda-graphs" if options.cuda_graphs else policy
+    asked = [flag(name) for name in ("together", "cuda_graphs") if getattr(options, name)]
+    policy = f", or leave out {' and '.join(asked)}" if asked else policy
     limited = options.memory_limit_bytes is not None and room >= options.memory_limit_bytes
     return MeasurementError(
         f"out of memory: this stack needs at least {gib(needed)}, {gib(room)} are "

@@ -23,15 +23,18 @@ MOST_WORK, MOST_SCORES = 1 << 22, 1 << 19
 
 def with_seeds(
     plan: Plan, spec: StackSpec, options: RunOptions, size: Footprint, free: int
-) -> Plan:
+) -> tuple[Plan, bool]:
     """The plan for all seeds in one pass, or the plan as it was, for one after the other.
 
     Args:
-        plan: of one seed.
+        plan: of one seed, which fits.
         spec: the stack.
         options: `together` and `seeds` decide, within the memory that is allowed.
         size: of one seed.
         free: bytes that can still be had.
+
+    Returns:
+        The plan, and whether it fits: what was asked for may not.
 
     Raises:
         UsageError: it was asked for, and this stack cannot do it.
@@ -40,14 +43,14 @@ def with_seeds(
     if options.together and reason:
         raise UsageError(f"--together is not for {reason}", "--together", "leave it out")
     if options.seeds == 1 or reason or options.together is False:
-        return plan
+        return plan, True
     if options.together is None and not pays(options.seeds, size):
-        return plan
+        return plan, True
     all_seeds, fits = choose(spec.depth, _times(size, options.seeds), options, free)
     is_as_fast = (all_seeds.spans, all_seeds.rebuild) == (plan.spans, plan.rebuild)
-    if not fits or not (is_as_fast or options.together):
-        return plan
-    return replace(all_seeds, timed=plan.timed, seeds=options.seeds)
+    if not options.together and not (fits and is_as_fast):
+        return plan, True
+    return replace(all_seeds, timed=plan.timed, seeds=options.seeds), fits
 
 
 def pays(seeds: int, size: Footprint) -> bool:
