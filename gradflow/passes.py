@@ -116,10 +116,8 @@ class Passes:
         drawn: Sequence[Block] = SeedBlocks(self.spec, seeds, self.device)
         blocks = drawn if self.plan.rebuild else drawn[:]
         network = seed_network(self.spec, seeds, blocks, self.device)
-        ticks, tables = (
-            self._ticks(f"gradients, {len(seeds)} seeds"),
-            dict(zip(seeds, each, strict=True)),
-        )
+        tables = dict(zip(seeds, each, strict=True))
+        ticks = self._ticks(f"gradients, {len(seeds)} seeds")
         work = partial(walk_seeds, self.spec, network, tables, tick=ticks, **self._how)
         found, seconds = self._timed(work)
         for other in each[1:]:

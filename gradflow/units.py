@@ -9,12 +9,15 @@ import re
 WIDEST = 7
 
 
-def gib(count: int) -> str:
-    """Bytes in GiB or MiB."""
-    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
-
-
 UNITS = {"B": 0, "KiB": 10, "MiB": 20, "GiB": 30, "TiB": 40}
+
+
+def gib(count: int) -> str:
+    """Bytes in GiB or MiB; in KiB or bytes, where they would be 0 MiB."""
+    if count >= 2**30:
+        return f"{count / 2**30:,.1f} GiB"
+    unit = next((unit for unit in ("MiB", "KiB") if count >= 2 ** UNITS[unit]), "B")
+    return f"{count / 2 ** UNITS[unit]:.0f} {unit}"
 
 
 def size_in_bytes(text: str) -> int:

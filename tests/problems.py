@@ -76,7 +76,7 @@ def measure(
 
 
 def thinned(cases: Iterable[Any], keep: int = 3) -> list[Any]:
-    """A table of cases of which the fast suite takes every so-manieth; CI takes them all."""
+    """A table of cases of which the fast suite takes one in `keep`; CI takes them all."""
     return [
         case if i % keep == 0 else pytest.param(*_values(case), marks=pytest.mark.whole)
         for i, case in enumerate(cases)

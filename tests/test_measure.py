@@ -259,12 +259,12 @@ def test_out_of_memory_says_how_much_and_which_options_lower_it(
     with pytest.raises(MeasurementError) as caught:
         measured(spec)
     assert "out of memory: this stack needs at least " in str(caught.value)
-    assert str(caught.value).endswith(f"0 MiB are free; lower {options}")
+    assert str(caught.value).endswith(f", 1 KiB are free; lower {options}")
     with pytest.raises(MeasurementError) as restricted:
         measured(spec, keep="graph")
     assert str(restricted.value).endswith(", or leave --keep and --rebuild to gradflow")
     free(monkeypatch, 1 << 40)
-    with pytest.raises(MeasurementError, match="MiB are allowed; lower"):
+    with pytest.raises(MeasurementError, match=", 10 KiB are allowed; lower"):
         measured(spec, memory_limit="10KiB")
 
 

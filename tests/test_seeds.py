@@ -12,17 +12,21 @@ import pytest
 import torch
 from problems import CPU, SIZES, network, retyped, small, thinned
 from recorded import FakeCapture
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import gradflow
 from gradflow.engine.collect import new_tables
 from gradflow.engine.graphs import Graphs
 from gradflow.engine.memory import footprint, make_plan
 from gradflow.engine.plan import Footprint, Plan, choose
+from gradflow.engine.saved import count_saved
 from gradflow.engine.seed_blocks import SeedBlocks
 from gradflow.engine.seed_walk import seed_network, walk_seeds
-from gradflow.engine.together import LEAST_SEEDS, MOST_WORK, with_seeds
+from gradflow.engine.together import LEAST_SEEDS, MOST_SEEDS, MOST_WORK, with_seeds
 from gradflow.engine.walk import walk
-from gradflow.errors import UsageError
+from gradflow.errors import MeasurementError, UsageError
+from gradflow.networks.inputs import stream_shape
+from gradflow.networks.stack import build_block
 from gradflow.runs.records import LayerRecord, ParamRecord
 from gradflow.schemes import SCHEMES
 from gradflow.specs.block_kinds import BLOCKS
@@ -171,11 +175,35 @@ def planned(spec: StackSpec = NARROW, **options: Any) -> Plan:
 def test_it_is_chosen_where_it_pays() -> None:
     assert planned(seeds=LEAST_SEEDS).seeds == LEAST_SEEDS
     assert planned(seeds=LEAST_SEEDS - 1).seeds == 1
+    assert planned(seeds=MOST_SEEDS).seeds == MOST_SEEDS
+    assert planned(seeds=MOST_SEEDS + 1).seeds == 1  # or its tables would be too many open files
     assert planned(seeds=8, together=False).seeds == 1
     wide = StackSpec(width=256, depth=2)
     assert footprint(wide, 0, CPU).work > MOST_WORK > footprint(NARROW, 0, CPU).work
     assert planned(wide, seeds=8).seeds == 1
     assert planned(wide, seeds=8, together=True).seeds == 8
+
+
+LONG = StackSpec(width=8, heads=2, seq_len=512, batch_size=1, depth=6)
+
+
+def test_long_sequences_go_one_by_one() -> None:
+    """Their scores take longer together, and memory that one seed never takes."""
+    assert footprint(LONG, 0, CPU).work < MOST_WORK
+    assert planned(LONG, seeds=8).seeds == 1
+    assert planned(replace(LONG, seq_len=128), seeds=8).seeds == 8
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+def test_the_plan_knows_what_attention_keeps_of_several_seeds(dtype: str) -> None:
+    """The oracle: bytes that autograd saves where torch computes attention step by step."""
+    spec = retyped(LONG, dtype=dtype)
+    unit = next(iter(build_block(spec, 0, 1, CPU).units))
+    x = torch.ones(stream_shape(spec), dtype=getattr(torch, dtype))
+    with sdpa_kernel(SDPBackend.MATH):
+        kept = count_saved(unit, x)
+    assert footprint(spec, 0, CPU).scores == pytest.approx(kept - count_saved(unit, x), rel=0.05)
+    assert planned(spec, seeds=3, together=True).needed > 3 * spec.depth * kept
 
 
 def test_the_work_of_a_layer_is_its_multiply_adds() -> None:
@@ -195,9 +223,17 @@ def test_it_is_not_chosen_where_memory_would_force_another_policy() -> None:
     options = RunOptions(seeds=8, memory_limit="400KiB")
     plan, _ = choose(20, size, options, 1 << 40)
     assert plan.keep == "graph"
-    assert with_seeds(plan, NARROW, options, size, 1 << 40).seeds == 1
-    asked = replace(options, together=True)
-    assert with_seeds(plan, NARROW, asked, size, 1 << 40).keep != "graph"
+    assert with_seeds(plan, NARROW, options, size, 1 << 40) == (plan, True)
+    asked, fits = with_seeds(plan, NARROW, replace(options, together=True), size, 1 << 40)
+    assert fits
+    assert asked.keep != "graph"
+
+
+def test_what_was_asked_for_and_does_not_fit_is_an_error_not_something_else() -> None:
+    limit = "600KiB"
+    assert planned(seeds=500, memory_limit=limit, together=None).seeds == 1
+    with pytest.raises(MeasurementError, match=r"600 KiB are allowed; .*or leave out --together$"):
+        planned(seeds=500, memory_limit=limit, together=True)
 
 
 REFUSED = {

@@ -128,6 +128,8 @@ def test_the_heading_says_what_is_not_the_shapes() -> None:
     spec = StackSpec(like="gpt3-175b", depth=4, seq_len=128)
     assert spec.title == "gpt3-175b: residual transformer, pre-layernorm, depth 4"
     assert spec.origin.endswith("D.1; but for --depth 4 --seq-len 128")
+    other = StackSpec(like="gpt3-175b", block="mlp", depth=4)
+    assert "but for --block mlp --depth 4" in other.origin
     assert word("like", spec.like) == "gpt3-175b"
     assert StackSpec().origin == ""
 

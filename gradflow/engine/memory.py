@@ -80,6 +80,7 @@ def footprint(spec: StackSpec, seed: int, device: torch.device) -> Footprint:
         ahead=int(device.type == "cuda"),
         # Each weight meets each vector of the stream.
         work=parameters // itemsize * math.prod(stream_shape(spec)) // spec.width,
+        scores=_score_bytes(spec, itemsize),
         nodes=_KERNELS * _NODE * spec.units_per_block,
     )
 
@@ -89,6 +90,12 @@ def _kept(spec: StackSpec, layer: int, block: Block) -> int:
     saved, like = SavedBytes(), next(block.parameters())
     inputs = (like.new_ones(input_shape(spec, layer, u)) for u in range(spec.units_per_block))
     return sum(saved.of(unit, x) for unit, x in zip(block.units, inputs, strict=True))
+
+
+def _score_bytes(spec: StackSpec, itemsize: int) -> int:
+    """One number, of float32 at least, for each head and pair of tokens; 0 without attention."""
+    pairs = int(spec.batch_size or 1) * int(spec.heads or 0) * int(spec.seq_len or 0) ** 2
+    return spec.kind.units.count("attention") * pairs * max(4, itemsize)
 
 
 def _parameter_bytes(block: Block) -> int:
@@ -133,7 +140,8 @@ def make_plan(spec: StackSpec, options: RunOptions, device: torch.device) -> Pla
     if options.steps:
         options, size = _for_training(options, size)
     plan, fits = choose(spec.depth, size, options, free)
-    plan = with_seeds(plan, spec, options, size, free) if fits else plan
+    if fits:
+        plan, fits = with_seeds(plan, spec, options, size, free)
     if _is_captured(plan, spec, options, size, device):
         captured = with_graphs(plan, size)
         if options.cuda_graphs or captured.needed <= room_unasked(options, free):
@@ -174,7 +182,8 @@ def out_of_memory(needed: int, room: int, spec: StackSpec, options: RunOptions) 
     sizes = ("depth", "batch_size", "seq_len", "image_size", "ffn_mult", "width")
     lower = ", ".join(flag(name) for name in sizes if getattr(spec, name) is not None)
     policy = ", or leave --keep and --rebuild to gradflow" if options.is_policy_given else ""
-    policy = ", or leave out --cuda-graphs" if options.cuda_graphs else policy
+    asked = [flag(name) for name in ("together", "cuda_graphs") if getattr(options, name)]
+    policy = f", or leave out {' and '.join(asked)}" if asked else policy
     limited = options.memory_limit_bytes is not None and room >= options.memory_limit_bytes
     return MeasurementError(
         f"out of memory: this stack needs at least {gib(needed)}, {gib(room)} are "

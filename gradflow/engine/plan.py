@@ -34,7 +34,9 @@ class Footprint:
         stream: y between two layers.
         rows: what stays of a layer until its row is written.
         ahead: layers that are drawn before they are asked for, where they are rebuilt.
-        work: multiply-adds of a layer, forward.
+        work: multiply-adds of a layer's weights, forward.
+        scores: of attention between all tokens: kept only where seeds share a pass.
+        passing: what the work on a layer takes beside, for a moment.
         nodes: what a device takes to hold a layer's passes as CUDA graphs.
     """
 
@@ -45,12 +47,14 @@ class Footprint:
     rows: int
     ahead: int = 0
     work: int = 0
+    scores: int = 0
+    passing: int = 0
     nodes: int = 0
 
     @property
     def working(self) -> int:
         """At work: a layer with its gradients, and its statistics in float64."""
-        return 2 * self.parameters + self.graph + 10 * self.stream
+        return 2 * self.parameters + self.graph + 10 * self.stream + self.passing
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,7 @@ class SeedBlocks(Sequence[Block]):
         kind = layer_kind(self._spec, layer)
         if kind not in self._players:
             block = build_block(self._spec, self._seeds[0], layer, self._device)
+            # The last alone: where every layer is of its own kind, all would be a second stack.
             self._players = {kind: _Player(block)}
         player = self._players[kind]
         flat = player.block.source.flat

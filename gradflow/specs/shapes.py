@@ -175,8 +175,8 @@ def missing(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def changed(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values that are other than the shape's; None counts for none."""
-    shape = find(name).fields
+    """The values that are other than the shape's, a transformer's; None counts for none."""
+    shape = {"block": "transformer"} | dict(find(name).fields)
     return {
         field: values[field]
         for field in shape
