@@ -41,7 +41,7 @@ class Found:
     Attributes:
         tables: the rows, seed by seed.
         losses: one of each seed, at initialisation.
-        passes: seconds that statistics took of a seed; empty where it was trained.
+        passes: seconds that statistics took of a seed; empty where none went by itself.
         steps: of training.
         timing: of the first seed, where it was timed.
         peak: bytes.
@@ -58,7 +58,7 @@ class Found:
 
     @property
     def pass_s(self) -> float | None:
-        """Seconds of a seed's statistics; None where it was trained."""
+        """Seconds of a seed's statistics; None where none went by itself."""
         return median(self.passes) if self.passes else None
 
 
@@ -109,7 +109,7 @@ class Passes:
         return self._found(tables, losses, passes, (), timing)
 
     def _at_once(self, each: Sequence[Tables]) -> Found:
-        """All seeds in one pass, whose seconds are shared among them."""
+        """All seeds in one pass. Its seconds are not like those of the bare pass, of one seed."""
         timing = self._time_apart() if self.options.timing else None
         self.progress("building", 0, 1)
         seeds = self.options.all_seeds
@@ -119,11 +119,11 @@ class Passes:
         tables = dict(zip(seeds, each, strict=True))
         ticks = self._ticks(f"gradients, {len(seeds)} seeds")
         work = partial(walk_seeds, self.spec, network, tables, tick=ticks, **self._how)
-        found, seconds = self._timed(work)
+        found, _ = self._timed(work)
         for other in each[1:]:
             each[0].layers.extend(other.layers)
             each[0].params.extend(other.params)
-        return self._found(each[0], found.losses.tolist(), [seconds / len(seeds)], (), timing)
+        return self._found(each[0], found.losses.tolist(), (), (), timing)
 
     def _trained(self, tables: Tables) -> Found:
         """The steps; what was measured on the way goes to the tables."""

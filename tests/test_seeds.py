@@ -230,10 +230,15 @@ def test_it_is_not_chosen_where_memory_would_force_another_policy() -> None:
 
 
 def test_what_was_asked_for_and_does_not_fit_is_an_error_not_something_else() -> None:
-    limit = "600KiB"
-    assert planned(seeds=500, memory_limit=limit, together=None).seeds == 1
-    with pytest.raises(MeasurementError, match=r"600 KiB are allowed; .*or leave out --together$"):
-        planned(seeds=500, memory_limit=limit, together=True)
+    limit = "400KiB"
+    assert planned(seeds=MOST_SEEDS, memory_limit=limit, together=None).seeds == 1
+    with pytest.raises(MeasurementError, match=r"400 KiB are allowed; .*or leave out --together$"):
+        planned(seeds=MOST_SEEDS, memory_limit=limit, together=True)
+
+
+def test_more_seeds_than_tables_can_be_open_are_refused() -> None:
+    with pytest.raises(UsageError, match="not for more than 256 seeds"):
+        planned(seeds=MOST_SEEDS + 1, together=True)
 
 
 REFUSED = {
@@ -270,11 +275,13 @@ def test_a_run_is_the_same_run(policy: dict[str, Any]) -> None:
     assert "5 seeds in one pass" in str(together.environment["memory_policy"])
 
 
-def test_timed_runs_share_the_pass_among_the_seeds() -> None:
+def test_a_pass_of_all_seeds_is_not_divided_by_a_bare_pass_of_one() -> None:
     run = gradflow.measure(NARROW, RunOptions(device="cpu", seeds=5, repeats=1, time_budget=1e-9))
     assert "5 seeds in one pass" in str(run.environment["memory_policy"])
     assert run.overhead is not None
-    assert run.overhead["statistics_pass_s"] > 0
+    assert set(run.overhead) == {
+        *("bare_pass_s", "bare_pass_iqr_s", "timed_pass_s", "timed_over_bare"),
+    }
     assert all(row.forward_s is not None for row in run.layer_records[:21] if row.layer)
 
 

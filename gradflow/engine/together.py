@@ -54,9 +54,9 @@ def with_seeds(
 
 
 def pays(seeds: int, size: Footprint) -> bool:
-    """Whether so many seeds are faster together, and their tables no danger."""
+    """Whether so many seeds are faster together."""
     is_small = size.work <= MOST_WORK and size.scores <= MOST_SCORES
-    return is_small and LEAST_SEEDS <= seeds <= MOST_SEEDS
+    return is_small and seeds >= LEAST_SEEDS
 
 
 def _refusal(spec: StackSpec, options: RunOptions) -> str | None:
@@ -69,6 +69,7 @@ def _refusal(spec: StackSpec, options: RunOptions) -> str | None:
         "a block of your own": user_code.is_user_name(spec.block),
         "a scheme of your own": user_code.is_user_name(spec.scheme or ""),
         "branches that are dropped at random": any(w.unit == "stochastic" for w in wirings),
+        f"more than {MOST_SEEDS} seeds": options.seeds > MOST_SEEDS,
         "a scheme that profiles each seed": spec.scheme is not None and spec.recipe.profiled,
     }
     return next((reason for reason, is_so in against.items() if is_so), None)

@@ -22,7 +22,8 @@ def with_times(run: Run, timing: Timing, statistics_s: float | None = None) -> R
     Args:
         run: measured without times.
         timing: of the same network.
-        statistics_s: median seconds that a statistics pass spent on the timed layers.
+        statistics_s: median seconds that a statistics pass spent on the timed layers; None where no
+            pass is like the timed ones.
     """
     if isinstance(run.spec, ModelSpec):
         timing = _numbered(timing, run.layer_records)
@@ -97,16 +98,18 @@ def _flops(timing: Timing, share: float, forward_s: float, backward_s: float) ->
 
 def _overhead(timing: Timing, statistics_s: float | None) -> dict[str, float] | None:
     """What observing cost in this run, and how far the unit times add up."""
-    if timing.bare_s is None or timing.bare_iqr_s is None or statistics_s is None:
+    if timing.bare_s is None or timing.bare_iqr_s is None:
         return None
-    return {
-        "statistics_pass_s": statistics_s,
+    times = {
         "bare_pass_s": timing.bare_s,
         "bare_pass_iqr_s": timing.bare_iqr_s,
         "timed_pass_s": timing.total_s,
-        "statistics_over_bare": statistics_s / timing.bare_s,
         "timed_over_bare": timing.total_s / timing.bare_s,
     }
+    if statistics_s is None:
+        return times
+    over = statistics_s / timing.bare_s
+    return times | {"statistics_pass_s": statistics_s, "statistics_over_bare": over}
 
 
 def _warnings(timing: Timing, spec: Spec) -> Iterator[str]:

@@ -288,10 +288,8 @@ def cost_lines(run: Run) -> Iterator[RenderableType]:
         )
         yield from speed_lines(summary)
     if summary.peak_bytes is not None:
-        overhead = ""
-        if run.overhead:
-            ratio = run.overhead["statistics_over_bare"]
-            overhead = f"; observing cost {ratio:.2f} times a bare pass"
+        ratio = (run.overhead or {}).get("statistics_over_bare")
+        overhead = f"; observing cost {ratio:.2f} times a bare pass" if ratio else ""
         yield Text(f"Peak memory {gib(summary.peak_bytes)}{overhead}.")
     policy = run.environment.get("memory_policy")
     if policy:
