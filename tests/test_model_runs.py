@@ -68,7 +68,11 @@ def test_layers_without_a_backward_pass_have_no_times_and_this_is_said(
     request = ModelRequest(model="user_models:half_frozen", input=f"5,{WIDTH}")
     run = measure_model(request, options, clock=FakeClock([1.0]))
     assert [row.layer for row in run.layer_records if row.forward_s is not None] == [4]
-    assert any("1 of 4 layers, that have a backward pass" in line for line in run.warnings)
+    assert any(
+        "1 of 4 layers, that have a backward pass; totals are theirs" in line
+        for line in run.warnings
+    )
+    assert run.summary.forward_s == run.summary.forward_s_per_layer == 1.0  # of the fake clock
 
 
 def by_hand(seed: int, loss: str) -> tuple[list[float], float]:

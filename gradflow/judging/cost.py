@@ -31,7 +31,7 @@ def with_times(run: Run, timing: Timing, statistics_s: float | None = None) -> R
         run,
         layer_records=_with_columns(run.layer_records, timing),
         time_records=timing.repeats,
-        summary=_with_cost(run.summary, run.spec.depth, timing),
+        summary=_with_cost(run.summary, _told(run.spec, timing), timing),
         overhead=_overhead(timing, statistics_s),
         warnings=(*run.warnings, *_warnings(timing, run.spec)),
     )
@@ -66,6 +66,11 @@ def _timed_rows(rows: Iterable[LayerRecord], timing: Timing) -> Iterator[LayerRe
             backward_s=backward,
             backward_s_iqr=backward_iqr,
         )
+
+
+def _told(spec: Spec, timing: Timing) -> int:
+    """The layers of which totals are told: of a model's no sample stands for the others."""
+    return timing.layers if isinstance(spec, ModelSpec) else spec.depth
 
 
 def _with_cost(summary: Summary, depth: int, timing: Timing) -> Summary:
@@ -114,10 +119,12 @@ def _overhead(timing: Timing, statistics_s: float | None) -> dict[str, float] | 
 
 def _warnings(timing: Timing, spec: Spec) -> Iterator[str]:
     if timing.layers < spec.depth:
-        which = "that have a backward pass" if isinstance(spec, ModelSpec) else "evenly spread"
+        of_model = isinstance(spec, ModelSpec)
+        which = "that have a backward pass" if of_model else "evenly spread"
+        totals = "theirs" if of_model else "their mean times the depth"
         yield (
             f"times are those of {timing.layers} of {spec.depth:,} layers, {which}; "
-            "totals are their mean times the depth"
+            f"totals are {totals}"
         )
     if timing.spread > NOISY_SPREAD:
         yield (
