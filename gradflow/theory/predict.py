@@ -16,7 +16,7 @@ import numpy as np
 from gradflow.specs.spec import StackSpec
 from gradflow.theory import highway
 from gradflow.theory.attention import LOGIT_LIMIT, excess, excess_array, scatter
-from gradflow.theory.copies import state_levels, state_shares, state_streams
+from gradflow.theory.copies import state_answers, state_levels, state_streams
 from gradflow.theory.describe import describe
 from gradflow.theory.layouts import CausalTokens, Exchangeable, Layout, Moments
 from gradflow.theory.limits import check_passes, check_spec, check_stack
@@ -125,13 +125,12 @@ def _both_passes(stack: Stack) -> tuple[Stack, Layout, Passes]:
 
 
 def _noise(stack: Stack, passes: Passes, layout: Layout) -> Noise:
-    few = _fewer_probes(stack)
-    noise = finite_width(stack.units, passes, layout, few)
-    if stack.state is not None and stack.state.kind in COPIES:
-        shares = state_shares(stack.state, np.array(passes.levels), passes.shares)
-        rows = finite_width(stack.units, replace(passes, shares=shares), layout, few)
-        variance = np.append(noise.variance[:1], rows.variance[1:])  # the input is one stream
-        noise = replace(noise, variance=variance)
+    kind = None if stack.state is None else stack.state.kind
+    whole = kind is None or kind in (*COPIES, "ngpt", "value-residual")
+    noise = finite_width(stack.units, passes, layout, _fewer_probes(stack), whole=whole)
+    if stack.state is not None and kind in COPIES:
+        answers = state_answers(stack.state, np.array(passes.levels))
+        noise = replace(noise, variance=noise.variance * answers**2)
     noise = noise.plus(_start_noise(stack, passes, layout))
     return noise.plus(np.array(passes.scatter or 0.0))
 
