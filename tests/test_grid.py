@@ -193,6 +193,12 @@ def test_a_misspelt_name_is_refused_and_the_known_ones_listed(name: str) -> None
     assert StackSpec.__dataclass_fields__[name].metadata["choices"][0] in str(caught.value)
 
 
+def test_a_misspelt_scheme_among_right_ones_is_refused() -> None:
+    """Skipped, as a combination that is no network, it would leave a smaller table and exit 0."""
+    with pytest.raises(UsageError, match=r"deepnrom.*deepnorm"):
+        expand({"scheme": ["pre-ln", "deepnrom"], "depth": [4]})
+
+
 def test_where_nothing_is_left_the_rule_is_the_error() -> None:
     with pytest.raises(UsageError, match="--heads divides --width"):
         expand({"heads": [3, 5], "width": [128]})

@@ -100,7 +100,7 @@ LACKS = {
     "depth-mup": ("output multiplier", "learning rates"),
     "completep": ("output multiplier", "Adam's eps and weight decay"),
     "fixup": ("a classifier that starts at 0", "activation after the addition"),
-    "mhc": ("Table 1 (H_pre, H_post) and mHC-lite's code (H_res)",),
+    "mhc": ("H_pre and H_post are Table 1's, H_res is mHC-lite's",),
     "ngpt": ("s_z in the head",),
 }
 
@@ -143,6 +143,8 @@ def test_json_is_the_zoo_and_nothing_else(cli: CommandLine, tmp_path: Path) -> N
         (("PRE-LN",), "a scheme is one of the known names"),
         (("deepnorm", "--depth", "0"), "--depth is a whole number of at least 1; got 0"),
         (("gone.py:SCHEME",), "the file can be read"),
+        (("dyt",), "use --scheme pre-ln --norm-kind dyt"),
+        (("qk-norm",), "use --scheme pre-ln --qk-norm"),
     ],
 )
 def test_a_bad_word_is_one_line(cli: CommandLine, given: tuple[str, ...], told: str) -> None:

@@ -138,6 +138,20 @@ SCATTER = [
     {"block": "mlp", "shortcut": "plain", "norm": "pre", "norm_kind": "rmsnorm"},
     {"block": "mlp", "norm": "post"},
     {"block": "ffn", "shortcut": "plain", "norm": "post", "activation": "relu", "seq_len": 4},
+    {"scheme": "pre-ln", "init": "he", "seq_len": 16},
+    {"scheme": "peri-ln", "activation": "relu", "seq_len": 16},
+    {"scheme": "deepnorm", "seq_len": 16},
+    *(
+        pytest.param({"scheme": name, "init": "he", "seq_len": 16, **more}, marks=pytest.mark.slow)
+        for name, more in [
+            ("post-ln", {}),
+            ("gpt2", {"activation": "relu"}),
+            ("lns", {}),
+            ("hyper-connections", {}),
+            ("value-residual", {}),
+            ("pre-ln", {"causal": True}),
+        ]
+    ),
 ]
 
 

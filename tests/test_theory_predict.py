@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -409,3 +410,15 @@ def test_a_head_of_many_classes_is_a_cotangent() -> None:
     plain_stack = predict_stack(Stack(SHAPE, units))
     headed = predict_stack(Stack(SHAPE, units, head=Head(1000, Weights(1e-6))))
     assert headed.log10_grad_norm == pytest.approx(plain_stack.log10_grad_norm, abs=1e-3)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("width", [64, 8])  # with a prediction, and without one
+def test_the_garbage_collector_is_left_as_it_was(width: int, enabled: bool) -> None:
+    before = gc.isenabled()
+    try:
+        (gc.enable if enabled else gc.disable)()
+        predict(StackSpec(depth=2, width=width, heads=1))
+        assert gc.isenabled() is enabled
+    finally:
+        (gc.enable if before else gc.disable)()

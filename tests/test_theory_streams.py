@@ -18,7 +18,7 @@ from gradflow.schemes import SCHEMES
 from gradflow.specs.spec import StackSpec
 from gradflow.theory import Shape, Stack, Unit, Weights, predict_stack, programs
 from gradflow.theory.bundle import Branch, Mix, Norm
-from gradflow.theory.copies import state_levels
+from gradflow.theory.copies import state_answers, state_levels
 from gradflow.theory.layouts import CausalTokens, Exchangeable, Layout
 from gradflow.theory.norms import Stream
 from gradflow.theory.passes import Passes, run
@@ -117,6 +117,14 @@ def passes(units: tuple[Unit, ...], layout: Layout, state: State | None = None) 
     if state is None:
         return run(units, start, lambda _: layout.start(1.0), layout)
     return run_several(units, state, start, lambda _: layout.start(1.0), layout)
+
+
+@pytest.mark.parametrize("kind", ["hyper-connections", "mhc", "attnres", "denseformer"])
+def test_states_answer_to_pre_ln_as_their_levels_do(kind: str) -> None:
+    """A central difference, row by row; the last row is the reference and does not move."""
+    state, base, step = State(kind, 4), np.array([2.0, 1.4, 0.6, 0.2]), 1e-6
+    up, down = (np.array(state_levels(state, base + h)) for h in (step, -step))
+    assert state_answers(state, base) == pytest.approx((up - down) / (2 * step), rel=1e-6)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["full", "causal"])

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from gradflow.errors import UsageError, closest_first
 from gradflow.schemes import SCHEMES, Scheme
-from gradflow.specs.block_kinds import block_kind
+from gradflow.specs.block_kinds import NORM_KINDS, block_kind
 from gradflow.specs.spec import StackSpec
 from gradflow.specs.user_code import from_file, is_reference, shown
 from gradflow.specs.user_schemes import scheme_named
@@ -22,6 +22,8 @@ from gradflow.wiring import Place
 # Depths of the table of constants: those of common nets, and two beyond.
 DEPTHS = (6, 12, 24, 48, 96, 1000)
 WIDTH = 80
+# Options that papers publish as recipes too.
+NORMS = {"qk-norm": "--qk-norm", **{kind: f"--norm-kind {kind}" for kind in NORM_KINDS}}
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,9 @@ def look_up(name: str) -> tuple[str, Scheme]:
         name = from_file(name)
         StackSpec(scheme=name)  # holds it against the interface
         return shown(name), scheme_named(name)
+    if name in NORMS:
+        rule = "a scheme is a whole recipe; a norm is an option of any"
+        raise UsageError(rule, name, f"use --scheme pre-ln {NORMS[name]}")
     if name not in SCHEMES:
         known = ", ".join(closest_first(name, SCHEMES))
         raise UsageError("a scheme is one of the known names", name, f"use {known}")

@@ -122,12 +122,17 @@ def _check_names(lists: Mapping[str, Sequence[Any]]) -> None:
             locate_model(model)
         return
     for name, values in lists.items():
-        for value in filter(user_code.is_user_name, values):
-            StackSpec(**{name: value})
-        choices = STACK_FIELDS[name].metadata["choices"] if name in STACK_FIELDS else ()
-        for value in values if choices else ():
-            if not user_code.is_user_name(value):
-                check_choice(flag(name), value, choices)
+        for value in values:
+            _check_value(name, value)
+
+
+def _check_value(name: str, value: Any) -> None:
+    if user_code.is_user_name(value):
+        StackSpec(**{name: value})
+    elif name == "scheme" and value is not None:
+        scheme_named(value)
+    elif name in STACK_FIELDS and (choices := STACK_FIELDS[name].metadata["choices"]):
+        check_choice(flag(name), value, choices)
 
 
 def _idle(name: str, chosen: Mapping[str, Any]) -> bool:

@@ -46,19 +46,17 @@ def state_levels(state: State, base: Array | Sequence[float]) -> Array:
     return levels
 
 
-def state_shares(state: State, base: Array, shares: Sequence[float]) -> list[float]:
-    """The branches' shares in |g|^2 of the states before them.
+def state_answers(state: State, base: Array) -> Array:
+    """The derivative of `state_levels` by those of Pre-LN, row by row: what becomes of their noise.
 
     Args:
         state: of a kind above.
-        base: ln R of Pre-LN, and its `shares`.
-        shares: of the branches.
+        base: ln of |g|^2 over that at the output, of Pre-LN.
     """
-    if state.kind != "hyper-connections":
-        return list(shares)
-    below = np.asarray(base)[:-1]
-    factor = state.copies * np.exp(below - np.log1p(state.copies * np.expm1(below)))
-    return [float(x) for x in np.asarray(shares) * factor]
+    answers = np.ones(len(base))
+    if state.kind == "hyper-connections":
+        answers[1:] = state.copies * np.exp(base[1:] - np.log1p(state.copies * np.expm1(base[1:])))
+    return answers
 
 
 def state_streams(state: State, base: Sequence[Stream], layout: Layout) -> list[Stream]:

@@ -6,7 +6,7 @@ import numpy as np
 
 from gradflow.specs.spec import StackSpec
 from gradflow.theory.branches import BRANCHES, BranchTape
-from gradflow.theory.layouts import Layout
+from gradflow.theory.layouts import Layout, Moments
 from gradflow.theory.maths import Array
 from gradflow.theory.moments import ACTIVATIONS
 from gradflow.theory.norms import KNOWN, POINTWISE
@@ -180,18 +180,23 @@ def _correlations(stack: Stack, passes: Passes, layout: Layout) -> Array:
     variances without the rows' common part. A convolution averages over 9 pairs of pixels. In a
     resnet the new part 1/n is that of the branch, by its share of V_y.
     """
-    found = np.zeros(len(stack.units))
-    c = 0.0
-    for place, (unit, tape) in enumerate(zip(stack.units, passes.tapes, strict=True)):
-        x, y = passes.streams[place].s, passes.streams[place + 1].s
-        out = 1.0 if tape.after is None else float(layout.mean(tape.after.scale[0]))
-        own, after = (layout.mean_square(s) - layout.batch_mean(s) for s in (x, y))
-        u = layout.mean_square(tape.u) - layout.batch_mean(tape.u)
+    found, c = np.zeros(len(stack.units)), 0.0
+    apart = _apart([x.s for x in passes.streams], layout)
+    inputs = _apart([tape.u for tape in passes.tapes], layout)
+    columns = zip(stack.units, passes.tapes, apart[:-1], apart[1:], inputs, strict=True)
+    for place, (unit, tape, own, after, u) in enumerate(columns):
+        out = 1.0 if tape.after is None else layout.mean(tape.after.scale[0])
         kept = (unit.a**2 * own + unit.b**2 * _passed(unit, tape.inside, layout) * u) * out / after
         new = 1 - unit.a**2 * own * out / after if unit.kind == "resnet" else 1.0
         c = kept**2 * c + new**2 / stack.shape.width
         found[place] = c
     return found
+
+
+def _apart(streams: list[Moments], layout: Layout) -> list[float]:
+    """Variances without the rows' common part, but for a factor."""
+    squares = np.array([layout.mean_square(s) for s in streams])
+    return [float(x) for x in squares * (1 - layout.cosines(streams))]
 
 
 def _passed(unit: Unit, tape: BranchTape, layout: Layout) -> float:

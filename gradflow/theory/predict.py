@@ -7,7 +7,10 @@ exactly, cross-entropy by a head of its own (its tokens share the softmax's mean
 
 from __future__ import annotations
 
+import gc
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -16,7 +19,7 @@ import numpy as np
 from gradflow.specs.spec import StackSpec
 from gradflow.theory import highway
 from gradflow.theory.attention import LOGIT_LIMIT, excess, excess_array, scatter
-from gradflow.theory.copies import state_levels, state_shares, state_streams
+from gradflow.theory.copies import state_answers, state_levels, state_streams
 from gradflow.theory.describe import describe
 from gradflow.theory.layouts import CausalTokens, Exchangeable, Layout, Moments
 from gradflow.theory.limits import check_passes, check_spec, check_stack
@@ -77,10 +80,27 @@ def predict(spec: StackSpec) -> Prediction:
     """
     try:
         check_spec(spec)
-        stack = describe(spec)
+        with _uncollected():
+            stack = describe(spec)
     except NoTheoryError as limit:
         return Prediction(None, reason=str(limit))
     return predict_stack(stack)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without the cyclic garbage collector, as it was after it.
+
+    The tapes of a deep stack are a million tuples without a cycle, which it would search again and
+    again: a third of the time.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def predict_stack(stack: Stack) -> Prediction:
@@ -90,12 +110,13 @@ def predict_stack(stack: Stack) -> Prediction:
         stack: shape, units, and the head if the loss is cross-entropy.
     """
     try:
-        stack, layout, passes = _both_passes(stack)
-        noise = _noise(stack, passes, layout)
-        rows = check_passes(stack, passes, layout, noise)
+        with _uncollected():
+            stack, layout, passes = _both_passes(stack)
+            noise = _noise(stack, passes, layout)
+            rows = check_passes(stack, passes, layout, noise)
+            return _to_prediction(stack, passes, layout, noise, rows)
     except NoTheoryError as limit:
         return Prediction(None, reason=str(limit))
-    return _to_prediction(stack, passes, layout, noise, rows)
 
 
 def total_decades(spec: StackSpec) -> float:
@@ -125,13 +146,12 @@ def _both_passes(stack: Stack) -> tuple[Stack, Layout, Passes]:
 
 
 def _noise(stack: Stack, passes: Passes, layout: Layout) -> Noise:
-    few = _fewer_probes(stack)
-    noise = finite_width(stack.units, passes, layout, few)
-    if stack.state is not None and stack.state.kind in COPIES:
-        shares = state_shares(stack.state, np.array(passes.levels), passes.shares)
-        rows = finite_width(stack.units, replace(passes, shares=shares), layout, few)
-        variance = np.append(noise.variance[:1], rows.variance[1:])  # the input is one stream
-        noise = replace(noise, variance=variance)
+    kind = None if stack.state is None else stack.state.kind
+    whole = kind is None or kind in (*COPIES, "ngpt", "value-residual")
+    noise = finite_width(stack.units, passes, layout, _fewer_probes(stack), whole=whole)
+    if stack.state is not None and kind in COPIES:
+        answers = state_answers(stack.state, np.array(passes.levels))
+        noise = replace(noise, variance=noise.variance * answers**2)
     noise = noise.plus(_start_noise(stack, passes, layout))
     return noise.plus(np.array(passes.scatter or 0.0))
 

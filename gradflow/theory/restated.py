@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache
 
 from gradflow.specs.block_kinds import POINTWISE
 from gradflow.theory.units import NoTheoryError, Unit, Weights
@@ -23,7 +24,12 @@ def _residual(unit: Unit, *_: object) -> Unit:
 def _mhc(unit: Unit, _: Place, wiring: Wiring) -> Unit:
     """All streams are copies of Pre-LN's, of which the branch reads n sigma(pre)."""
     gate = 1 / (1 + math.exp(-float(wiring.settings["pre"])))
-    return replace(unit, a=1.0, read=int(wiring.settings["streams"]) * gate)
+    return _reading(unit, int(wiring.settings["streams"]) * gate)
+
+
+@lru_cache(maxsize=256)
+def _reading(unit: Unit, read: float) -> Unit:
+    return replace(unit, a=1.0, read=read)
 
 
 def _attnres(unit: Unit, place: Place, _: Wiring) -> Unit:
@@ -51,7 +57,8 @@ def _enlarged(weights: Weights) -> Weights:
     return Weights(LARGE * weights.scale, LARGE * weights.bias)
 
 
-def _ngpt(unit: Unit, *_: object) -> Unit:
+@lru_cache(maxsize=256)
+def _ngpt(unit: Unit) -> Unit:
     """x' = N((1 - alpha) x + alpha N(f(x))), in units of x/sqrt(d), d the width.
 
     Loshchilov et al. 2024 (arXiv:2410.01131). Rows of every matrix have length 1, so it keeps mean
@@ -77,5 +84,5 @@ RESTATED: dict[str, Restate] = {
     "value-residual": _residual,
     "pb-relax": _pb_relax,
     "admin": lambda unit, place, wiring: unit,
-    "ngpt": _ngpt,
+    "ngpt": lambda unit, place, wiring: _ngpt(unit),
 }

@@ -9,6 +9,9 @@ Unit by unit, in nats^2, for a branch that takes the share w of |g|^2:
 - in a plain net also the stream's own size, which moves all later slopes or is divided out by a
   norm: phi'^2/E + A phi^2/E in place of phi'^2/E. Derived here.
 
+Where attention is in the stack, `gradient_noise` and `stream_noise` have the variance by probe, and
+that of sizes, instead.
+
 The ln of a mean of log-normal numbers lies half this variance below the ln of their mean: the bias.
 Limits: L/n small. Good to about a factor of 2.
 """
@@ -16,16 +19,18 @@ Limits: L/n small. Good to about a factor of 2.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import numpy.typing as npt
 
+from gradflow.theory.gradient_noise import gradient_variance, moved, parts_of
 from gradflow.theory.layouts import Layout
 from gradflow.theory.maths import Array
 from gradflow.theory.moments import ACTIVATIONS, Moment
 from gradflow.theory.norms import CENTRED, ROW_NORMS
 from gradflow.theory.passes import Passes
+from gradflow.theory.stream_noise import stream_steps
 from gradflow.theory.units import Unit, Weights
 
 _STEP = 1e-4  # for derivatives by ln q
@@ -75,7 +80,14 @@ class Noise:
         return Noise(self.variance + variance, self.bias - 0.5 * variance, self.drift)
 
 
-def finite_width(units: Sequence[Unit], passes: Passes, layout: Layout, few: float = 0.0) -> Noise:
+def finite_width(
+    units: Sequence[Unit],
+    passes: Passes,
+    layout: Layout,
+    few: float = 0.0,
+    *,
+    whole: bool = True,
+) -> Noise:
     """Variance and bias of ln |g|^2.
 
     Args:
@@ -83,27 +95,64 @@ def finite_width(units: Sequence[Unit], passes: Passes, layout: Layout, few: flo
         passes: both passes through them.
         layout: of the moments.
         few: added to 1/N; 1/(classes - 1) where all gradients come from a few classes.
+        whole: whether norms are of all that the units hand on, not of one stream of several.
     """
-    found = _gather(units, passes, layout, few)
+    found, groups = _gather(units, passes, layout, few), _alike(units)
     alone, shared, sizes = (np.zeros(len(units)) for _ in range(3))
-    groups: dict[tuple[object, ...], list[int]] = {}
-    for place, unit in enumerate(units):
-        gated = unit.w_gate and (unit.w_gate, unit.w_in)
-        kind = (unit.kind, unit.activation, not unit.a, unit.norms, gated)
-        groups.setdefault(kind, []).append(place)
     chained = len({unit.kind for unit in units}) == 1 and not any(u.a or u.norms for u in units)
     extra, drift = np.zeros(len(units) + 1), 0.0
-    for places in groups.values():
-        unit, where = units[places[0]], np.array(places)
-        part = found.at(where)
+    for where in groups:
+        unit, part = units[where[0]], found.at(where)
         size = _size(unit, part) if unit.kind != "attention" and not unit.a else None
         if chained and unit.kind != "attention":
             size, extra[1:], drift = _later_slopes(unit, part, layout)
         alone[where] = _by_probe(unit, part, layout)
         shared[where] = _shared(unit, part, layout, size)
         sizes[where] = _rescaling(part, layout)
-    variance = _averaged(alone, found.probes) + _to_output(shared) + extra
+    every = _to_output(shared) + extra
+    variance = _averaged(alone, found.probes) + every
+    if whole and layout.shape.tokens > 1 and any(unit.kind == "attention" for unit in units):
+        return Noise(every + _of_tokens(units, passes, layout, found, few), -0.5 * variance, drift)
     return Noise(variance + _to_output(sizes), -0.5 * variance, drift)
+
+
+def _alike(units: Sequence[Unit]) -> list[npt.NDArray[np.int64]]:
+    """The places of units that share their formulas."""
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for place, unit in enumerate(units):
+        gated = unit.w_gate and (unit.w_gate, unit.w_in)
+        kind = (unit.kind, unit.activation, not unit.a, unit.norms, gated)
+        groups.setdefault(kind, []).append(place)
+    return [np.array(places) for places in groups.values()]
+
+
+def _of_tokens(
+    units: Sequence[Unit], passes: Passes, layout: Layout, found: _Found, few: float
+) -> Array:
+    """What probes and sizes bring where attention gathers the tokens' mean gradient.
+
+    2 <g, J g>/n of many probes still has the trace of J, whose variance is 1/n of that of one
+    probe: as far as the slopes in J are alike.
+    """
+    shape, parts = layout.shape, parts_of(passes, layout)
+    activated = np.array([unit.kind != "attention" for unit in units])
+    backs = [tape.inside.back for tape in passes.tapes if tape.inside.back is not None]
+    slopes = np.ones(len(units))
+    slopes[[tape.inside.back is not None for tape in passes.tapes]] = layout.cosines(backs)
+    mean, rest = np.zeros(len(units)), np.zeros(len(units))
+    for where in _alike(units):
+        unit, part = units[where[0]], found.at(where)
+        mean[where] = _by_probe(unit, replace(part, share=parts.mean[where]), layout)
+        rest[where] = _by_probe(unit, replace(part, share=parts.rest[where]), layout)
+    mean *= 1 / shape.batch + few + 1 / shape.width
+    rest *= 1 / (shape.rows - shape.batch) + few + slopes / shape.width
+    return gradient_variance(
+        parts,
+        moved(parts, activated, shape.tokens),
+        (mean, rest),
+        stream_steps(units, passes, layout),
+        layout,
+    )
 
 
 def _to_output(steps: Array) -> Array:
