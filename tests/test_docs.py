@@ -116,3 +116,8 @@ def test_the_readme_names_every_exit_code_and_no_other() -> None:
     assert {int(code) for code in re.findall(r"^\| (\d+) \|", table, re.MULTILINE)} == codes
     (usage,) = re.findall(r"^\| 2 \| (.*) \|$", table, re.MULTILINE)
     assert "`check`: no bound is broken, but a run could not be read" in usage
+
+
+@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\((?!https?:|#)([^)#]+)", README))))
+def test_what_the_readme_links_to_is_there(link: str) -> None:
+    assert (Path(__file__).parent.parent / link).exists()

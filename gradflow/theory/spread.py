@@ -27,13 +27,12 @@ import numpy.typing as npt
 from gradflow.theory.gradient_noise import gradient_variance, moved, parts_of
 from gradflow.theory.layouts import Layout
 from gradflow.theory.maths import Array
-from gradflow.theory.moments import ACTIVATIONS, Moment
-from gradflow.theory.norms import CENTRED, ROW_NORMS
+from gradflow.theory.moments import ACTIVATIONS
+from gradflow.theory.norms import ROW_NORMS
 from gradflow.theory.passes import Passes
+from gradflow.theory.slope_noise import log_slope, slope_noise
 from gradflow.theory.stream_noise import stream_steps
-from gradflow.theory.units import Unit, Weights
-
-_STEP = 1e-4  # for derivatives by ln q
+from gradflow.theory.units import Unit
 
 
 @dataclass(frozen=True)
@@ -210,7 +209,7 @@ def _by_probe(unit: Unit, found: _Found, layout: Layout) -> Array:
     slopes = np.zeros_like(w)
     if unit.kind != "attention":
         layers = 2 if unit.kind == "resnet" else 1
-        slopes = 2 * layers * _slope_noise(unit, found.q, None) / _inner(unit, layout)
+        slopes = 2 * layers * slope_noise(unit, found.q, None) / _inner(unit, layout)
     return np.asarray(4 * w * (1 - w) / n + w * w * (matrices + slopes))
 
 
@@ -221,7 +220,7 @@ def _shared(unit: Unit, found: _Found, layout: Layout, size: Array | None) -> Ar
     shape, phi = layout.shape, ACTIVATIONS[unit.activation]
     alike = found.alike**2 if phi.odd else 2 / np.pi * np.arcsin(np.minimum(found.alike, 1.0))
     alike = alike + (1 - alike) / shape.rows
-    noise = _slope_noise(unit, found.q, size) / _inner(unit, layout)
+    noise = slope_noise(unit, found.q, size) / _inner(unit, layout)
     if unit.kind == "ffn" and size is not None:
         noise = noise + size**2 * 2 / shape.width
     return np.asarray(alike * found.share**2 * noise)
@@ -234,43 +233,6 @@ def _rescaling(found: _Found, layout: Layout) -> Array:
     """
     s, c = found.fresh, found.settled
     return np.asarray((4 * s * (1 - s) + 2 * s * s) / layout.shape.width * c * c)
-
-
-def _slope_noise(unit: Unit, q: Array, size: Array | None) -> Array:
-    """Var(phi'^2/E phi'^2 + A (phi - m)^2/E (phi - m)^2) with A = `size`, m = 0 or the mean."""
-    if unit.w_gate is not None:
-        return _gated_noise(unit, unit.w_gate, q)
-    phi = ACTIVATIONS[unit.activation]
-    keys = np.round(np.stack([np.log(q), np.zeros_like(q) if size is None else size]), 6)
-    (log_q, weight), back = np.unique(keys, axis=1, return_inverse=True)
-    q = np.exp(log_q)
-    centred = bool(set(unit.norms) & set(CENTRED))
-    mean = np.asarray(phi.mean(q))[:, None] if centred else np.zeros_like(q)[:, None]
-    variance = np.asarray(phi.square(q))[:, None] - mean**2
-    slope = np.asarray(phi.slope_square(q))[:, None]
-
-    def squared(f: Array, d: Array) -> Array:
-        sizes = weight[:, None] * (f - mean) ** 2 / variance
-        return np.asarray((d * d / slope + sizes) ** 2)
-
-    noise = np.asarray(phi.expect(squared, q)) - (1 + weight) ** 2
-    return np.asarray(noise[back.ravel()])
-
-
-def _gated_noise(unit: Unit, gate: Weights, q: Array) -> Array:
-    """Var(z)/(E z)^2 of z = s_in phi^2 + s_gate (phi' h)^2, h ~ N(0, r) the other factor."""
-    phi = ACTIVATIONS[unit.activation]
-    keys, back = np.unique(np.round(np.log(q), 6), return_inverse=True)
-    q = np.exp(keys)
-    r = (unit.w_in.scale * (q - gate.bias) / gate.scale + unit.w_in.bias)[:, None]
-    a, b = unit.w_in.scale, gate.scale
-
-    def square(f: Array, d: Array) -> Array:
-        one, two = a * f * f, b * r * d * d
-        return np.asarray(one * one + 2 * one * two + 3 * two * two)
-
-    mean = phi.expect(lambda f, d: a * f * f + b * r * d * d, q)
-    return np.asarray((np.asarray(phi.expect(square, q)) / np.asarray(mean) ** 2 - 1)[back.ravel()])
 
 
 def _size(unit: Unit, found: _Found) -> Array | None:
@@ -286,7 +248,7 @@ def _later_slopes(unit: Unit, found: _Found, layout: Layout) -> tuple[Array, Arr
     unit's own output brings to the ratio from there on, and the drift.
     """
     phi, q = ACTIVATIONS[unit.activation], found.q
-    e, t = (_log_slope(f, q) for f in (phi.slope_square, phi.square))
+    e, t = (log_slope(f, q) for f in (phi.slope_square, phi.square))
     gain = unit.w_in.scale * (unit.w_out.scale if unit.kind == "ffn" else 1.0)
     f = np.minimum(gain * np.asarray(phi.square(q))[:-1] / q[1:], 1.0)
     later = np.zeros_like(q)
@@ -300,9 +262,3 @@ def _later_slopes(unit: Unit, found: _Found, layout: Layout) -> tuple[Array, Arr
         size[place] = own[place] + (t[place] * f[place - 1]) ** 2 * size[place - 1]
     drift = float((np.maximum(later, 0.0) ** 2 * own).sum())
     return later, found.alike * later**2 * size, drift
-
-
-def _log_slope(moment: Moment, q: Array) -> Array:
-    """d ln moment / d ln q."""
-    up, down = (np.log(np.asarray(moment(q * np.exp(h)))) for h in (_STEP, -_STEP))
-    return np.asarray((up - down) / (2 * _STEP))
