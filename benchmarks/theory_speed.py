@@ -35,6 +35,7 @@ STACKS = {
     "conv, pre-layernorm, 16 x 16": StackSpec(width=WIDE, block="conv", norm_kind="layernorm"),
     "resnet, he-v2, 16 x 16": StackSpec(width=WIDE, scheme="he-v2", block="resnet"),
     "transformer, causal, 16 tokens": StackSpec(width=WIDE, causal=True, seq_len=16),
+    **{name: StackSpec(width=WIDE, scheme=name) for name in ("hyper-connections", "ngpt", "b2t")},
 }
 MAP = {**DEFAULT_GRID, "block": ["mlp", "conv", "ffn", "transformer"]}
 

@@ -67,6 +67,14 @@ QUICK = [
 ]
 
 
+def test_post_dyt_scatters_as_told() -> None:
+    """Seeds of depth 12 part by 0.17 decades of |g|; a seventh of it was told once."""
+    spec = spec_of(block="transformer", norm="post", norm_kind="dyt", causal=True)
+    measured = profiles(spec, range(100, 106)).std(axis=0, ddof=1)[0]
+    told = predict(spec).spread[0]
+    assert measured / 2 < told < 2 * measured
+
+
 @pytest.mark.parametrize("options", QUICK, ids=lambda o: "-".join(map(str, o.values())))
 def test_a_measured_profile_lies_in_the_band(options: dict[str, Any]) -> None:
     spec = spec_of(**options)

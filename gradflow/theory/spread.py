@@ -10,7 +10,7 @@ Unit by unit, in nats^2, for a branch that takes the share w of |g|^2:
   norm: phi'^2/E + A phi^2/E in place of phi'^2/E. Derived here.
 
 Where attention is in the stack, `gradient_noise` and `stream_noise` have the variance by probe, and
-that of sizes, instead.
+that of sizes, instead; but for dyt and derf after the shortcut.
 
 The ln of a mean of log-normal numbers lies half this variance below the ln of their mean: the bias.
 Limits: L/n small. Good to about a factor of 2.
@@ -28,7 +28,7 @@ from gradflow.theory.gradient_noise import gradient_variance, moved, parts_of
 from gradflow.theory.layouts import Layout
 from gradflow.theory.maths import Array
 from gradflow.theory.moments import ACTIVATIONS
-from gradflow.theory.norms import ROW_NORMS
+from gradflow.theory.norms import POINTWISE, ROW_NORMS
 from gradflow.theory.passes import Passes
 from gradflow.theory.slope_noise import log_slope, slope_noise
 from gradflow.theory.stream_noise import stream_steps
@@ -110,9 +110,18 @@ def finite_width(
         sizes[where] = _rescaling(part, layout)
     every = _to_output(shared) + extra
     variance = _averaged(alone, found.probes) + every
-    if whole and layout.shape.tokens > 1 and any(unit.kind == "attention" for unit in units):
+    if whole and _has_tokens_noise(units, layout):
         return Noise(every + _of_tokens(units, passes, layout, found, few), -0.5 * variance, drift)
     return Noise(variance + _to_output(sizes), -0.5 * variance, drift)
+
+
+def _has_tokens_noise(units: Sequence[Unit], layout: Layout) -> bool:
+    """Whether `_of_tokens` describes it: attention, and after shortcuts no function of elements.
+
+    Such a function answers to the stream's errors by its slopes, which `stream_noise` leaves out.
+    """
+    attends = layout.shape.tokens > 1 and any(unit.kind == "attention" for unit in units)
+    return attends and not any(unit.norm_out in POINTWISE for unit in units)
 
 
 def _alike(units: Sequence[Unit]) -> list[npt.NDArray[np.int64]]:
