@@ -25,6 +25,7 @@ from gradflow.engine.seed_walk import seed_network, walk_seeds
 from gradflow.engine.together import LEAST_SEEDS, MOST_SEEDS, MOST_WORK, with_seeds
 from gradflow.engine.walk import walk
 from gradflow.errors import MeasurementError, UsageError
+from gradflow.networks.initial import Weights
 from gradflow.networks.inputs import stream_shape
 from gradflow.networks.stack import build_block
 from gradflow.runs.records import LayerRecord, ParamRecord
@@ -112,6 +113,22 @@ def test_seeds_together_are_seeds_one_by_one(stack: StackSpec) -> None:
 def test_memory_policies_keep_to_their_numbers_bit_by_bit(spans: tuple[int, ...]) -> None:
     spec = small("transformer", depth=7)
     assert at_once(spec, spans=spans) == at_once(spec)
+
+
+@pytest.mark.parametrize("scheme", ["pre-ln", "lns"])
+def test_no_layer_is_drawn_twice(monkeypatch: pytest.MonkeyPatch, scheme: str) -> None:
+    """Not where all layers are of one kind, nor where each has a factor of its own."""
+    drawn: list[object] = []
+    draw = Weights.draw
+
+    def counted(self: Weights, source: torch.Generator) -> None:
+        drawn.append(source.initial_seed())
+        draw(self, source)
+
+    monkeypatch.setattr(Weights, "draw", counted)
+    spec = StackSpec(scheme=scheme, depth=4, **SIZES["tokens"])
+    assert len(SeedBlocks(spec, SEEDS, CPU)[:]) == 4
+    assert len(drawn) == len(set(drawn)) == 4 * len(SEEDS)
 
 
 SINKING = StackSpec(

@@ -111,14 +111,21 @@ def test_the_table_fits_80_columns_whatever_is_in_it(
     assert ("…" in "".join(text)) == (depth > 11)  # none is cut
 
 
-def test_long_names_keep_the_end_that_tells_them_apart() -> None:
-    spec = spec_of(depth=2, block="transformer")
-    sizes = {"gain": 1.0, "skip_gain": 1.0, "branch_gain": 1.0, "act_rms": 1.0, "forward_s": 1.0}
+def named_rows(name: str, **options: Any) -> list[str]:
+    """The table of a stack whose units are called `name`, with `layer` and `call` put in."""
+    spec = spec_of(**options)
+    columns = ("gain", "skip_gain", "branch_gain", "act_rms", "forward_s", "backward_s")
+    sizes = dict.fromkeys((*columns, "log10_param_grad_norm"), 1.0)
     rows = [
-        replace(row, unit=f"model.language_model.encoder.layers.{row.layer}#{row.layer + 9}")
-        for row in layer_rows(spec, [0.0] * 5, log10_param_grad_norm=1.0, backward_s=1.0, **sizes)
+        replace(row, unit=name.format(layer=row.layer, call=row.layer + 9))
+        for row in layer_rows(spec, [0.0] * (1 + spec.depth * spec.units_per_block), **sizes)
     ]
-    text = lines(layer_table(run_of(spec, rows, times=[TIME])))
+    return lines(layer_table(run_of(spec, rows, times=[TIME])))
+
+
+def test_long_names_keep_the_end_that_tells_them_apart() -> None:
+    name = "model.language_model.encoder.layers.{layer}#{call}"
+    text = named_rows(name, depth=2, block="transformer")
     assert max(map(len, text)) <= 80
     names = [line.split()[1] for line in text[1:]]
     assert all(name.startswith("…") for name in names)
@@ -127,13 +134,7 @@ def test_long_names_keep_the_end_that_tells_them_apart() -> None:
 
 
 def test_wide_characters_take_two_columns_each() -> None:
-    spec = spec_of(depth=3, block="mlp")
-    sizes = {"gain": 1.0, "skip_gain": 1.0, "branch_gain": 1.0, "act_rms": 1.0, "forward_s": 1.0}
-    rows = [
-        replace(row, unit=f"{'層' * 12}.{row.layer}")
-        for row in layer_rows(spec, [0.0] * 4, log10_param_grad_norm=1.0, backward_s=1.0, **sizes)
-    ]
-    text = lines(layer_table(run_of(spec, rows, times=[TIME])))
+    text = named_rows("層" * 12 + ".{layer}", depth=3, block="mlp")
     names = [line.split()[1] for line in text[1:]]
     assert [name[0] + name[-2:] for name in names] == ["….0", "….1", "….2", "….3"]
     assert max(map(cell_len, text)) <= 80

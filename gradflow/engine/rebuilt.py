@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, overload
+from typing import Any
 
 import torch
 
 from gradflow.engine.ahead import Ahead
 from gradflow.engine.compiled import use
+from gradflow.engine.layers import Layers
 from gradflow.networks.residual import Compiled
 from gradflow.networks.stack import Block, build_block, layer_kind, redraw
 from gradflow.specs.spec import StackSpec
@@ -28,7 +29,7 @@ class _Drawn:
     done: Any
 
 
-class RebuiltBlocks(Sequence[Block]):
+class RebuiltBlocks(Layers):
     """The layers of a stack, of which `alive` neighbours can be used at a time.
 
     A layer is played by a module that played another of its kind before: one draw gives it its
@@ -54,6 +55,7 @@ class RebuiltBlocks(Sequence[Block]):
         join: Compiled | None = None,
         ahead: Ahead | None = None,
     ) -> None:
+        super().__init__(spec.depth)
         self._spec, self._seed, self._device = spec, seed, device
         self._alive, self._join = alive, join
         # Profiles are passes of their own, which belong into the stream of the others.
@@ -63,24 +65,8 @@ class RebuiltBlocks(Sequence[Block]):
         self._last = 0
         self._next: _Drawn | None = None
 
-    def __len__(self) -> int:
-        return self._spec.depth
-
-    @overload
-    def __getitem__(self, index: int) -> Block: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Block]: ...
-    def __getitem__(self, index: int | slice) -> Block | list[Block]:
-        """The layer at this place, from 0; good until `alive` others have been asked for.
-
-        The layers of a slice have modules of their own.
-        """
-        layers = range(1, len(self) + 1)[index]
-        if isinstance(layers, range):
-            return [self._built(each) for each in layers]
-        return self._played(layers)
-
-    def _played(self, layer: int) -> Block:
+    def played(self, layer: int) -> Block:
+        """The layer, good until `alive` others have been asked for."""
         block = self._taken(layer) or self._drawn(layer)
         self._look_ahead(layer)
         self._last = layer
@@ -99,7 +85,7 @@ class RebuiltBlocks(Sequence[Block]):
         if place in modules:
             redraw(modules[place], self._spec, self._seed, layer, self._device)
         else:
-            modules[place] = self._built(layer)
+            modules[place] = self.built(layer)
             if self._ahead:
                 self._ahead.owns(modules[place].parameters())
         return modules[place]
@@ -115,7 +101,8 @@ class RebuiltBlocks(Sequence[Block]):
             draw = partial(redraw, block, self._spec, self._seed, layer + step, self._device)
             self._next = _Drawn(layer + step, block, self._ahead.start(draw))
 
-    def _built(self, layer: int) -> Block:
+    def built(self, layer: int) -> Block:
+        """The layer, by a module of its own."""
         return use(self._join, build_block(self._spec, self._seed, layer, self._device))
 
     def _of_kind(self, kind: Hashable) -> dict[int, Block]:

@@ -9,20 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from copy import copy
-from typing import overload
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from gradflow.engine.layers import Layers
 from gradflow.engine.seed_stats import norms
 from gradflow.networks.residual import Unit
 from gradflow.networks.stack import Block, build_block, layer_kind, redraw
 from gradflow.specs.spec import StackSpec
 
 
-class SeedBlocks(Sequence[Block]):
+class SeedBlocks(Layers):
     """The layers of a stack for all its seeds: streams and weights have an axis of seeds in front.
 
     Args:
@@ -32,32 +32,32 @@ class SeedBlocks(Sequence[Block]):
     """
 
     def __init__(self, spec: StackSpec, seeds: Sequence[int], device: torch.device) -> None:
+        super().__init__(spec.depth)
         self._spec, self._seeds, self._device = spec, seeds, device
         self._players: dict[Hashable, _Player] = {}
 
-    def __len__(self) -> int:
-        return self._spec.depth
+    def played(self, layer: int) -> Block:
+        """As `built`: its weights are its own, whoever plays it."""
+        return self.built(layer)
 
-    @overload
-    def __getitem__(self, index: int) -> Block: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Block]: ...
-    def __getitem__(self, index: int | slice) -> Block | list[Block]:
-        """The layer at this place, from 0, drawn anew, with weights of its own."""
-        layers = range(1, len(self) + 1)[index]
-        return self._drawn(layers) if isinstance(layers, int) else list(map(self._drawn, layers))
-
-    def _drawn(self, layer: int) -> Block:
-        kind = layer_kind(self._spec, layer)
-        if kind not in self._players:
-            block = build_block(self._spec, self._seeds[0], layer, self._device)
+    def built(self, layer: int) -> Block:
+        """The layer, drawn anew, with weights of its own."""
+        kind, first = layer_kind(self._spec, layer), self._seeds[0]
+        if kind in self._players:
+            redraw(self._players[kind].block, self._spec, first, layer, self._device)
+        else:
+            block = build_block(self._spec, first, layer, self._device)
             # The last alone: where every layer is of its own kind, all would be a second stack.
             self._players = {kind: _Player(block)}
-        player = self._players[kind]
+        return self._with_all_seeds(self._players[kind], layer)
+
+    def _with_all_seeds(self, player: _Player, layer: int) -> Block:
+        """The layer, once the player has the weights of the first seed."""
         flat = player.block.source.flat
         table = flat.new_empty((len(self._seeds), flat.numel()))
         for row, seed in zip(table, self._seeds, strict=True):
-            redraw(player.block, self._spec, seed, layer, self._device)
+            if seed != self._seeds[0]:
+                redraw(player.block, self._spec, seed, layer, self._device)
             row.copy_(flat)
         return player.with_weights(table)
 

@@ -44,7 +44,7 @@ class NextTokenLoss(nn.Module):
         slots = [
             Slot(part, name, shape, None)
             for part in self.children()
-            for name, shape in part.shapes.items()  # type: ignore[union-attr,operator]
+            for name, shape in part.shapes.items()  # type: ignore[union-attr,operator]  # both have them
         ]
         fill(slots, spec, device, generator(device, seed, "head"))
         load_head(weights, self.norm, self.project)

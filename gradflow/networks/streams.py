@@ -41,7 +41,7 @@ class StreamUnit(Unit):
 
     def step(self, x_skip: Tensor, x_branch: Tensor) -> Tensor:
         """The next state from the two uses of this one."""
-        raise NotImplementedError
+        raise NotImplementedError  # the interface: each wiring has its own
 
     def forward(self, x: Tensor) -> Tensor:
         # Both uses are gathered in views of their own before they are added: see `Unit.forward`.

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from gradflow.theory.layouts import Moments, through
 from gradflow.theory.maths import Array, Number, least, most
+from gradflow.theory.moment_sums import Moments, through
 from gradflow.theory.units import NoTheoryError, Unit
 
 LOGIT_LIMIT = 2.0

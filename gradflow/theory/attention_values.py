@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 
 from gradflow.theory.attention import MixTape, mix, pull_mix
-from gradflow.theory.layouts import Moments
 from gradflow.theory.maths import Array, Number
+from gradflow.theory.moment_sums import Moments
 from gradflow.theory.units import Unit, Weights
 
 _SMALL = 1e-12

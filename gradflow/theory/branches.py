@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from gradflow.theory.attention import MixTape, mix, pull_mix
-from gradflow.theory.layouts import Layout, Moments, scaled, through, times
+from gradflow.theory.layouts import Layout
+from gradflow.theory.moment_sums import Moments, scaled, through, times
 from gradflow.theory.moments import ACTIVATIONS
 from gradflow.theory.norms import NormTape, Stream, normalise, pull_norm
 from gradflow.theory.units import Unit, Weights

@@ -16,8 +16,9 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from gradflow.theory.attention_values import attend, pull_attend
-from gradflow.theory.layouts import Layout, Moments, through
+from gradflow.theory.layouts import Layout
 from gradflow.theory.maths import Array
+from gradflow.theory.moment_sums import Moments, through
 from gradflow.theory.norms import ROW_NORMS, NormTape, Stream, normalise
 from gradflow.theory.passes import Tape, backward, forward
 from gradflow.theory.units import NoTheoryError, Unit, Weights

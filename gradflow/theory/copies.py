@@ -24,8 +24,9 @@ from itertools import pairwise
 
 import numpy as np
 
-from gradflow.theory.layouts import Layout, Moments
+from gradflow.theory.layouts import Layout
 from gradflow.theory.maths import Array
+from gradflow.theory.moment_sums import Moments
 from gradflow.theory.norms import Stream
 from gradflow.theory.units import State
 

@@ -40,9 +40,10 @@ from gradflow.theory.highway_step import (
     slopes,
     weighted,
 )
-from gradflow.theory.layouts import Layout, through
+from gradflow.theory.layouts import Layout
 from gradflow.theory.maths import Array, Number
 from gradflow.theory.mixtures import branch_moments, gate_moments
+from gradflow.theory.moment_sums import through
 from gradflow.theory.norms import Stream
 from gradflow.theory.passes import Passes, Tape, check_range
 from gradflow.theory.units import Unit

@@ -10,9 +10,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gradflow.theory.layouts import Layout, Moments
+from gradflow.theory.layouts import Layout
 from gradflow.theory.maths import Array, Number
 from gradflow.theory.mixtures import BranchMoments, GateMoments, gate_pair
+from gradflow.theory.moment_sums import Moments
 from gradflow.theory.units import Unit
 
 

@@ -6,8 +6,9 @@ import numpy as np
 
 from gradflow.specs.spec import StackSpec
 from gradflow.theory.branches import BRANCHES, BranchTape
-from gradflow.theory.layouts import Layout, Moments
+from gradflow.theory.layouts import Layout
 from gradflow.theory.maths import Array
+from gradflow.theory.moment_sums import Moments
 from gradflow.theory.moments import ACTIVATIONS
 from gradflow.theory.norms import KNOWN, POINTWISE
 from gradflow.theory.passes import Passes

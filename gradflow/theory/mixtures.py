@@ -14,8 +14,9 @@ import numpy as np
 from scipy.special import expit
 
 from gradflow.theory.kernels import Kernel, hermite_kernel
-from gradflow.theory.layouts import Layout, Moments
+from gradflow.theory.layouts import Layout
 from gradflow.theory.maths import Array, Number
+from gradflow.theory.moment_sums import Moments
 from gradflow.theory.moments import (
     ACTIVATIONS,
     Activation,

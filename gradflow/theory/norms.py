@@ -12,8 +12,9 @@ import math
 from typing import NamedTuple
 
 from gradflow.theory.corrections import Source, elements, norm_gain
-from gradflow.theory.layouts import Layout, Moments, scaled, times
+from gradflow.theory.layouts import Layout
 from gradflow.theory.maths import Number, sqrt
+from gradflow.theory.moment_sums import Moments, scaled, times
 from gradflow.theory.units import EPS
 
 ROW_NORMS = ("layernorm", "groupnorm", "rmsnorm")

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from gradflow.theory.branches import BRANCHES, BranchTape, pull_branch
-from gradflow.theory.layouts import Layout, Moments, plus, scaled
+from gradflow.theory.layouts import Layout
+from gradflow.theory.moment_sums import Moments, plus, scaled
 from gradflow.theory.norms import NormTape, Stream, is_zero, normalise, pull_norm
 from gradflow.theory.units import NoTheoryError, Unit
 

@@ -21,9 +21,10 @@ from gradflow.theory import highway
 from gradflow.theory.attention import LOGIT_LIMIT, excess, excess_array, scatter
 from gradflow.theory.copies import state_answers, state_levels, state_streams
 from gradflow.theory.describe import describe
-from gradflow.theory.layouts import CausalTokens, Exchangeable, Layout, Moments
+from gradflow.theory.layouts import CausalTokens, Exchangeable, Layout
 from gradflow.theory.limits import check_passes, check_spec, check_stack
 from gradflow.theory.maths import Array
+from gradflow.theory.moment_sums import Moments
 from gradflow.theory.norms import Stream, normalise
 from gradflow.theory.omegas import with_omegas
 from gradflow.theory.passes import Passes, run

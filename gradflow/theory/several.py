@@ -19,8 +19,9 @@ from gradflow.theory.bundle import (
     to_moments,
     without_branches,
 )
-from gradflow.theory.layouts import Layout, Moments
+from gradflow.theory.layouts import Layout
 from gradflow.theory.maths import Array
+from gradflow.theory.moment_sums import Moments
 from gradflow.theory.norms import NormTape, Stream
 from gradflow.theory.passes import Passes, Tape, check_range
 from gradflow.theory.programs import Steps, program, readout
