@@ -15,6 +15,7 @@ from recorded import FakeCapture
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import gradflow
+from gradflow.engine import seed_stats
 from gradflow.engine.collect import new_tables
 from gradflow.engine.graphs import Graphs
 from gradflow.engine.memory import footprint, make_plan
@@ -33,6 +34,7 @@ from gradflow.schemes import SCHEMES
 from gradflow.specs.block_kinds import BLOCKS
 from gradflow.specs.run_options import RunOptions
 from gradflow.specs.spec import StackSpec
+from gradflow.stats import forward_sums, grad_norm, gradient_sums, part_sums
 
 SEEDS = (3, 8)
 Records = list[LayerRecord | ParamRecord]
@@ -156,6 +158,39 @@ def test_raw_range_dies_where_it_does_alone() -> None:
     ours, theirs = at_once(SINKING, raw_range=True), one_by_one(SINKING, raw_range=True)
     dead = [[row.grad_norm for row in rows[:301]].count(0.0) for rows in (ours[3], theirs[3])]
     assert dead[0] == dead[1] > 20
+
+
+ODD = [math.nan, math.inf, -math.inf, 0.0]
+
+
+@pytest.mark.parametrize("tokens", [True, False])
+def test_sums_of_all_seeds_are_those_of_each(tokens: bool) -> None:
+    """Also where some elements are odd: by the functions of one seed, slice by slice."""
+    g = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(3, 4, 5, 6, generator=g, dtype=torch.float64) for _ in range(2))
+    for place, value in enumerate(ODD):
+        x[1, place % 2, place, : place + 1] = value
+    pairs = [
+        (seed_stats.forward_sums(y, tokens=tokens), lambda i: forward_sums(y[i], tokens=tokens)),
+        (seed_stats.gradient_sums(x), lambda i: gradient_sums(x[i])),
+        (seed_stats.part_sums(x, y), lambda i: part_sums(x[i], y[i])),
+        (
+            dict(enumerate(seed_stats.grad_norm(x))),
+            lambda i: dict(enumerate(grad_norm(x[i]))),
+        ),
+    ]
+    for together, alone in pairs:
+        for i in range(3):
+            for name, value in alone(i).items():
+                want = torch.as_tensor(value, dtype=torch.float64)
+                torch.testing.assert_close(
+                    torch.as_tensor(together[name])[i].double(),
+                    want,
+                    equal_nan=True,
+                    rtol=1e-12,
+                    atol=0,
+                )
+    assert seed_stats.gradient_sums(x)["nonfinite"].tolist() == [0, 6, 0]
 
 
 def test_a_planted_nan_stays_in_its_seed() -> None:
