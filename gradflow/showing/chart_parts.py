@@ -88,7 +88,8 @@ def faded(opacity: float) -> Any:
 
 def layer_axis() -> alt.X:
     """The horizontal axis of the layers."""
-    axis = alt.Axis(tickMinStep=1, format=",d", grid=False)
+    # Apart, because the last label is moved inwards, to the one before it.
+    axis = alt.Axis(tickMinStep=1, format=",d", grid=False, labelOverlap=True, labelSeparation=8)
     return alt.X("x:Q", title="layer (0 is the input)", axis=axis, scale=alt.Scale(nice=False))
 
 
