@@ -32,8 +32,9 @@ WORKER = """
 import json, resource, sys, time
 import torch
 torch.set_num_threads(1)
-import gradflow.commands.run, gradflow.measurement, gradflow.showing.tables, rich.console, plotext
-from gradflow.cli import run_app
+import gradflow.cli.run, gradflow.measuring.stack, gradflow.showing.terminal.run_tables
+import rich.console, plotext
+from gradflow.cli.app import run_app
 run_app(["run", "--depth", "2", "--no-timing", "--quiet", "--out", sys.argv[1] + "/warm-up"])
 wall, cpu = time.perf_counter(), time.process_time()
 code = run_app(["run", *sys.argv[2:], "--no-timing", "--device", "cpu", "--out", sys.argv[1]])

@@ -13,7 +13,7 @@ from side_by_side import Contest, shown, write_table
 
 from gradflow.specs.grid import Cell
 from gradflow.specs.run_options import RunOptions
-from gradflow.specs.spec import StackSpec
+from gradflow.specs.stack import StackSpec
 from gradflow.sweeps.cells import Serial
 from gradflow.sweeps.processes import Processes
 

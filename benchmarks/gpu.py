@@ -15,13 +15,13 @@ import torch
 from side_by_side import Contest, shown, take_turns, write_table
 
 from gradflow.engine.built import build_network
-from gradflow.engine.graphs import graphs_on
+from gradflow.engine.cuda_graphs import graphs_on
 from gradflow.engine.tape import Network
 from gradflow.engine.timing import CudaClock, bare_pass, mark_bare
 from gradflow.engine.walk import walk
-from gradflow.measurement import measure
+from gradflow.measuring.stack import measure
 from gradflow.specs.run_options import RunOptions
-from gradflow.specs.spec import StackSpec
+from gradflow.specs.stack import StackSpec
 
 GPU = torch.device("cuda")
 GPT3 = StackSpec(like="gpt3-175b", batch_size=1, seq_len=2048, dtype="bfloat16")

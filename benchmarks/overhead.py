@@ -16,7 +16,7 @@ from gradflow.engine.built import build_network
 from gradflow.engine.tape import Network
 from gradflow.engine.timing import CpuClock, bare_pass, timed_pass
 from gradflow.engine.walk import walk
-from gradflow.specs.spec import StackSpec
+from gradflow.specs.stack import StackSpec
 
 CPU = torch.device("cpu")
 CLOCK = CpuClock()
@@ -60,14 +60,14 @@ with open("params.csv", "w") as file:
         for name, p in block.named_parameters():
             writer.writerow([i, name, p.norm().item(), p.grad.norm().item()])
 """
-TOOL = "from gradflow.cli import main; main()"
+TOOL = "from gradflow.cli.app import main; main()"
 
 # Peak resident memory of one pass in a process of its own.
 PEAK = """
 import sys, torch
 from gradflow.engine.built import build_network
 from gradflow.engine.memory import peak_bytes, reset_peak
-from gradflow.specs.spec import StackSpec
+from gradflow.specs.stack import StackSpec
 from gradflow.engine.timing import CpuClock, bare_pass
 from gradflow.engine.walk import walk
 spec = StackSpec(depth=200)

@@ -18,7 +18,7 @@ from torch import nn
 from gradflow.engine.built import build_network
 from gradflow.engine.tape import Network
 from gradflow.engine.walk import walk
-from gradflow.specs.spec import StackSpec
+from gradflow.specs.stack import StackSpec
 
 SPEC = StackSpec(depth=24, width=256)
 ROUNDS = 11

@@ -31,7 +31,7 @@ from gradflow.judging.verdict import summarise
 from gradflow.runs.records import LayerRecord, Run
 from gradflow.runs.store import about, save
 from gradflow.specs.run_options import RunOptions
-from gradflow.specs.spec import StackSpec
+from gradflow.specs.stack import StackSpec
 
 DEPTH = 200
 # Tables that differ; the other runs get copies of them.

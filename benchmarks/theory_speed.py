@@ -18,7 +18,7 @@ from side_by_side import write_table
 
 from gradflow.judging.outlook import outlook
 from gradflow.specs.grid import DEFAULT_GRID, expand
-from gradflow.specs.spec import StackSpec
+from gradflow.specs.stack import StackSpec
 from gradflow.theory import predict
 
 ROUNDS = 3

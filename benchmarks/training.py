@@ -10,11 +10,11 @@ from typing import Any
 
 from side_by_side import write_table
 
-from gradflow.judging.outcome import outcome_sentence
-from gradflow.measurement import measure
+from gradflow.judging.training_outcome import outcome_sentence
+from gradflow.measuring.stack import measure
 from gradflow.runs.records import Run
 from gradflow.specs.run_options import RunOptions
-from gradflow.specs.spec import StackSpec
+from gradflow.specs.stack import StackSpec
 
 RECIPE = RunOptions(steps=150, lr=3e-3, every=150, seeds=3, timing=False)
 SIZES: dict[str, dict[str, Any]] = {

@@ -9,22 +9,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gradflow.measurement import measure as measure
+    from gradflow.measuring.stack import measure as measure
     from gradflow.runs.records import Run as Run
     from gradflow.runs.store import load as load
     from gradflow.runs.store import save as save
     from gradflow.specs.run_options import RunOptions as RunOptions
-    from gradflow.specs.spec import StackSpec as StackSpec
+    from gradflow.specs.stack import StackSpec as StackSpec
     from gradflow.specs.user_code import from_file as from_file
     from gradflow.watching import watch as watch
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "measure": "gradflow.measurement",
+    "measure": "gradflow.measuring.stack",
     "Run": "gradflow.runs.records",
     "RunOptions": "gradflow.specs.run_options",
-    "StackSpec": "gradflow.specs.spec",
+    "StackSpec": "gradflow.specs.stack",
     "load": "gradflow.runs.store",
     "save": "gradflow.runs.store",
     "watch": "gradflow.watching",

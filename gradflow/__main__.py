@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from gradflow.cli import main
+from gradflow.cli.app import main
 
 main()

@@ -44,9 +44,9 @@ def assert_gradient_flow(
         UsageError: a value that cannot work.
     """
     __tracebackhide__ = True
-    from gradflow.commands.check import check_bounds
-    from gradflow.guard import Baseline, guard
+    from gradflow.cli.check import check_bounds
     from gradflow.judging.gate import Bounds
+    from gradflow.measuring.guard import Baseline, guard
 
     bounds = Bounds(max_decades, no_nonfinite=True)
     check_bounds(bounds, rtol)

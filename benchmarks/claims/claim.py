@@ -9,7 +9,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from gradflow.schemes import SCHEMES
-from gradflow.specs.spec import StackSpec
+from gradflow.specs.stack import StackSpec
 
 # A number of one seed of a stack.
 Reading = Callable[[StackSpec, int], float]

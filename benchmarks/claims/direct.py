@@ -17,7 +17,7 @@ from gradflow.networks.blocks import Attention
 from gradflow.networks.inputs import input_batch
 from gradflow.networks.norms import Norm
 from gradflow.networks.stack import build_block
-from gradflow.specs.spec import StackSpec
+from gradflow.specs.stack import StackSpec
 
 
 class SharedCotangent(nn.Module):

@@ -11,7 +11,7 @@ import numpy as np
 from claims.readings import Profile, gradients
 from gradflow.markdown import table
 from gradflow.schemes import SCHEMES
-from gradflow.specs.spec import StackSpec
+from gradflow.specs.stack import StackSpec
 from gradflow.theory import Prediction, predict
 
 SEEDS = range(8)

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from gradflow.engine.built import build_network
 from gradflow.engine.walk import walk
 from gradflow.runs.records import LayerRecord, ParamRecord
-from gradflow.specs.spec import StackSpec
+from gradflow.specs.stack import StackSpec
 
 CPU = torch.device("cpu")
 Profile = NDArray[np.float64]

@@ -13,9 +13,9 @@ from gradflow.engine.rebuilt import RebuiltBlocks
 from gradflow.engine.tape import Network
 from gradflow.networks.inputs import input_batch
 from gradflow.networks.losses import build_loss
-from gradflow.networks.residual import Compiled
 from gradflow.networks.stack import Block, build_block, build_stack
-from gradflow.specs.spec import StackSpec
+from gradflow.networks.units.template import Compiled
+from gradflow.specs.stack import StackSpec
 
 
 def build_network(

@@ -14,11 +14,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from gradflow import stats
+from gradflow import reductions
 from gradflow.engine.rows import Packed, Row, pack, unpack
+from gradflow.reductions import Sums, forward_sums
+from gradflow.runs.disk_rows import Spool
 from gradflow.runs.records import LayerRecord, ParamRecord
-from gradflow.runs.spool import Spool
-from gradflow.stats import Sums, forward_sums
 
 CHUNK_UNITS = 32
 
@@ -75,7 +75,7 @@ class _Stack:
         self._there: list[Tensor] = []
 
     def push(self, value: Tensor) -> None:
-        if value.ndim == 0 and stats.is_at_hand(value):
+        if value.ndim == 0 and reductions.is_at_hand(value):
             self._here.append(value.item())
         else:
             self._there.append(value)
@@ -86,7 +86,7 @@ class _Stack:
 
 def _at_hand(row: Row) -> Row:
     """On CPU the numbers as numbers: small tensors that live on would break up the heap."""
-    if any(isinstance(v, Tensor) and not stats.is_at_hand(v) for v in row.sums.values()):
+    if any(isinstance(v, Tensor) and not reductions.is_at_hand(v) for v in row.sums.values()):
         return row
     return replace(
         row,
@@ -135,7 +135,7 @@ class Collector:
     def take(self, packed: Packed) -> None:
         """The rows below those that came before, packed."""
         self._packed.append(packed)
-        if stats.is_at_hand(packed.numbers):
+        if reductions.is_at_hand(packed.numbers):
             self._store()
 
     def _store(self) -> None:

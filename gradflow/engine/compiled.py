@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from gradflow.errors import GradflowError, MeasurementError, UsageError, first_line
-from gradflow.networks.residual import Compiled, Unit
 from gradflow.networks.stack import Block
+from gradflow.networks.units.template import Compiled, Unit
 
 # Who generates the code.
 BACKEND = "inductor"

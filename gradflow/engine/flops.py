@@ -12,7 +12,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flo
 
 from gradflow.engine.tape import Network, Tape
 from gradflow.engine.walk import vjp
-from gradflow.networks.residual import Unit
+from gradflow.networks.units.template import Unit
 
 aten = torch.ops.aten
 

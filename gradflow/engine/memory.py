@@ -14,14 +14,14 @@ import psutil
 import torch
 
 from gradflow.engine.plan import Footprint, Plan, choose, pays_as_graphs, room_unasked, with_graphs
-from gradflow.engine.saved import SavedBytes
-from gradflow.engine.together import with_seeds
+from gradflow.engine.saved_tensors import SavedBytes
+from gradflow.engine.seeds.when import with_seeds
 from gradflow.errors import MeasurementError, UsageError
 from gradflow.networks.inputs import input_shape, stream_shape
 from gradflow.networks.stack import Block, build_block, layer_kind
 from gradflow.specs.fields import flag
 from gradflow.specs.run_options import RunOptions
-from gradflow.specs.spec import StackSpec
+from gradflow.specs.stack import StackSpec
 from gradflow.units import gib
 
 _STATUS = Path("/proc/self/status")

@@ -12,9 +12,9 @@ import torch
 from gradflow.engine.ahead import Ahead
 from gradflow.engine.compiled import use
 from gradflow.engine.layers import Layers
-from gradflow.networks.residual import Compiled
 from gradflow.networks.stack import Block, build_block, layer_kind, redraw
-from gradflow.specs.spec import StackSpec
+from gradflow.networks.units.template import Compiled
+from gradflow.specs.stack import StackSpec
 
 # A stack of more kinds of layer than this constructs modules again and again.
 MOST_KINDS = 8

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradflow import stats
-from gradflow.networks.residual import ParamInfo
+from gradflow import reductions
+from gradflow.networks.units.template import ParamInfo
+from gradflow.reductions import Counts, Numbers, Sums
 from gradflow.runs.records import LayerRecord, ParamRecord
-from gradflow.stats import Counts, Numbers, Sums
 
 LOG10_2 = math.log10(2)
 
@@ -114,7 +114,7 @@ def unpack(
     host = _to_host(packed)
     params = _param_numbers(host)
     exponents = host["exponent"].tolist()
-    count = stats.counts([row.shape for row in packed.rows], tokens=tokens)
+    count = reductions.counts([row.shape for row in packed.rows], tokens=tokens)
     columns = _columns(host, count, packed.plain)
     layer_records: list[LayerRecord] = []
     param_records: list[ParamRecord] = []
@@ -137,7 +137,7 @@ def _by_name(rows: Sequence[Row]) -> dict[str, list[Tensor | float]]:
     return {
         **{name: [row.sums[name] for row in rows] for name in rows[0].sums},
         # Plain units have no parts; what stands in their place is not read.
-        **{name: [row.parts.get(name, math.nan) for row in units] for name in stats.PART_SUMS},
+        **{name: [row.parts.get(name, math.nan) for row in units] for name in reductions.PART_SUMS},
         "param_norm": [param.norm for row in rows for param in row.params],
         "param_grad": [size for size, _ in grads],
         "param_nonfinite": [count for _, count in grads],
@@ -173,11 +173,13 @@ def _columns(host: Numbers, count: Counts, plain: Tensor) -> dict[str, list[floa
     size, exponent = host["grad_norm"], host["exponent"]
     # dL/dx in the scale of dL/dy: gains are ratios of neighbours.
     scale = torch.ldexp(torch.ones_like(size[1:]), (exponent[:-1] - exponent[1:]).int())
-    gains = stats.part_stats({n: host[n] for n in stats.PART_SUMS}, size[:-1] * scale, size[1:])
+    gains = reductions.part_stats(
+        {n: host[n] for n in reductions.PART_SUMS}, size[:-1] * scale, size[1:]
+    )
     gains |= {n: gains[n] * scale for n in ("skip_gain", "branch_gain")}
     gains["skip_gain"][plain[1:]] = 0.0
     gains["branch_gain"] = torch.where(plain[1:], gains["gain"], gains["branch_gain"])
-    measured = stats.forward_stats(host, count) | stats.gradient_stats(host, count)
+    measured = reductions.forward_stats(host, count) | reductions.gradient_stats(host, count)
     columns = {name: values.tolist() for name, values in measured.items()}
     columns |= {name: [None, *values.tolist()] for name, values in gains.items()}
     missing = {
@@ -222,7 +224,7 @@ def _layer_record(
         act_max_abs=numbers["act_max_abs"],
         grad_norm=scaled(numbers["grad_norm"], exponent),
         log10_grad_norm=log10(numbers["grad_norm"], exponent),
-        **{name: numbers[name] for name in stats.GAINS},
+        **{name: numbers[name] for name in reductions.GAINS},
         param_norm=math.hypot(*(value for value, _, _ in own)) if own else None,
         param_grad_norm=scaled(grad, below),
         log10_param_grad_norm=log10(grad, below),

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from gradflow.networks.residual import Unit
 from gradflow.networks.stack import Block
+from gradflow.networks.units.template import Unit
 
 Tick = Callable[[], None]
 

@@ -19,18 +19,18 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import _engine_run_backward
 
-from gradflow import stats
+from gradflow import reductions
 from gradflow.engine.collect import Activations, Collector, Tables
 from gradflow.engine.rows import Row
-from gradflow.engine.saved import SavedBytes
+from gradflow.engine.saved_tensors import SavedBytes
 from gradflow.engine.tape import Network as Network
 from gradflow.engine.tape import Tape as Tape
 from gradflow.engine.tape import Tick, record_backward
 from gradflow.engine.tape import record_forward as record_forward
-from gradflow.networks.residual import Unit
+from gradflow.networks.units.template import Unit
+from gradflow.reductions import Sums
 from gradflow.runs.records import LayerRecord, ParamRecord
-from gradflow.specs.spec import StackSpec
-from gradflow.stats import Sums
+from gradflow.specs.stack import StackSpec
 
 # 2^126 and 2^-126 are normal numbers in float32, in which torch multiplies narrower formats too.
 LARGEST_SHIFT = 126
@@ -78,13 +78,13 @@ def walk(
     tables = tables or Tables()
     tokens = spec.kind.domain == "tokens"
     collector = Collector(seed, tables, tokens=tokens)
-    observer = Observer(stats, Activations(tokens=tokens), SavedBytes(), collector)
+    observer = Observer(reductions, Activations(tokens=tokens), SavedBytes(), collector)
     loss = observe(network, observer, spans, raw_range=raw_range, tick=tick)
     return Walk(loss, tables, collector)
 
 
 class Reductions(Protocol):
-    """Tensors to sums: `gradflow.stats`, or its like for several seeds."""
+    """Tensors to sums: `gradflow.reductions`, or its like for several seeds."""
 
     def gradient_sums(self, g: Tensor, /) -> Sums: ...
     def part_sums(self, skip: Tensor, branch: Tensor, /) -> Sums: ...
@@ -173,7 +173,7 @@ def rescale(g: Tensor, size: Tensor) -> tuple[Tensor, Tensor | int]:
     without waiting, one step goes no further than 2^126; the units below go on from there. The
     same holds for several sizes at once, each of a part of g along its first axes.
     """
-    if size.ndim == 0 and stats.is_at_hand(size):
+    if size.ndim == 0 and reductions.is_at_hand(size):
         value = size.item()
         shift = math.frexp(value)[1] if math.isfinite(value) else 0
         # In two steps, because 2^-shift itself may lie outside the number format.
@@ -234,6 +234,6 @@ class _Way:
 
 def _zero(g: Tensor, lead: tuple[int, ...]) -> Tensor | int:
     """The exponent of the cotangent. What is no tensor on CUDA would have to be sent there."""
-    if not lead and stats.is_at_hand(g):
+    if not lead and reductions.is_at_hand(g):
         return 0
     return torch.zeros(lead, dtype=torch.int32, device=g.device)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from gradflow.judging.digests import Finding
+from gradflow.judging.seed_digest import Finding
 from gradflow.specs.model_spec import ModelSpec, Spec
 from gradflow.specs.run_options import RunOptions
-from gradflow.specs.spec import StackSpec
+from gradflow.specs.stack import StackSpec
 from gradflow.specs.user_code import shown
 
 ADVICE = {

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gradflow.errors import BaselineError, RunFolderError
-from gradflow.judging.places import place
+from gradflow.judging.words import place
 from gradflow.runs.consistency import SAME_NETWORK
 from gradflow.runs.records import LayerRecord, Run
 from gradflow.runs.store import load
-from gradflow.specs.spec import run_key
+from gradflow.specs.stack import run_key
 from gradflow.units import count
 
 NONFINITE = "NaN or infinity"

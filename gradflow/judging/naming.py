@@ -10,7 +10,7 @@ from typing import Any
 from gradflow.runs.described import Described
 from gradflow.specs.model_request import without_digest
 from gradflow.specs.model_spec import asked_for
-from gradflow.specs.spec import StackSpec
+from gradflow.specs.stack import StackSpec
 from gradflow.specs.user_code import shown
 
 # Depth is an axis of its own, and these three always stand in a name where they differ.

@@ -10,11 +10,11 @@ import numpy as np
 
 from gradflow.errors import UsageError
 from gradflow.judging.advice import advice
-from gradflow.judging.digests import Finding, verdict_of
+from gradflow.judging.seed_digest import Finding, verdict_of
 from gradflow.judging.verdict import TREND_LAYERS, fit_trend
 from gradflow.runs.summary import Summary
 from gradflow.specs.run_options import RunOptions
-from gradflow.specs.spec import StackSpec
+from gradflow.specs.stack import StackSpec
 from gradflow.theory import NoTheoryError, Prediction, predict, total_decades
 
 NO_THEORY = "no theory"

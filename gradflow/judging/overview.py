@@ -12,8 +12,8 @@ from rich.text import Text
 
 from gradflow import markdown
 from gradflow.judging.naming import Name, names
-from gradflow.judging.outcome import outcome_sentence
 from gradflow.judging.theory_words import theory_sentence
+from gradflow.judging.training_outcome import outcome_sentence
 from gradflow.runs.described import Described
 from gradflow.runs.reading import Results, StoredRun
 from gradflow.runs.summary import Summary

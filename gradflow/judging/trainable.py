@@ -12,11 +12,11 @@ from itertools import groupby, takewhile
 from operator import attrgetter
 
 from gradflow.judging.comparison import Comparison, Row
-from gradflow.judging.expected import MOST_UNITS, NOT_FINITE
 from gradflow.judging.outlook import DEEPEST, Reach, healthy_reach
+from gradflow.measuring.theory_columns import MOST_UNITS, NOT_FINITE
 from gradflow.runs.records import Run
 from gradflow.runs.summary import Summary
-from gradflow.specs.spec import StackSpec
+from gradflow.specs.stack import StackSpec
 from gradflow.units import rounded
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from scipy.special import stdtrit
 
 from gradflow.judging.advice import advice
-from gradflow.judging.digests import Digest, combine, digest
+from gradflow.judging.seed_digest import Digest, combine, digest
 from gradflow.runs.records import LayerRecord
 from gradflow.runs.summary import Summary
 from gradflow.specs.model_spec import Spec

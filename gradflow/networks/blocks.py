@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from gradflow.networks.norms import make_norm
 from gradflow.networks.rotary import rotate
-from gradflow.specs.spec import StackSpec
-from gradflow.wiring import Wiring
+from gradflow.schemes.wiring import Wiring
+from gradflow.specs.stack import StackSpec
 
 
 class Linear(nn.Module):

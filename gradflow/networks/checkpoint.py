@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from gradflow.errors import UsageError
-from gradflow.specs.architectures import Source
-from gradflow.specs.pretrained import INDEX, Pretrained, files_of
+from gradflow.specs.checkpoint_folders import INDEX, Pretrained, files_of
+from gradflow.specs.checkpoint_formats import Source
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

@@ -16,7 +16,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from gradflow.specs.spec import StackSpec
+from gradflow.specs.stack import StackSpec
 
 RECTIFIERS = ("relu", "gelu", "gelu-tanh", "silu")
 

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from gradflow.networks.initial import fill, generator
 from gradflow.networks.language import embedded_batch
-from gradflow.networks.ngpt import unit_norm
 from gradflow.networks.norms import norm_of_kind
 from gradflow.networks.slots import module_slots
-from gradflow.specs.spec import StackSpec
+from gradflow.networks.units.ngpt import unit_norm
+from gradflow.specs.stack import StackSpec
 
 
 def stream_shape(spec: StackSpec) -> tuple[int, ...]:

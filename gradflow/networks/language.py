@@ -14,8 +14,8 @@ from gradflow.networks.blocks import Linear
 from gradflow.networks.checkpoint import embed, load_head
 from gradflow.networks.initial import Slot, fill, generator
 from gradflow.networks.norms import norm_of_kind
-from gradflow.specs.pretrained import Pretrained
-from gradflow.specs.spec import StackSpec
+from gradflow.specs.checkpoint_folders import Pretrained
+from gradflow.specs.stack import StackSpec
 
 CPU = torch.device("cpu")
 

@@ -13,7 +13,7 @@ from gradflow.networks.language import NextTokenLoss
 from gradflow.networks.norms import norm_of_kind
 from gradflow.networks.readouts import READOUTS
 from gradflow.networks.slots import module_slots
-from gradflow.specs.spec import StackSpec
+from gradflow.specs.stack import StackSpec
 
 
 class CotangentLoss(nn.Module):

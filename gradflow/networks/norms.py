@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own convention)
 from torch import Tensor, nn
 
+from gradflow.schemes.wiring import Wiring
 from gradflow.specs.block_kinds import GROUPS, POINTWISE
-from gradflow.specs.spec import StackSpec
-from gradflow.wiring import Wiring
+from gradflow.specs.stack import StackSpec
 
 
 class ConstantStart(nn.Module):

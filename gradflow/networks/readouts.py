@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from gradflow.networks.depth_mixing import DepthAttention
-from gradflow.networks.streams import stream_norm
-from gradflow.specs.spec import StackSpec
+from gradflow.networks.units.depth_mixing import DepthAttention
+from gradflow.networks.units.streams import stream_norm
+from gradflow.specs.stack import StackSpec
 
 
 class Reduce(nn.Module):

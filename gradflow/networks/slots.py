@@ -9,9 +9,9 @@ from torch import nn
 from gradflow.networks.blocks import Conv3x3, Linear
 from gradflow.networks.initial import Slot, bias_std, fans, weight_std
 from gradflow.networks.norms import ConstantStart
-from gradflow.networks.residual import Unit
+from gradflow.networks.units.template import Unit
 from gradflow.networks.user_branch import UserBranch
-from gradflow.specs.spec import StackSpec
+from gradflow.specs.stack import StackSpec
 
 
 def unit_slots(spec: StackSpec, unit: Unit) -> Iterator[Slot]:

@@ -14,20 +14,20 @@ import torch
 from torch import nn
 
 from gradflow.networks.checkpoint import load_layer
-from gradflow.networks.depth_mixing import DenseUnit, DepthAttentionUnit
-from gradflow.networks.fixup import FixupUnit
-from gradflow.networks.hyper import HyperUnit, ManifoldUnit
 from gradflow.networks.initial import Weights, fill, generator
 from gradflow.networks.inputs import input_batch
-from gradflow.networks.ngpt import NgptUnit
-from gradflow.networks.profiled import AdminUnit, Profile
-from gradflow.networks.residual import Scale, Unit
 from gradflow.networks.slots import unit_slots
-from gradflow.networks.streams import B2tUnit, DualUnit, SiameseUnit, ValueResidualUnit
-from gradflow.networks.unit_kinds import HighwayUnit, NormformerUnit, PbRelaxUnit, StochasticUnit
+from gradflow.networks.units.admin import AdminUnit, Profile
+from gradflow.networks.units.depth_mixing import DenseUnit, DepthAttentionUnit
+from gradflow.networks.units.fixup import FixupUnit
+from gradflow.networks.units.gates import HighwayUnit, NormformerUnit, PbRelaxUnit, StochasticUnit
+from gradflow.networks.units.hyper import HyperUnit, ManifoldUnit
+from gradflow.networks.units.ngpt import NgptUnit
+from gradflow.networks.units.streams import B2tUnit, DualUnit, SiameseUnit, ValueResidualUnit
+from gradflow.networks.units.template import Scale, Unit
 from gradflow.specs import user_code
 from gradflow.specs.fields import check_choice
-from gradflow.specs.spec import StackSpec
+from gradflow.specs.stack import StackSpec
 
 # The template, and wirings of their own (`Wiring.unit`).
 UNITS: dict[str, type[Unit]] = {

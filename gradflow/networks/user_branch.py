@@ -21,10 +21,10 @@ from torch.nn.utils.parametrize import is_parametrized
 from gradflow.errors import UsageError
 from gradflow.networks.blocks import Branch, MakeBranch
 from gradflow.networks.initial import Slot, bias_std, fans, weight_std
+from gradflow.schemes.wiring import Wiring
 from gradflow.specs import user_code
-from gradflow.specs.spec import StackSpec
+from gradflow.specs.stack import StackSpec
 from gradflow.specs.user_blocks import branch_class
-from gradflow.wiring import Wiring
 
 
 def make_branch(

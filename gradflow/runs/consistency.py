@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from gradflow.runs.described import Described
 from gradflow.runs.records import LayerRecord
 from gradflow.specs.model_spec import ModelSpec
-from gradflow.specs.spec import run_key
+from gradflow.specs.stack import run_key
 
 # Verdicts that only finite numbers have.
 FINITE_VERDICTS = ("healthy", "vanishing", "exploding")

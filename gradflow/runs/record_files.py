@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import IO, Any, TypeVar, get_args, get_type_hints
 
 from gradflow.errors import RunFolderError
+from gradflow.runs.disk_rows import Spool
 from gradflow.runs.headers import header_fault
 from gradflow.runs.records import LayerRecord, ParamRecord, Record, StepRecord, TimeRecord, columns
-from gradflow.runs.spool import Spool
 
 RecordT = TypeVar("RecordT", LayerRecord, ParamRecord, TimeRecord, StepRecord)
 

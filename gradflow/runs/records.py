@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from gradflow.runs.summary import Summary
 from gradflow.specs.model_spec import Spec
 from gradflow.specs.run_options import RunOptions
-from gradflow.specs.spec import StackSpec
+from gradflow.specs.stack import StackSpec
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 from gradflow.errors import UsageError
 from gradflow.schemes.scheme import Scheme
-from gradflow.wiring import Place, Wiring
+from gradflow.schemes.wiring import Place, Wiring
 
 
 def layerscale_constants(place: Place) -> dict[str, float]:

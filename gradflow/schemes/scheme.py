@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from gradflow.wiring import Place, Wiring
+from gradflow.schemes.wiring import Place, Wiring
 
 TOKENS = ("transformer", "attention", "ffn")
 ALL = ("transformer", "attention", "ffn", "mlp", "conv")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from gradflow.schemes.scheme import Scheme
-from gradflow.wiring import Place, Wiring
+from gradflow.schemes.wiring import Place, Wiring
 
 
 def _b2t(_: Place) -> Wiring:

@@ -14,7 +14,7 @@ from gradflow.judging.comparison import SPEED_KEYS, Comparison, Row
 from gradflow.judging.trainable import TrainableDepth, trainable_depths
 from gradflow.runs.store import plain
 from gradflow.runs.summary import Summary
-from gradflow.showing.compare_columns import (
+from gradflow.showing.terminal.compare_columns import (
     TRAINING,
     Column,
     call,
@@ -22,7 +22,7 @@ from gradflow.showing.compare_columns import (
     cost_notes,
     gradient_columns,
 )
-from gradflow.showing.compare_tables import answer_lines, depth_lines, is_timed, is_trained
+from gradflow.showing.terminal.compare_tables import answer_lines, depth_lines, is_timed, is_trained
 from gradflow.specs.model_spec import asked_for
 from gradflow.specs.run_options import TRAINING as TRAINING_OPTIONS
 

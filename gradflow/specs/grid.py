@@ -12,9 +12,9 @@ from gradflow.specs import user_code
 from gradflow.specs.block_kinds import BLOCK_OPTIONS, block_kind
 from gradflow.specs.fields import check_choice, flag
 from gradflow.specs.model_request import ModelRequest, locate_model
+from gradflow.specs.parse_request import STACK_FIELDS, Asked, specification
 from gradflow.specs.run_options import TRAINING, RunOptions
-from gradflow.specs.spec import StackSpec, run_key
-from gradflow.specs.specification import STACK_FIELDS, Asked, specification
+from gradflow.specs.stack import StackSpec, run_key
 from gradflow.specs.stack_fields import DEFAULT_BLOCK
 from gradflow.specs.user_schemes import scheme_named
 

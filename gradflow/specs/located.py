@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gradflow.errors import UsageError, closest_first, is_out_of_memory
-from gradflow.specs.pretrained import CONFIG, digest_of
+from gradflow.specs.checkpoint_folders import CONFIG, digest_of
 from gradflow.specs.user_code import told
 
 EXAMPLE = "my_pkg.models:build"

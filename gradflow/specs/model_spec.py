@@ -13,9 +13,9 @@ from typing import Any, Protocol
 
 from gradflow.errors import UsageError
 from gradflow.specs.fields import at_least, known_fields
+from gradflow.specs.json_types import typed
 from gradflow.specs.model_request import ModelRequest, without_digest
-from gradflow.specs.spec import StackSpec
-from gradflow.specs.typed import typed
+from gradflow.specs.stack import StackSpec
 
 
 class Spec(Protocol):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from gradflow.schemes import Scheme
+from gradflow.schemes.wiring import Place, Wiring
 from gradflow.specs import user_code
 from gradflow.specs.block_kinds import (
     ACTIVATIONS,
@@ -21,11 +22,10 @@ from gradflow.specs.block_kinds import (
     Domain,
     block_kind,
 )
+from gradflow.specs.checkpoint_folders import Pretrained
 from gradflow.specs.fields import option
-from gradflow.specs.pretrained import Pretrained
-from gradflow.specs.shapes import SHAPES
+from gradflow.specs.published_shapes import SHAPES
 from gradflow.specs.user_schemes import scheme_named
-from gradflow.wiring import Place, Wiring
 
 # Options of every block that a published shape fills in.
 SIZES: dict[str, Any] = {"depth": 12, "width": 128, "classes": 10, "norm_eps": 1e-5}

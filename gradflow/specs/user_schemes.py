@@ -13,9 +13,9 @@ from typing import Any
 
 from gradflow.errors import UsageError
 from gradflow.schemes import Scheme, find
+from gradflow.schemes.wiring import LEARNED, NORM_PLACES, Place, Wiring
 from gradflow.specs import user_code
 from gradflow.specs.user_units import check_kind, check_streams, check_whole, is_count, is_number
-from gradflow.wiring import LEARNED, NORM_PLACES, Place, Wiring
 
 # Norms that stand inside a branch, with the branches that have room for them.
 INSIDE: dict[str, tuple[str, ...]] = {
@@ -49,7 +49,9 @@ def scheme_named(name: str) -> Scheme:
     title = user_code.shown(name)
     return replace(
         scheme,
-        wire=_Guarded(f"wire of {title} gives a gradflow.wiring.Wiring", scheme.wire, Wiring),
+        wire=_Guarded(
+            f"wire of {title} gives a gradflow.schemes.wiring.Wiring", scheme.wire, Wiring
+        ),
         constants=_Guarded(
             f"constants of {title} gives a dictionary of numbers by name",
             scheme.constants,

@@ -13,8 +13,8 @@ from typing import TypeGuard
 
 from gradflow.errors import UsageError
 from gradflow.schemes import SCHEMES, Scheme
+from gradflow.schemes.wiring import READOUTS, UNIT_SETTINGS, Place, Wiring
 from gradflow.specs.fields import check_choice
-from gradflow.wiring import READOUTS, UNIT_SETTINGS, Place, Wiring
 
 # Kinds that compute the template's sum; the others have a shortcut of weight 1.
 SUMS = ("template", "stochastic", "pb-relax", "normformer", "fixup")

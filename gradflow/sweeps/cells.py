@@ -16,7 +16,7 @@ import torch
 from gradflow.engine.environment import describe, library, resolve_device
 from gradflow.errors import GradflowError, first_line
 from gradflow.judging.comparison import SPEED_KEYS
-from gradflow.measuring import measure_any
+from gradflow.measuring.any import measure_any
 from gradflow.runs.records import Run
 from gradflow.specs import user_code
 from gradflow.specs.grid import Cell

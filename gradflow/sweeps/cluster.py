@@ -14,7 +14,7 @@ import torch
 from gradflow.engine.environment import describe, library
 from gradflow.errors import UsageError, first_line
 from gradflow.specs.grid import Cell
-from gradflow.specs.spec import StackSpec
+from gradflow.specs.stack import StackSpec
 from gradflow.sweeps.cells import Outcome, measure_cell
 
 # How often Ray tries a cell again whose worker or node was lost.

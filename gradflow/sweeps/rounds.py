@@ -13,7 +13,7 @@ from gradflow.engine.matmul import matmul_flop_per_s
 from gradflow.engine.memory import available_bytes
 from gradflow.engine.timing import Clock, Timer, clock_for, collector_paused
 from gradflow.errors import GradflowError, first_line
-from gradflow.measuring import timed_bytes, timer_for
+from gradflow.measuring.any import timed_bytes, timer_for
 from gradflow.runs.records import Timing
 from gradflow.specs.grid import Cell
 

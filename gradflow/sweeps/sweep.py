@@ -18,7 +18,7 @@ import torch
 
 from gradflow.engine.timing import Clock
 from gradflow.errors import GradflowError
-from gradflow.judging.cost import with_times
+from gradflow.measuring.cost_columns import with_times
 from gradflow.networks.stack import rehearse
 from gradflow.progress import Progress
 from gradflow.runs import store
@@ -29,7 +29,7 @@ from gradflow.specs.grid import Cell
 from gradflow.specs.model_request import ModelRequest
 from gradflow.specs.model_spec import asked_for
 from gradflow.specs.run_options import TRAINING
-from gradflow.specs.spec import StackSpec
+from gradflow.specs.stack import StackSpec
 from gradflow.sweeps.cells import Executor
 from gradflow.sweeps.rounds import Rounds
 from gradflow.sweeps.shelf import Shelf, look_up, shelf_in

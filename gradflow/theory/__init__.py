@@ -9,7 +9,7 @@ terms), copies (streams that are Pre-LN's), and bundle, programs, several (strea
 
 from gradflow.theory.describe import describe
 from gradflow.theory.predict import Prediction, predict, predict_stack, total_decades
-from gradflow.theory.units import Head, NoTheoryError, Shape, Stack, Unit, Weights
+from gradflow.theory.template import Head, NoTheoryError, Shape, Stack, Unit, Weights
 
 __all__ = [
     "Head",

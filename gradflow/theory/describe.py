@@ -11,12 +11,12 @@ from dataclasses import replace
 from typing import Any
 
 from gradflow.schemes.classic import FIXUP_LAST
-from gradflow.specs.spec import StackSpec
+from gradflow.schemes.wiring import Place, Wiring
+from gradflow.specs.stack import StackSpec
 from gradflow.specs.user_code import is_user_name
-from gradflow.theory.restated import RESTATED
-from gradflow.theory.states import output_scale, state_of
-from gradflow.theory.units import EPS, Head, NoTheoryError, Shape, Stack, State, Unit, Weights
-from gradflow.wiring import Place, Wiring
+from gradflow.theory.as_template import RESTATED
+from gradflow.theory.streams.states import output_scale, state_of
+from gradflow.theory.template import EPS, Head, NoTheoryError, Shape, Stack, State, Unit, Weights
 
 RECTIFIERS = ("relu", "gelu", "gelu-tanh", "silu")
 

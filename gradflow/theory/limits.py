@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from gradflow.specs.spec import StackSpec
-from gradflow.theory.branches import BRANCHES, BranchTape
-from gradflow.theory.layouts import Layout
+from gradflow.specs.stack import StackSpec
+from gradflow.theory.finite_width.band import Noise
 from gradflow.theory.maths import Array
-from gradflow.theory.moment_sums import Moments
-from gradflow.theory.moments import ACTIVATIONS
-from gradflow.theory.norms import KNOWN, POINTWISE
-from gradflow.theory.passes import Passes
-from gradflow.theory.spread import Noise
-from gradflow.theory.units import NoTheoryError, Stack, Unit
+from gradflow.theory.mean_field.branches import BRANCHES, BranchTape
+from gradflow.theory.mean_field.layouts import Layout
+from gradflow.theory.mean_field.moment_sums import Moments
+from gradflow.theory.mean_field.moments import ACTIVATIONS
+from gradflow.theory.mean_field.norms import KNOWN, POINTWISE
+from gradflow.theory.mean_field.recursion import Passes
+from gradflow.theory.template import NoTheoryError, Stack, Unit
 
 LEAST_WIDTH = 32
 LEAST_ELEMENTS = 64  # that a norm averages

@@ -16,22 +16,22 @@ from functools import partial
 
 import numpy as np
 
-from gradflow.specs.spec import StackSpec
-from gradflow.theory import highway
-from gradflow.theory.attention import LOGIT_LIMIT, excess, excess_array, scatter
-from gradflow.theory.copies import state_answers, state_levels, state_streams
+from gradflow.specs.stack import StackSpec
 from gradflow.theory.describe import describe
-from gradflow.theory.layouts import CausalTokens, Exchangeable, Layout
+from gradflow.theory.finite_width.band import Noise, finite_width
+from gradflow.theory.highway import recursion
 from gradflow.theory.limits import check_passes, check_spec, check_stack
 from gradflow.theory.maths import Array
-from gradflow.theory.moment_sums import Moments
-from gradflow.theory.norms import Stream, normalise
-from gradflow.theory.omegas import with_omegas
-from gradflow.theory.passes import Passes, run
-from gradflow.theory.several import run_several
-from gradflow.theory.spread import Noise, finite_width
-from gradflow.theory.states import COPIES
-from gradflow.theory.units import Head, NoTheoryError, Stack
+from gradflow.theory.mean_field.attention import LOGIT_LIMIT, excess, excess_array, scatter
+from gradflow.theory.mean_field.layouts import CausalTokens, Exchangeable, Layout
+from gradflow.theory.mean_field.moment_sums import Moments
+from gradflow.theory.mean_field.norms import Stream, normalise
+from gradflow.theory.mean_field.recursion import Passes, run
+from gradflow.theory.streams.admin_weights import with_omegas
+from gradflow.theory.streams.preln_equivalents import state_answers, state_levels, state_streams
+from gradflow.theory.streams.recursion import run_several
+from gradflow.theory.streams.states import COPIES
+from gradflow.theory.template import Head, NoTheoryError, Stack
 
 _NATS_OF_SQUARE = 0.5 / math.log(10)  # decades of a norm per nat of its square
 
@@ -136,7 +136,7 @@ def _both_passes(stack: Stack) -> tuple[Stack, Layout, Passes]:
     check_stack(stack)
     layout = layout_of(stack)
     if any(unit.w_transform is not None for unit in stack.units):
-        return stack, layout, highway.run(stack.units, stack.input_square, layout)
+        return stack, layout, recursion.run(stack.units, stack.input_square, layout)
     if stack.state is not None and stack.state.kind == "admin":
         stack = with_omegas(stack, layout)
     start = Stream(layout.start(stack.input_square), common=0.0 if layout.shape.side > 1 else None)

@@ -19,21 +19,21 @@ from torch.distributed import ProcessGroup
 from gradflow.errors import UsageError
 from gradflow.runs import store
 from gradflow.runs.records import Run
-from gradflow.showing.tables import run_view
-from gradflow.showing.terminal import print_view
+from gradflow.showing.terminal.printing import print_view
+from gradflow.showing.terminal.run_tables import run_view
 from gradflow.specs.run_options import RunOptions
-from gradflow.watching import graphs
+from gradflow.watching import graph_pool
+from gradflow.watching.calls import Pass
 from gradflow.watching.discovery import Place, find_layers, repeats
-from gradflow.watching.loops import called_again, candidates
+from gradflow.watching.host_totals import Tally, seen, tally, to_host
+from gradflow.watching.layer_hooks import installed
 from gradflow.watching.parameters import ParameterWatch
-from gradflow.watching.passes import Pass
 from gradflow.watching.ranks import ranks_of, sharded_again, unwrapped
 from gradflow.watching.recorder import Recorder
-from gradflow.watching.results import Watched, of_step, to_run, verdict_step
+from gradflow.watching.recurrent_blocks import called_again, candidates
 from gradflow.watching.steps import Steps, followed_scaler, scale_of
-from gradflow.watching.tally import Tally, seen, tally, to_host
-from gradflow.watching.taps import installed
 from gradflow.watching.tensorboard import write_events
+from gradflow.watching.watched_run import Watched, of_step, to_run, verdict_step
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -145,7 +145,7 @@ class Flow:
         So it is after the replay of a CUDA graph that has the optimizer's step in it.
         """
         recorder = self._recorder
-        if graphs.is_capturing():  # and nothing of it has run
+        if graph_pool.is_capturing():  # and nothing of it has run
             recorder.close()
             self._parameters.reset()
         elif recorder.ran or recorder.captured:

@@ -20,10 +20,10 @@ from torch.autograd import Variable
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
-from gradflow.stats import count_nonfinite, norm
-from gradflow.watching import graphs
+from gradflow.reductions import count_nonfinite, norm
+from gradflow.watching import graph_pool
 from gradflow.watching.discovery import Place
-from gradflow.watching.graphed import COLUMNS, MISSING, GraphedParameters
+from gradflow.watching.graph_parameters import COLUMNS, MISSING, GraphedParameters
 from gradflow.watching.ranks import Ranks, copies, is_sharded, local
 
 # Of these powers of a shard's numbers the sum is that of the whole parameter.
@@ -96,7 +96,7 @@ class ParameterWatch:
         self.active = True
         self._parameters: list[nn.Parameter] = [one.parameter for one in owned]
         self._kept = {id(p) for p in self._parameters}
-        self._graphed = GraphedParameters(self._parameters, graphs.KINDS)
+        self._graphed = GraphedParameters(self._parameters, graph_pool.KINDS)
         self._copies: list[Tensor] = []
         self.reset()
 
@@ -158,14 +158,14 @@ class ParameterWatch:
         size = norm(values)
         count = count_nonfinite(values, size)
         self._grads[id(parameter)] = Seen(size, count, id(grad), grad._version)
-        if graphs.is_capturing():
+        if graph_pool.is_capturing():
             self._graphed.seen.add(id(parameter))
             self._graphed.put(parameter, "grad", size)
             self._graphed.put(parameter, "nonfinite", count)
 
     def _watches(self) -> bool:
         """Whether what happens now is measured: what a graph captures always is."""
-        return self.active or graphs.is_capturing()
+        return self.active or graph_pool.is_capturing()
 
     @torch.no_grad()
     def before_step(self) -> None:
@@ -192,7 +192,7 @@ class ParameterWatch:
             self._put("update", self._updates)
 
     def _put(self, name: str, values: Sequence[Tensor]) -> None:
-        if graphs.is_capturing():
+        if graph_pool.is_capturing():
             self._graphed.steps = True
             for parameter, value in zip(self._parameters, values, strict=True):
                 self._graphed.put(parameter, name, value)
@@ -209,7 +209,7 @@ class ParameterWatch:
                 self._see(parameter, grad)
             elif seen is None or not seen.still(grad):
                 self._used[key] = norm(_values(grad))
-                if graphs.is_capturing():
+                if graph_pool.is_capturing():
                     self._graphed.put(parameter, "used", self._used[key])
 
     @torch.no_grad()

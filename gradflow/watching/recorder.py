@@ -12,12 +12,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from gradflow.watching import graphs
+from gradflow.watching import graph_pool
+from gradflow.watching.calls import Call, Pass, RowOf, Tap
+from gradflow.watching.device_rows import Pool, measure_cross, measure_forward, measure_gradient
 from gradflow.watching.discovery import Place
-from gradflow.watching.graphs import GraphPool
-from gradflow.watching.meter import Pool, measure_cross, measure_forward, measure_gradient
-from gradflow.watching.passes import Call, Pass, RowOf, Tap
-from gradflow.watching.streams import stream_of
+from gradflow.watching.graph_pool import GraphPool
+from gradflow.watching.main_tensor import stream_of
 
 HALVES = (torch.float16, torch.bfloat16)
 # Passes without a gradient that are kept: a loss may still come that spans them all.
@@ -51,7 +51,7 @@ class Recorder:
     def prepare(self, devices: Iterable[torch.device]) -> None:
         """Lay out the memory that graphs write to: none can be had while one is captured."""
         for device in set(devices):
-            if device.type in graphs.KINDS:
+            if device.type in graph_pool.KINDS:
                 self.graph_pools[device] = GraphPool(device, len(self.places))
 
     def begin(self) -> None:
@@ -65,7 +65,7 @@ class Recorder:
         if len(pending) >= MOST_PENDING:
             pending[0].close()
             self.passes.remove(pending[0])
-        self.passes.append(Pass(captured=graphs.is_capturing()))
+        self.passes.append(Pass(captured=graph_pool.is_capturing()))
 
     def end(self) -> None:
         """The model has returned."""
@@ -76,12 +76,12 @@ class Recorder:
         if self.paused or self.muted or in_backward() or in_transform():
             return False
         self.ran = True
-        return self.active or graphs.is_capturing()
+        return self.active or graph_pool.is_capturing()
 
     def current(self) -> Pass:
         """The pass that runs; without the model's own call, one begins after each backward."""
         if not self.passes or self.passes[-1].arrived:
-            self.passes.append(Pass(captured=graphs.is_capturing()))
+            self.passes.append(Pass(captured=graph_pool.is_capturing()))
         return self.passes[-1]
 
     def enter(self, place: int, given: object) -> None:

@@ -22,8 +22,8 @@ from gradflow.engine.flops import FlopCounter
 from gradflow.engine.timing import Clock, Pass, summarise
 from gradflow.runs.records import Timing
 from gradflow.watching.discovery import Place, unit_name
+from gradflow.watching.main_tensor import stream_of
 from gradflow.watching.recorder import in_backward
-from gradflow.watching.streams import stream_of
 
 Key = tuple[int, int]
 # Forward and backward, by place and call.

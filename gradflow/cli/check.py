@@ -1,0 +1,186 @@
+"""`gradflow check`: the gate for CI.
+
+Exit 0 passed, 1 with the reasons, 2 where a run could not be read, 4 without a baseline.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gradflow.cli.common import (
+    Json,
+    Out,
+    Plain,
+    Quiet,
+    Residual,
+    check_target,
+    say,
+    shortcut,
+    write_text,
+)
+from gradflow.cli.options import with_fields
+from gradflow.cli.stored_runs import Runs, read_runs
+from gradflow.errors import FindingError, UsageError
+
+if TYPE_CHECKING:
+    from gradflow.judging.gate import Bounds, Judgement
+    from gradflow.runs.records import Run
+
+# Asked of every run where no bound and no baseline is given.
+DEFAULT_DECADES = 3.0
+RTOL = 0.1
+
+MaxDecades = Annotated[float | None, typer.Option(help="largest change from output to input")]
+MinGain = Annotated[float | None, typer.Option(help="smallest gain of any unit")]
+MaxGain = Annotated[float | None, typer.Option(help="largest gain of any unit")]
+NoNonfinite = Annotated[bool, typer.Option("--no-nonfinite", help="no NaN or infinity anywhere")]
+BaselineFolder = Annotated[Path | None, typer.Option(help="run folder to hold the norms against")]
+Rtol = Annotated[
+    float | None,
+    typer.Option(help=f"relative difference from the baseline that passes  [default: {RTOL}]"),
+]
+
+
+@with_fields()
+def check(
+    given: dict[str, Any],
+    *,
+    runs: Runs = None,
+    max_decades: MaxDecades = None,
+    min_gain: MinGain = None,
+    max_gain: MaxGain = None,
+    no_nonfinite: NoNonfinite = False,
+    baseline: BaselineFolder = None,
+    rtol: Rtol = None,
+    residual: Residual = False,
+    plain: Plain = False,
+    out: Out = Path("results"),
+    json: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """Hold runs against bounds or a baseline; with options instead of runs: measure, then judge."""
+    from gradflow.judging.gate import Bounds, load_baseline
+
+    check_target(json)
+    given |= shortcut(given, residual, plain)
+    check_source(runs, given)
+    bounds = Bounds(max_decades, min_gain, max_gain, no_nonfinite)
+    if bounds.empty and baseline is None:
+        bounds = Bounds(DEFAULT_DECADES)
+    if rtol is not None and baseline is None:
+        raise UsageError("--rtol needs a --baseline", rtol, "give one, or leave --rtol out")
+    rtol = RTOL if rtol is None else rtol
+    check_bounds(bounds, rtol)
+    expected = load_baseline(baseline) if baseline else None  # before anything is measured
+    found, unreadable = _wanted(runs, given, out, quiet)
+    for line in unreadable:
+        say(f"not judged: {line}", style="red")
+    judged: list[tuple[str, Judgement]] = []
+    for run in found:
+        judged.append((_name(run), _judge(run, bounds, expected, rtol)))
+        if json != "-":
+            report(*judged[-1])
+    if json is not None:
+        write_text(json, as_json(judged, unreadable))
+    failed = [name for name, judgement in judged if not judgement.passed]
+    conclude(failed, len(unreadable))
+
+
+def check_source(runs: list[str] | None, given: dict[str, Any]) -> None:
+    """Refuse runs and options together, and neither.
+
+    Raises:
+        UsageError: with neither, an empty glob in a script would pass as a check of the default.
+    """
+    if bool(runs) == bool(given):
+        rule = "runs are either given as folders or made from options"
+        remedy = "give run folders, or options as for `gradflow run`"
+        raise UsageError(rule, "both" if runs else "neither", remedy)
+
+
+def conclude(failed: list[str], unreadable: int) -> None:
+    """End with the exit code that the findings have; a run that nobody could read is no pass.
+
+    Raises:
+        FindingError: a run has failed.
+        UsageError: none has, but some could not be read.
+    """
+    if failed:
+        raise FindingError(f"check failed for {', '.join(failed)}")
+    if unreadable:
+        got = f"{unreadable} that cannot, named above"
+        raise UsageError("every run of a check can be read", got, "mend it, or leave it out")
+
+
+def check_bounds(bounds: Bounds, rtol: float) -> None:
+    """Refuse limits that make no sense.
+
+    Raises:
+        UsageError: a negative limit, NaN, or an empty range.
+    """
+    limits = {
+        "--max-decades": bounds.max_decades,
+        "--min-gain": bounds.min_gain,
+        "--max-gain": bounds.max_gain,
+        "--rtol": rtol,
+    }
+    for name, value in limits.items():
+        if value is not None and not (math.isfinite(value) and value >= 0):
+            rule = f"{name} is a finite number of at least 0"
+            raise UsageError(rule, value, f"use for example {name} 1")
+    low, high = bounds.min_gain, bounds.max_gain
+    if low is not None and high is not None and low > high:
+        raise UsageError("--min-gain is at most --max-gain", f"{low} and {high}", "swap the two")
+
+
+def _wanted(
+    runs: list[str] | None, given: dict[str, Any], out: Path, quiet: bool
+) -> tuple[list[Run], list[str]]:
+    """The runs to judge, and a line for each that cannot be read."""
+    if runs:
+        return read_runs(runs)
+    from gradflow.cli.run import measure_and_store
+
+    return [measure_and_store({"timing": False} | given, out, quiet)], []
+
+
+def _name(run: Run) -> str:
+    return run.path.name if run.path else run.spec.title
+
+
+def _judge(run: Run, bounds: Bounds, baseline: Run | None, rtol: float) -> Judgement:
+    from gradflow.judging.gate import against_baseline, judge
+
+    found = judge(run, bounds)
+    return found if baseline is None else found + against_baseline(run, baseline, rtol)
+
+
+def report(name: str, judgement: Judgement) -> None:
+    """Say what was compared and why it fails."""
+    typer.echo(f"{'ok' if judgement.passed else 'FAILED'}  {name}")
+    for line in judgement.compared:
+        typer.echo(f"    compared: {line}")
+    for reason in judgement.reasons:
+        typer.echo(f"    reason: {reason}")
+
+
+def as_json(judged: Sequence[tuple[str, Judgement]], unreadable: Sequence[str]) -> str:
+    """One JSON object: whether all has passed, each run, and what could not be read."""
+    runs = [
+        {
+            "run": name,
+            "passed": judgement.passed,
+            "compared": judgement.compared,
+            "reasons": judgement.reasons,
+        }
+        for name, judgement in judged
+    ]
+    passed = not unreadable and all(judgement.passed for _, judgement in judged)
+    content = {"passed": passed, "runs": runs, "unreadable": unreadable}
+    return json.dumps(content, indent=2, allow_nan=False) + "\n"

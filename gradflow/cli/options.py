@@ -1,0 +1,189 @@
+"""Command-line options made from the fields of `StackSpec`, `ModelRequest` and `RunOptions`.
+
+Every field is an option with the same name and help text, so a new field needs no line here, and
+`run`, `compare` and `check` cannot drift apart.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import Field, fields
+from functools import cache, wraps
+from itertools import product
+from types import UnionType
+from typing import Annotated, Any, get_args, get_type_hints
+
+import typer
+
+from gradflow.errors import UsageError
+from gradflow.specs.fields import flag
+from gradflow.specs.model_request import ModelRequest
+from gradflow.specs.ranges import expand_range
+from gradflow.specs.run_options import RunOptions
+from gradflow.specs.stack import StackSpec
+from gradflow.specs.stack_fields import SIZES
+from gradflow.specs.user_code import from_file, is_reference
+
+PANELS = {StackSpec: "Stack", ModelRequest: "Model", RunOptions: "Measurement"}
+METAVARS = {"input": "SIZES|NAME", "layers": "PATTERN", "set": "NAME=VALUE"}
+# Fields that may name a thing in a user's own file.
+FROM_FILES = ("scheme", "block")
+# Text that commas do not part, and options that may be given several times.
+WHOLE = ("input", "layers")
+REPEATED = ("set",)
+Command = Callable[..., None]
+
+
+def with_fields(*, lists: bool = False) -> Callable[[Command], Command]:
+    """Give a command an option for every field of the three classes that has a help text.
+
+    The command gets those that were given, with their values, as its first argument, a dictionary
+    by field name; its other parameters stay as they are.
+
+    Args:
+        lists: the options take several values, joined by commas; the dictionary holds lists.
+    """
+    made = [_parameter(PANELS[cls], field, lists=lists) for field, cls in _options()]
+    names = {parameter.name for parameter in made}
+
+    def decorate(command: Command) -> Command:
+        @wraps(command)
+        def wrapper(**values: Any) -> None:
+            given = {k: v for k, v in values.items() if k in names and v not in (None, [])}
+            rest = {k: v for k, v in values.items() if k not in names}
+            command(parse_lists(given) if lists else parse(given), **rest)
+
+        hints = get_type_hints(command, include_extras=True)
+        own = list(inspect.signature(command).parameters.values())[1:]
+        parameters = made + [p.replace(annotation=hints[p.name]) for p in own]
+        wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # Typer's
+        wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
+        return wrapper
+
+    return decorate
+
+
+def parse(given: dict[str, Any]) -> dict[str, Any]:
+    """Typed values from text, field by field; flags have their values already.
+
+    Raises:
+        UsageError: a value that is not of the field's type.
+    """
+    texts = {k: " ".join(v) if k in REPEATED else v for k, v in given.items()}
+    return {k: _value(k, v) if isinstance(v, str) else v for k, v in texts.items()}
+
+
+def parse_lists(given: dict[str, Any]) -> dict[str, list[Any]]:
+    """Typed values from comma-separated text, field by field; whole numbers may be ranges.
+
+    Raises:
+        UsageError: a value that is not of the field's type, or an empty one.
+    """
+    return {name: _list(name, value) for name, value in given.items()}
+
+
+def _list(name: str, value: Any) -> list[Any]:
+    if name in REPEATED:
+        return settings_product(value)
+    if name in WHOLE or not isinstance(value, str):
+        return [_value(name, value) if isinstance(value, str) else value]
+    return [v for word in value.split(",") for v in _values(name, word)]
+
+
+def settings_product(given: Sequence[str]) -> list[str]:
+    """Every combination of settings: `["n_layer=12,24", "n_head=4"]` has two."""
+    lists = []
+    for text in given:
+        name, equals, values = text.partition("=")
+        lists.append([f"{name}{equals}{value}" for value in values.split(",")])
+    return [" ".join(words) for words in product(*lists)]
+
+
+def _values(name: str, word: str) -> list[Any]:
+    """One value, or those of a range of whole numbers."""
+    if _fields()[name][1] is int and ".." in word:
+        try:
+            found = expand_range(word.strip())
+        except ValueError:
+            found = None
+        if found is None:
+            remedy = f"use for example {flag(name)} 12..48:12 or {flag(name)} 10..1000:log"
+            raise UsageError(f"{flag(name)} takes whole numbers or ranges", repr(word), remedy)
+        return found
+    return [_value(name, word)]
+
+
+# Of each type of field: its name in the help, what a value is, an example, the way from text.
+# Typer's own conversion does not say what it got.
+_KINDS: dict[type, tuple[str, str, Any, Callable[[str], Any]]] = {
+    bool: ("BOOL", "true or false", "true", {"true": True, "false": False}.__getitem__),
+    int: ("INT", "a whole number", 4, int),
+    float: ("FLOAT", "a number", 1.0, float),
+    str: ("NAME", "a name", "", str),
+}
+
+
+def _value(name: str, text: str) -> Any:
+    field, kind = _fields()[name]
+    _, meaning, example, convert = _KINDS[kind]
+    word = text.strip()
+    if name in FROM_FILES and is_reference(word):
+        return from_file(word)
+    try:
+        if not word:
+            raise ValueError
+        return convert(word)
+    except (ValueError, KeyError):
+        default = SIZES.get(name, field.default)
+        example = example if default is None else default
+        remedy = f"use for example {flag(name)} {example}"
+        raise UsageError(f"{flag(name)} takes {meaning}", repr(text), remedy) from None
+
+
+@cache
+def _fields() -> dict[str, tuple[Field[Any], type]]:
+    """Every field with its type, less the None of those that have no default."""
+    hints = {cls: get_type_hints(cls) for cls in PANELS}
+    return {f.name: (f, _plain_type(hints[cls][f.name])) for f, cls in _options()}
+
+
+def _options() -> Iterator[tuple[Field[Any], type]]:
+    """Every field that is an option, with its class; those of several classes are the first's."""
+    for cls in PANELS:
+        yield from ((field, cls) for field in fields(cls) if "help" in field.metadata)
+
+
+def _parameter(panel: str, field: Field[Any], *, lists: bool) -> inspect.Parameter:
+    kind = _fields()[field.name][1]
+    # A network is causal or not, so both can be compared; other flags say how all are measured.
+    is_flag = kind is bool and not (lists and panel == PANELS[StackSpec])
+    name = flag(field.name)
+    more = ",..." if lists else ""
+    info = typer.Option(
+        f"{name}/{flag('no_' + field.name)}" if is_flag else name,
+        help=_help(field, kind),
+        show_default=False,  # Typer sees None: only then is a default known to be one
+        rich_help_panel=panel,
+        metavar=None if is_flag else METAVARS.get(field.name) or _KINDS[kind][0] + more,
+    )
+    arrives_as: Any = list[str] if field.name in REPEATED else bool if is_flag else str
+    only = inspect.Parameter.KEYWORD_ONLY
+    hint = Annotated[arrives_as | None, info]
+    return inspect.Parameter(field.name, only, default=None, annotation=hint)
+
+
+def _help(field: Field[Any], kind: type) -> str:
+    meaning, choices = field.metadata["help"], field.metadata["choices"]
+    known = "" if all(name in meaning for name in choices) else f": {', '.join(choices)}"
+    value = flag(field.name) if kind is bool else field.default
+    silent = field.default is None or field.default is False
+    default = "" if silent else f"  [default: {value}]"
+    return str(meaning + known + default)
+
+
+def _plain_type(hint: Any) -> Any:
+    """`int` from `int | None`."""
+    if isinstance(hint, UnionType):
+        return next(kind for kind in get_args(hint) if kind is not type(None))
+    return hint

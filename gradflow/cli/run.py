@@ -1,0 +1,92 @@
+"""`gradflow run`: measure one specification, store it, show it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gradflow.cli.common import (
+    Json,
+    Out,
+    Plain,
+    Quiet,
+    Residual,
+    check_target,
+    progress_bar,
+    say,
+    shortcut,
+    write_text,
+)
+from gradflow.cli.options import with_fields
+from gradflow.cli.theory_only import TheoryOnly, predict_run
+from gradflow.specs.parse_request import specification
+
+if TYPE_CHECKING:
+    from gradflow.runs.records import Run
+
+
+@with_fields()
+def run(
+    given: dict[str, Any],
+    *,
+    residual: Residual = False,
+    plain: Plain = False,
+    theory_only: TheoryOnly = False,
+    out: Out = Path("results"),
+    json: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """Measure one stack, or a model: gradient norms, gains and times per layer, and a verdict."""
+    check_target(json)
+    given |= shortcut(given, residual, plain)
+    if theory_only:
+        predict_run(given, json, quiet=quiet)
+        return
+    found = measure_and_store(given, out, quiet)
+    if json is not None:
+        write_text(json, as_json(found))
+    if json != "-" and not quiet:
+        show(found)
+    for warning in found.warnings:
+        say(f"warning: {warning}", style="yellow")
+
+
+def measure_and_store(given: dict[str, Any], out: Path, quiet: bool) -> Run:
+    """A stored run of the given fields; bad values and a bad `out` are refused first."""
+    spec, options = specification(given)
+    from gradflow.runs.staging import check_writable, nearest_folder
+    from gradflow.runs.store import save
+
+    check_writable(out)
+    with progress_bar(quiet) as progress:
+        from gradflow.measuring.any import measure_any
+
+        scratch = nearest_folder(out)
+        return save(measure_any(spec, options, progress=progress, scratch=scratch), out)
+
+
+def show(found: Run) -> None:
+    """Table, profile and verdict on stdout."""
+    from rich.console import Console
+
+    from gradflow.showing.terminal.printing import print_view
+    from gradflow.showing.terminal.run_tables import run_view
+
+    console = Console()
+    print_view(run_view(found), console)
+    console.print(f"stored in {found.path}", soft_wrap=True, markup=False, highlight=False)
+
+
+def as_json(found: Run) -> str:
+    """One JSON object: run, spec, summary, verdict."""
+    from gradflow.runs.store import about
+
+    content = about(found)
+    shown = {
+        "run": str(found.path),
+        "spec": content["spec"],
+        "summary": content["summary"],
+        "verdict": found.summary.verdict,
+    }
+    return json.dumps(shown, indent=2, allow_nan=False) + "\n"

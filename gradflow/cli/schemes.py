@@ -1,0 +1,38 @@
+"""`gradflow schemes`: the zoo, or one scheme of it; nothing is measured."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from gradflow.cli.common import Json, check_target, write_text
+from gradflow.errors import UsageError
+
+Name = Annotated[
+    str | None, typer.Argument(help="a scheme of the list, or yours: my_scheme.py:SCHEME")
+]
+Depth = Annotated[
+    int | None, typer.Option(help="constants at this depth only; without it, at several")
+]
+
+
+def schemes(name: Name = None, *, depth: Depth = None, json: Json = None) -> None:
+    """List the published schemes, or tell all of one: equation, init, constants, claim, errors."""
+    check_target(json)
+    if depth is not None and depth < 1:
+        raise UsageError("--depth is a whole number of at least 1", depth, "use --depth 1 or more")
+    from gradflow.showing.terminal import scheme_pages as pages
+
+    depths = pages.DEPTHS if depth is None else (depth,)
+    found = None if name is None else pages.look_up(name)
+    if json is not None:
+        text = pages.zoo_json() if found is None else pages.scheme_json(*found, depths)
+        write_text(json, text)
+    if json != "-":
+        from rich.console import Console
+
+        from gradflow.showing.terminal.printing import print_view
+
+        view = pages.zoo_view() if found is None else pages.scheme_view(*found, depths)
+        print_view(view, Console(highlight=False))

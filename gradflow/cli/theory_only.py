@@ -1,0 +1,60 @@
+"""`--theory-only` of `run` and `compare`: predict, show, store nothing; torch stays unloaded."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from gradflow.cli.common import Targets, write_text
+from gradflow.errors import UsageError
+from gradflow.specs.grid import Grid
+from gradflow.specs.parse_request import Asked, specification
+from gradflow.specs.run_options import RunOptions
+from gradflow.specs.stack import StackSpec
+
+TheoryOnly = Annotated[
+    bool, typer.Option("--theory-only", help="predict without measuring; store nothing")
+]
+
+
+def predict_run(given: dict[str, Any], target: str | None, *, quiet: bool) -> None:
+    """What `run --theory-only` does."""
+    from gradflow.judging.outlook import outlook
+    from gradflow.showing.terminal import outlook_tables
+
+    found = outlook(*_stack(*specification(given)))
+    if target is not None:
+        text = json.dumps(outlook_tables.about(found), indent=2, allow_nan=False)
+        write_text(target, text + "\n")
+    if target != "-" and not quiet:
+        _show(outlook_tables.outlook_view(found))
+
+
+def predict_grid(grid: Grid, targets: Targets, *, quiet: bool) -> None:
+    """What `compare --theory-only` does."""
+    from gradflow.judging.outlook import outlook
+    from gradflow.showing.terminal import outlook_tables
+
+    found = [outlook(*_stack(cell.spec, cell.options)) for cell in grid.cells]
+    for name, target in targets.items():
+        if target is not None:
+            write_text(target, getattr(outlook_tables, f"as_{name}")(found))
+    if not quiet and "-" not in targets.values():
+        _show(outlook_tables.outlooks_view(found))
+
+
+def _stack(asked: Asked, options: RunOptions) -> tuple[StackSpec, RunOptions]:
+    if not isinstance(asked, StackSpec):
+        rule = "theory predicts stacks that gradflow builds"
+        raise UsageError(rule, f"--model {asked.title}", "leave out --model, or --theory-only")
+    return asked, options
+
+
+def _show(view: Any) -> None:
+    from rich.console import Console
+
+    from gradflow.showing.terminal.printing import print_view
+
+    print_view(view, Console(highlight=False))

@@ -1,1 +1,0 @@
-"""One file per command: parse, call, print. Torch, pandas and charts load inside the commands."""

@@ -1,0 +1,1 @@
+"""All seeds of a narrow stack in one pass."""

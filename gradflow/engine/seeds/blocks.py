@@ -1,0 +1,123 @@
+"""Layers that hold the weights of several seeds and compute them all by one call: `torch.vmap`.
+
+A narrow unit takes about as long as its operations take to start, so an operation on a pile of
+seeds costs little more than on one. Every layer is drawn when it is asked for, seed by seed, by one
+module that plays all layers of its kind; what is drawn becomes a row of a table of weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from copy import copy
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from gradflow.engine.layers import Layers
+from gradflow.engine.seeds.reductions import norms
+from gradflow.networks.stack import Block, build_block, layer_kind, redraw
+from gradflow.networks.units.template import Unit
+from gradflow.specs.stack import StackSpec
+
+
+class SeedBlocks(Layers):
+    """The layers of a stack for all its seeds: streams and weights have an axis of seeds in front.
+
+    Args:
+        spec: as for `build_block`.
+        seeds: one row of every weight each.
+        device: where they lie.
+    """
+
+    def __init__(self, spec: StackSpec, seeds: Sequence[int], device: torch.device) -> None:
+        super().__init__(spec.depth)
+        self._spec, self._seeds, self._device = spec, seeds, device
+        self._players: dict[Hashable, _Player] = {}
+
+    def played(self, layer: int) -> Block:
+        """As `built`: its weights are its own, whoever plays it."""
+        return self.built(layer)
+
+    def built(self, layer: int) -> Block:
+        """The layer, drawn anew, with weights of its own."""
+        kind, first = layer_kind(self._spec, layer), self._seeds[0]
+        if kind in self._players:
+            redraw(self._players[kind].block, self._spec, first, layer, self._device)
+        else:
+            block = build_block(self._spec, first, layer, self._device)
+            # The last alone: where every layer is of its own kind, all would be a second stack.
+            self._players = {kind: _Player(block)}
+        return self._with_all_seeds(self._players[kind], layer)
+
+    def _with_all_seeds(self, player: _Player, layer: int) -> Block:
+        """The layer, once the player has the weights of the first seed."""
+        flat = player.block.source.flat
+        table = flat.new_empty((len(self._seeds), flat.numel()))
+        for row, seed in zip(table, self._seeds, strict=True):
+            if seed != self._seeds[0]:
+                redraw(player.block, self._spec, seed, layer, self._device)
+            row.copy_(flat)
+        return player.with_weights(table)
+
+
+class _Player:
+    """A block whose units stand for those of every seed."""
+
+    def __init__(self, block: Block) -> None:
+        self.block = block
+        self._joins = [Together(unit) for unit in block.units]
+
+    def with_weights(self, table: Tensor) -> Block:
+        """A block like this one with weights from a table, one row for each seed."""
+        found = copy(self.block)
+        pairs = zip(self.block.named_children(), self._joins, strict=True)
+        found._modules = {name: _of_seeds(unit, join, table) for (name, unit), join in pairs}
+        return found
+
+
+def _of_seeds(unit: nn.Module, join: Together, table: Tensor) -> Unit:
+    assert isinstance(unit, Unit)
+    weights = [nn.Parameter(_columns(table, p)) for p in unit.weights]
+    return unit.of_seeds(weights, [norms(w.detach()) for w in weights], join)
+
+
+def _columns(table: Tensor, p: Tensor) -> Tensor:
+    """What the parameter is of the flat buffer, from every row: (seeds, *shape)."""
+    return table[:, p.storage_offset() : p.storage_offset() + p.numel()].view(-1, *p.shape)
+
+
+class _Join(nn.Module):
+    """`Unit.join` as the call of a module, which is what `functional_call` replaces weights in."""
+
+    def __init__(self, unit: Unit) -> None:
+        super().__init__()
+        self.unit = unit
+
+    def forward(self, x_skip: Tensor | None, x_branch: Tensor) -> Tensor:
+        return self.unit.join(x_skip, x_branch)
+
+
+class Together:
+    """`Unit.join` for all seeds at once; takes the place of a compiled one.
+
+    Attributes:
+        unit: of one seed.
+    """
+
+    def __init__(self, unit: Unit) -> None:
+        self.unit = unit
+        self._join = _Join(unit)
+        self._names = [name for name, _ in self._join.named_parameters()]
+
+    def __call__(self, owner: Unit, x_skip: Tensor | None, x_branch: Tensor) -> Tensor:
+        """y of every seed, with the weights of `owner`."""
+        weights = dict(zip(self._names, owner.weights, strict=True))
+        with sdpa_kernel(SDPBackend.MATH):  # the fused kernel would take the seeds one by one
+            if x_skip is None:
+                return torch.vmap(lambda w, x: self._of_one(w, None, x))(weights, x_branch)
+            return torch.vmap(self._of_one)(weights, x_skip, x_branch)
+
+    def _of_one(self, weights: Mapping[str, Tensor], x_skip: Tensor | None, x: Tensor) -> Tensor:
+        return functional_call(self._join, dict(weights), (x_skip, x))

@@ -1,0 +1,141 @@
+"""Times put into a run: columns, summary, what observing cost, and warnings. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from gradflow.runs.disk_rows import Spool
+from gradflow.runs.records import LayerRecord, Run, Timing
+from gradflow.runs.summary import Summary
+from gradflow.specs.model_spec import ModelSpec, Spec
+
+# Above these the run carries a warning that names the remedy.
+NOISY_SPREAD = 0.10
+RECONCILED = 0.10
+
+
+def with_times(run: Run, timing: Timing, statistics_s: float | None = None) -> Run:
+    """The run with its times, for the seed that was timed: the first.
+
+    Args:
+        run: measured without times.
+        timing: of the same network.
+        statistics_s: median seconds that a statistics pass spent on the timed layers; None where no
+            pass is like the timed ones.
+    """
+    if isinstance(run.spec, ModelSpec):
+        timing = _numbered(timing, run.layer_records)
+    return replace(
+        run,
+        layer_records=_with_columns(run.layer_records, timing),
+        time_records=timing.repeats,
+        summary=_with_cost(run.summary, _told(run.spec, timing), timing),
+        overhead=_overhead(timing, statistics_s),
+        warnings=(*run.warnings, *_warnings(timing, run.spec)),
+    )
+
+
+def _numbered(timing: Timing, rows: Iterable[LayerRecord]) -> Timing:
+    """Times of a model with the numbers of its layers, some of which may have no times."""
+    layers = {row.unit: row.layer for row in rows}
+    repeats = (replace(one, layer=layers.get(one.unit, one.layer)) for one in timing.repeats)
+    return replace(timing, repeats=tuple(repeats))
+
+
+def _with_columns(rows: Sequence[LayerRecord], timing: Timing) -> Sequence[LayerRecord]:
+    if isinstance(rows, Spool):
+        return rows.map(lambda records: _timed_rows(records, timing))
+    return list(_timed_rows(rows, timing))
+
+
+def _timed_rows(rows: Iterable[LayerRecord], timing: Timing) -> Iterator[LayerRecord]:
+    places = [(row.layer, row.unit) for row in timing.repeats if row.repeat == 0]
+    units = dict(zip(places, timing.units, strict=True))
+    for row in rows:
+        times = units.pop((row.layer, row.unit), None)
+        if times is None:
+            yield row
+            continue
+        forward, forward_iqr, backward, backward_iqr = times
+        yield replace(
+            row,
+            forward_s=forward,
+            forward_s_iqr=forward_iqr,
+            backward_s=backward,
+            backward_s_iqr=backward_iqr,
+        )
+
+
+def _told(spec: Spec, timing: Timing) -> int:
+    """The layers of which totals are told: of a model's no sample stands for the others."""
+    return timing.layers if isinstance(spec, ModelSpec) else spec.depth
+
+
+def _with_cost(summary: Summary, depth: int, timing: Timing) -> Summary:
+    share = depth / timing.layers
+    forward = sum(f for f, _, _, _ in timing.units) * share
+    backward = sum(b for _, _, b, _ in timing.units) * share
+    return replace(
+        summary,
+        forward_s=forward,
+        backward_s=backward,
+        forward_s_per_layer=forward / depth,
+        backward_s_per_layer=backward / depth,
+        matmul_flop_per_s=timing.matmul_flop_per_s,
+        **_flops(timing, share, forward, backward),
+    )
+
+
+def _flops(timing: Timing, share: float, forward_s: float, backward_s: float) -> dict[str, Any]:
+    """FLOPs of a whole pass, and per second."""
+    if timing.flops is None:
+        return {}
+    forward, backward = (round(flop * share) for flop in timing.flops)
+    return {
+        "forward_flop": forward,
+        "backward_flop": backward,
+        "forward_flop_per_s": forward / forward_s if forward_s else None,
+        "backward_flop_per_s": backward / backward_s if backward_s else None,
+    }
+
+
+def _overhead(timing: Timing, statistics_s: float | None) -> dict[str, float] | None:
+    """What observing cost in this run, and how far the unit times add up."""
+    if timing.bare_s is None or timing.bare_iqr_s is None:
+        return None
+    times = {
+        "bare_pass_s": timing.bare_s,
+        "bare_pass_iqr_s": timing.bare_iqr_s,
+        "timed_pass_s": timing.total_s,
+        "timed_over_bare": timing.total_s / timing.bare_s,
+    }
+    if statistics_s is None:
+        return times
+    over = statistics_s / timing.bare_s
+    return times | {"statistics_pass_s": statistics_s, "statistics_over_bare": over}
+
+
+def _warnings(timing: Timing, spec: Spec) -> Iterator[str]:
+    if timing.layers < spec.depth:
+        of_model = isinstance(spec, ModelSpec)
+        which = "that have a backward pass" if of_model else "evenly spread"
+        totals = "theirs" if of_model else "their mean times the depth"
+        yield (
+            f"times are those of {timing.layers} of {spec.depth:,} layers, {which}; "
+            f"totals are {totals}"
+        )
+    if timing.spread > NOISY_SPREAD:
+        yield (
+            f"timings vary by {timing.spread:.0%} between repeats: close other programs, "
+            "or raise --repeats or --time-budget"
+        )
+    if timing.bare_s is None:
+        return
+    gap = timing.total_s / timing.bare_s - 1
+    if abs(gap) > RECONCILED:
+        yield (
+            f"unit times add up to {1 + gap:.0%} of the bare pass: units are too small to time "
+            "one by one, or the machine is busy; take a larger batch, or more --repeats"
+        )

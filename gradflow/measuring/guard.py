@@ -1,0 +1,160 @@
+"""The guard of a test suite: one backward pass through a model, held against bounds and a file."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradflow.errors import UsageError
+from gradflow.judging.gate import Bounds, judge
+from gradflow.judging.words import place
+from gradflow.measuring.models.one_pass import called, projection, untouched
+from gradflow.runs.records import LayerRecord, Run
+from gradflow.watching import watch
+
+COLUMNS = ("unit", "log10_grad_norm", "log10_param_grad_norm")
+# Lines of the profile in a failure; the rows between are left out.
+SHOWN = 12
+Loss = Callable[[Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A file of gradient norms in the user's repository.
+
+    Attributes:
+        file: the CSV file.
+        rtol: relative difference of a norm that passes.
+        update: write the file instead of reading it.
+    """
+
+    file: Path
+    rtol: float = 0.1
+    update: bool = False
+
+
+def guard(
+    model: nn.Module,
+    batch: Any,
+    bounds: Bounds,
+    loss: Loss | None = None,
+    baseline: Baseline | None = None,
+) -> list[str]:
+    """Lines that say what is wrong, with verdict and profile; none where all holds."""
+    run = flow_of(model, batch, loss)
+    reasons = list(judge(run, bounds).reasons)
+    if baseline is not None and baseline.update and not reasons:
+        write(run, baseline.file)
+    elif baseline is not None and not baseline.update:
+        reasons += _against(run, baseline)
+    return _failure(run, reasons) if reasons else []
+
+
+def flow_of(model: nn.Module, batch: Any, loss: Loss | None = None, seed: int = 0) -> Run:
+    """Watch one forward and one backward pass; gradients, buffers and random state are put back.
+
+    Args:
+        model: any module.
+        batch: its input: one tensor, a tuple or list of arguments, or a mapping of names to them.
+        loss: a scalar from the output; None: <c, y> with a random c of norm 1, y the first
+            floating tensor of the output.
+        seed: of c, and of dropout.
+
+    Raises:
+        UsageError: `model` is no module, or nothing in its output takes a gradient.
+    """
+    if not isinstance(model, nn.Module):
+        raise UsageError("the model is an nn.Module", type(model).__name__, "pass the module")
+    with untouched(model), torch.enable_grad(), watch(model) as flow:
+        torch.manual_seed(seed)
+        output = called(model, batch)
+        scalar = projection(output, seed) if loss is None else loss(output)
+        scalar.backward()  # type: ignore[no-untyped-call]  # torch's stubs
+    return flow.run
+
+
+def write(run: Run, file: Path) -> None:
+    """Write the norms of a run: one row per layer, in full precision; missing is empty."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w", newline="", encoding="utf-8") as out:
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        writer.writerows([getattr(row, name) for name in COLUMNS] for row in run.layer_records)
+
+
+def _against(run: Run, baseline: Baseline) -> Iterator[str]:
+    if not baseline.file.is_file():
+        yield f"no baseline {baseline.file.name}: write it with --gradflow-update"
+        return
+    stored = _stored(baseline.file)
+    if [row["unit"] for row in stored] != [row.unit for row in run.layer_records]:
+        yield f"{baseline.file.name} has other layers: write it anew with --gradflow-update"
+        return
+    for row, base in zip(run.layer_records, stored, strict=True):
+        for name in COLUMNS[1:]:
+            if not _close(getattr(row, name), base[name], math.log10(1 + baseline.rtol)):
+                mine = getattr(row, name)
+                yield f"{row.unit}: {name} {mine}, baseline {base[name] or 'none'}"
+
+
+def _stored(file: Path) -> list[dict[str, str]]:
+    with file.open(newline="", encoding="utf-8") as given:
+        header, *rows = list(csv.reader(given)) or [[]]
+    if tuple(header) != COLUMNS or any(len(row) != len(COLUMNS) for row in rows):
+        rule = f"a baseline has the columns {', '.join(COLUMNS)}"
+        raise UsageError(rule, file.name, "write it anew with --gradflow-update")
+    return [dict(zip(COLUMNS, row, strict=True)) for row in rows]
+
+
+def _close(mine: float | None, stored: str, limit: float) -> bool:
+    if mine is None or not stored:
+        return mine is None and not stored
+    return mine == float(stored) or abs(mine - float(stored)) <= limit
+
+
+def _failure(run: Run, reasons: Sequence[str]) -> list[str]:
+    summary = run.summary
+    where = "" if summary.first_layer is None else place(summary)
+    rows = [row for row in run.layer_records if row.log10_grad_norm is not None]
+    return [
+        f"gradient flow: {summary.verdict}{f' ({where})' if where else ''}",
+        *(f"  {reason}" for reason in reasons),
+        *(f"  {line}" for line in run.warnings),
+        *_steepest(rows),
+        "  log10 |g| from input to output:",
+        *_profile(rows),
+    ]
+
+
+def _steepest(rows: Sequence[LayerRecord]) -> Iterator[str]:
+    steps = [
+        (abs(change), change, above.unit)
+        for below, above in pairwise(rows)
+        if math.isfinite(change := _decades(below) - _decades(above))
+    ]
+    if steps:
+        _, change, unit = max(steps)
+        yield f"  largest change in one layer: {change:+.2f} decades, through {unit}"
+
+
+def _decades(row: LayerRecord) -> float:
+    return math.nan if row.log10_grad_norm is None else row.log10_grad_norm
+
+
+def _profile(rows: Sequence[LayerRecord]) -> Iterator[str]:
+    finite = [v for row in rows if math.isfinite(v := _decades(row))]
+    low, high = min(finite, default=0.0), max(finite, default=0.0)
+    count = min(SHOWN, len(rows))
+    for i in range(count):
+        row = rows[i * (len(rows) - 1) // max(count - 1, 1)]
+        value = _decades(row)
+        share = (value - low) / (high - low) if high > low and math.isfinite(value) else 0.0
+        yield f"    {row.unit:<24} {value:+8.2f} {'#' * round(24 * share)}".rstrip()

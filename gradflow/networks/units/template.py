@@ -1,0 +1,197 @@
+"""One step of the stream: the residual wiring of a branch (`gradflow.schemes.wiring`), as a module.
+
+Classes for wirings beyond the template are subclasses of `Unit`; `networks.stack.UNITS` lists
+them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from gradflow.networks.blocks import BRANCHES, PHI, Branch, MakeBranch
+from gradflow.networks.norms import ConstantStart, make_norm
+from gradflow.networks.user_branch import make_branch
+from gradflow.reductions import norm
+from gradflow.schemes.wiring import Wiring
+from gradflow.specs.stack import StackSpec
+
+
+class Activation(nn.Module):
+    """phi as a module."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.phi = PHI[name]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.phi(x)
+
+
+@dataclass(frozen=True)
+class ParamInfo:
+    """What is known of one parameter without a pass; `norm` is that of its value."""
+
+    name: str
+    shape: str
+    numel: int
+    norm: Tensor | float
+
+    @property
+    def at_hand(self) -> ParamInfo:
+        """With the norm as a number."""
+        return ParamInfo(self.name, self.shape, self.numel, float(self.norm))
+
+
+class Scale(ConstantStart):
+    """b x, b a parameter: one number, or one for each feature; empty as `Linear` is."""
+
+    weight: Tensor
+
+    def __init__(self, spec: StackSpec, learned: str, start: float) -> None:
+        super().__init__()
+        self.shapes = {"weight": (spec.width if learned == "vector" else 1,)}
+        self.starts = {"weight": start}
+        self.is_shared = learned == "shared scalar"
+        self.channels = learned == "vector" and spec.kind.domain == "images"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (self.weight.view(-1, 1, 1) if self.channels else self.weight)
+
+
+class Factor(nn.Module):
+    """A constant times x."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+
+# A unit and the two uses of its input, shortcut and branch.
+Compiled = Callable[["Unit", Tensor | None, Tensor], Tensor]
+
+
+class Unit(nn.Module):
+    """One step of the stream: y = Np(a x + b No(f(c Ni(x)))), without a x if plain (`wiring`).
+
+    Attributes:
+        branches: the classes of its branch, by name.
+        shortcut: whether it is residual.
+        weights: its parameters, once they have values.
+        structure: equal for units that keep equally much for their backward.
+        compiled: computes `join(unit, x_skip, x_branch)` in its place, where it is set.
+    """
+
+    branches: ClassVar[Mapping[str, MakeBranch]] = BRANCHES
+    weights: tuple[nn.Parameter, ...]
+    structure: tuple[object, ...]
+    compiled: Compiled | None = None
+
+    def __init__(self, spec: StackSpec, wiring: Wiring, name: str) -> None:
+        super().__init__()
+        self.name, self.wiring = name, wiring
+        self.shortcut = wiring.a != 0
+        self.branch: Branch = make_branch(spec, wiring, name, self.branches)
+        inside = self.branch.norms_inside
+        self.shared = nn.Identity() if inside else make_norm(spec, wiring, "shared")
+        self.before = nn.Identity() if inside else make_norm(spec, wiring, "in")
+        self.scale_in = _factor(wiring.c)
+        self.branch_norm = make_norm(spec, wiring, "branch")
+        self.scale = Scale(spec, wiring.learned, wiring.b) if wiring.learned else _factor(wiring.b)
+        self.after = _after(spec, wiring, inside=inside)
+
+    def f(self, x: Tensor) -> Tensor:
+        """b No(f(c Ni(x)))."""
+        return self.scale(self.branch_norm(self.branch(self.scale_in(self.before(x)))))
+
+    def join(self, x_skip: Tensor | None, x_branch: Tensor) -> Tensor:
+        """y from the two uses of x, given apart so that their gradients come apart.
+
+        Args:
+            x_skip: x as the shortcut takes it; None for a plain unit.
+            x_branch: x as the branch takes it.
+        """
+        f = self.f(self.shared(x_branch))
+        if x_skip is None:
+            return self.after(f)
+        skip = self.shared(x_skip)
+        return self.after((skip if self.wiring.a == 1 else self.wiring.a * skip) + f)
+
+    def evaluate(self, x_skip: Tensor | None, x_branch: Tensor) -> Tensor:
+        """`join`, compiled or not."""
+        compiled = self.compiled
+        return compiled(self, x_skip, x_branch) if compiled else self.join(x_skip, x_branch)
+
+    def settle(self, seed: int, layer: int, /) -> None:
+        """What the weights of a layer need after their draw; nothing in the template."""
+
+    def begin(self, seed: int, layer: int, step: int, /) -> None:
+        """What a step of training draws before its pass; nothing in the template."""
+
+    def constrain(self) -> None:
+        """What the weights keep to after every update; nothing in the template."""
+
+    def seal(self) -> None:
+        """Note what the engines ask of every unit in every pass."""
+        named = list(self.named_parameters())
+        self.weights = tuple(p for _, p in named)
+        self._known = [(name, "x".join(map(str, p.shape)), p.numel()) for name, p in named]
+        scalars = (self.wiring.a, self.shortcut)
+        self.structure = (scalars, *(type(part) for part in self.modules()))
+        # A list, because a module's own attributes take long to set.
+        self._infos: list[ParamInfo] = []
+
+    def of_seeds(
+        self, weights: Sequence[nn.Parameter], norms: Sequence[Tensor], compiled: Compiled
+    ) -> Unit:
+        """This unit with the weights of several seeds, an axis in front, which `compiled` knows.
+
+        Args:
+            weights: in the order of its own.
+            norms: of each, one number a seed.
+            compiled: computes its `join`.
+        """
+        found = copy(self)
+        found.weights, found.compiled = tuple(weights), compiled
+        pairs = zip(self._known, norms, strict=True)
+        found._infos = [ParamInfo(*known, size) for known, size in pairs]
+        return found
+
+    def forget(self) -> None:
+        """The weights have new values: what was known of the old ones is not true any more."""
+        self._infos.clear()
+
+    @property
+    def infos(self) -> Sequence[ParamInfo]:
+        """For each parameter what needs no pass; norms are taken when they are first asked for."""
+        if not self._infos:
+            self.note_norms()
+        return tuple(self._infos)
+
+    def note_norms(self) -> None:
+        """Take the norms of the weights, so that no pass has to."""
+        pairs = zip(self._known, self.weights, strict=True)
+        self._infos[:] = [ParamInfo(*known, norm(p.detach())) for known, p in pairs]
+
+    def forward(self, x: Tensor) -> Tensor:
+        # The view gathers the branch's uses of x before the shortcut's is added, in the order
+        # in which the engine adds the two parts: the gradients agree bit by bit.
+        return self.evaluate(x if self.shortcut else None, x.view_as(x))
+
+
+def _factor(factor: float) -> nn.Module:
+    return nn.Identity() if factor == 1 else Factor(factor)
+
+
+def _after(spec: StackSpec, wiring: Wiring, *, inside: bool) -> nn.Module:
+    """What follows the addition: a norm, or the activation of He et al. 2015."""
+    if not inside:
+        return make_norm(spec, wiring, "out")
+    return Activation(str(spec.activation)) if "out" in wiring.norms else nn.Identity()

@@ -1,0 +1,146 @@
+"""What charts have in common: a table and words, axes, legends, and what a page steers them by.
+
+A page steers a chart by three parameters: `listed`, the designs in the legend; `bottom` and `top`,
+the ends of the vertical axis, or null.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import altair as alt
+import polars as pl
+
+from gradflow.showing.page.chart_rows import ends
+
+FADED = 0.06
+
+# Pixels of a legend entry, and of a letter in it.
+ENTRY, LETTER = 40, 6
+
+Table = pl.DataFrame
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A chart with the words around it.
+
+    Attributes:
+        title: its heading.
+        text: what it shows, and how to read it.
+        table: `units`, `depths` or `times`.
+        columns: those it draws, the first one on the vertical axis, with their headings.
+        draw: makes the chart of that table.
+        near, seen: of the vertical axis, see `chart_rows.ends`.
+        bars: it has a line of text for each value of the column `bar`, and grows with them.
+    """
+
+    title: str
+    text: str
+    table: str
+    columns: dict[str, str]
+    draw: Callable[[Table], alt.LayerChart]
+    near: float | None = None
+    seen: tuple[float, float] = (0, 1.05)
+    bars: bool = False
+
+    @property
+    def value(self) -> str:
+        """The column on the vertical axis."""
+        return next(iter(self.columns))
+
+    @property
+    def span(self) -> list[str]:
+        """The columns that have to fit on the vertical axis."""
+        return [name for name in (self.value, "low", "high") if name in self.columns]
+
+
+def layered(*layers: alt.Chart) -> alt.LayerChart:
+    """Charts on top of each other."""
+    return alt.LayerChart(layer=list(layers))
+
+
+def chosen() -> alt.Parameter:
+    """What a click in the legend selects."""
+    return alt.selection_point(name="chosen", fields=["design"], bind="legend")
+
+
+def zoom() -> alt.Parameter:
+    """Dragging and zooming."""
+    # The bare wheel belongs to the page.
+    return alt.selection_interval(name="zoom", bind="scales", zoom="wheel![event.ctrlKey]")
+
+
+def steering(table: Table, drawing: Drawing) -> list[alt.Parameter]:
+    """The parameters by which a page steers a chart."""
+    bottom, top = ends(table, drawing.span, drawing.near, drawing.seen)
+    axis = [alt.param(name="bottom", value=bottom), alt.param(name="top", value=top)]
+    return [alt.param(name="listed", value=_designs(table)), *axis]
+
+
+def faded(opacity: float) -> Any:
+    """This opacity for what is chosen."""
+    return alt.when(chosen()).then(alt.value(opacity)).otherwise(alt.value(FADED))
+
+
+def layer_axis() -> alt.X:
+    """The horizontal axis of the layers."""
+    # Apart, because the last label is moved inwards, to the one before it.
+    axis = alt.Axis(tickMinStep=1, format=",d", grid=False, labelOverlap=True, labelSeparation=8)
+    return alt.X("x:Q", title="layer (0 is the input)", axis=axis, scale=alt.Scale(nice=False))
+
+
+def _designs(table: Table) -> list[str]:
+    return table["design"].unique(maintain_order=True).to_list()
+
+
+def design_colour(table: Table) -> alt.Color:
+    """A colour for each design, with its legend."""
+    # The same domain for colour and shape makes one legend of the two.
+    return alt.Color("design:N", title=None, scale=_scale(table), legend=_legend(table))
+
+
+def design_shape(table: Table) -> alt.Shape:
+    """A shape for each design, in the same legend."""
+    return alt.Shape("design:N", title=None, scale=_scale(table), legend=_legend(table))
+
+
+def _scale(table: Table) -> alt.Scale:
+    return alt.Scale(domain=_designs(table))
+
+
+def _legend(table: Table) -> alt.Legend:
+    entry = ENTRY + LETTER * max(map(len, _designs(table)), default=0)
+    columns = alt.ExprRef(f"max(1, floor(width / {entry}))")
+    return alt.Legend(values=alt.ExprRef("listed"), columns=columns)
+
+
+def hint(column: str, title: str) -> alt.Tooltip:
+    """A number under the pointer."""
+    return alt.Tooltip(f"{column}:Q", title=title, format=".4~g")
+
+
+def number_axis(column: str, title: str) -> alt.Y:
+    """A vertical axis whose ends a page steers."""
+    scale = alt.Scale(domain=[alt.ExprRef("bottom"), alt.ExprRef("top")], nice=True)
+    return alt.Y(f"{column}:Q", title=title, scale=scale)
+
+
+def power_axis(column: str, title: str) -> alt.Y:
+    """An axis for a logarithm that is labelled in powers of ten, a decade high at least."""
+    return number_axis(column, title).axis(labelExpr=power_of_ten("datum.value"), tickMinStep=0.1)
+
+
+def power_of_ten(exponent: str) -> str:
+    """A Vega expression: 10 to a whole exponent as `10⁻³`, small fractions as plain numbers."""
+    digits = zip("0123456789-\u2212", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁻", strict=True)
+    high = reduce(
+        lambda text, pair: f"replace({text}, /{pair[0]}/g, '{pair[1]}')",
+        digits,
+        f"format({exponent}, '.12~g')",
+    )
+    plain = f"abs({exponent}) < 4 && {exponent} % 1 != 0"
+    return f"{plain} ? format(pow(10, {exponent}), '.2~g') : '10' + {high}"

@@ -1,0 +1,242 @@
+"""Charts of many runs: a data frame in, an Altair chart out; nothing is drawn or written here.
+
+Every chart takes one of the tables of `chart_rows`, all of which have the columns `run` and
+`design`, so that a page can exchange the rows of all charts at once. A design has one colour and
+one shape; runs of one design differ in depth, and that is where their lines end.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import altair as alt
+
+from gradflow.showing.page.chart_parts import (
+    Drawing,
+    Table,
+    chosen,
+    design_colour,
+    design_shape,
+    faded,
+    hint,
+    layer_axis,
+    layered,
+    number_axis,
+    power_axis,
+    steering,
+    zoom,
+)
+from gradflow.showing.page.chart_theme import BAR, DASH, picture_of
+
+
+def gradient(units: Table) -> alt.LayerChart:
+    """The gradient norm over the layers: a line per run with its seeds, theory with its band."""
+    title = "gradient norm |dL/dy|"
+    y = power_axis("log10_grad_norm", title)
+    series = {
+        "x": layer_axis(),
+        "color": design_colour(units),
+        "detail": "run:N",
+        "opacity": faded(1),
+    }
+    theory = alt.Chart(units).mark_line(strokeDash=[2, 5], strokeWidth=3, clip=True)
+    expected = alt.Chart(units).mark_area(fillOpacity=0.08, clip=True)
+    band = alt.Chart(units).mark_area(fillOpacity=0.2, clip=True)
+    low, high = (f"theory_log10_grad_norm_{end}" for end in ("low", "high"))
+    return layered(
+        expected.encode(**series, y=power_axis(low, title), y2=f"{high}:Q"),
+        band.encode(**series, y=power_axis("low", title), y2="high:Q"),
+        theory.encode(**series, y=power_axis("theory_log10_grad_norm", title)),
+        *_lines(units, y, "gradient"),
+    )
+
+
+def skip_gain(units: Table) -> alt.LayerChart:
+    """The part of the gain that passes the shortcut: the 1 of 1 + f'."""
+    return _by_unit(units, "skip-gain", "skip gain")
+
+
+def branch_gain(units: Table) -> alt.LayerChart:
+    """The part of the gain that passes the branch: the f' of 1 + f'."""
+    return _by_unit(units, "branch-gain", "branch gain")
+
+
+def token_cosine(units: Table) -> alt.LayerChart:
+    """The mean cosine between the tokens of y: 1 where all have become the same."""
+    y = number_axis("act_cos", "cosine between tokens")
+    return layered(*_lines(units, y, "token-cosine"))
+
+
+def gradient_cosine(units: Table) -> alt.LayerChart:
+    """The mean cosine between the gradients of samples: 0 where they are shattered."""
+    y = number_axis("grad_cos", "cosine between gradients")
+    return layered(*_lines(units, y, "gradient-cosine"))
+
+
+def activation(units: Table) -> alt.LayerChart:
+    """The size of the stream over the layers."""
+    y = power_axis("log10_act_rms", "root mean square of y")
+    return layered(*_lines(units, y, "activation"))
+
+
+def depth(depths: Table) -> alt.LayerChart:
+    """The total gain against depth, a line per design; dashed lines bound what is healthy."""
+    ticks = sorted(depths["depth"].unique())
+    x = alt.X(
+        "depth:Q", title="depth in layers", scale=alt.Scale(type="log", nice=False, padding=12)
+    )
+    title = "|dL/d(input)| / |dL/d(output)|"
+    rules = [
+        alt.Chart(depths)
+        .mark_rule(strokeDash=[4, 4], strokeOpacity=0.6, clip=True)
+        .encode(y=alt.Y(bound, title=title))
+        for bound in ("min(vanishing):Q", "max(exploding):Q")
+    ]
+    series = {
+        "x": x.axis(values=ticks, format=",d", grid=False),
+        "y": power_axis("total_log10_gain", title),
+        "color": design_colour(depths),
+    }
+    line = alt.Chart(depths).mark_line(clip=True)
+    point = alt.Chart(depths).mark_point(size=60, filled=True, clip=True)
+    hints = [alt.Tooltip("run:N"), alt.Tooltip("verdict:N"), hint("total_log10_gain", "decades")]
+    points = point.encode(**series, shape=design_shape(depths), opacity=faded(1), tooltip=hints)
+    steered = points.add_params(chosen(), zoom(), *steering(depths, CHARTS["depth"]))
+    return layered(*rules, line.encode(**series, opacity=faded(0.9)), steered)
+
+
+def time(times: Table) -> alt.LayerChart:
+    """The time of one unit, forward and backward: the median over the layers."""
+    # On a page never more than half of its width, for the bars need some too.
+    limit = alt.ExprRef("max(140, min(420, (containerSize()[0] || 1000) * 0.45))")
+    y = alt.Y("bar:N", title=None, sort=None, axis=alt.Axis(labelLimit=limit, ticks=False))
+    x = alt.X("ms:Q", title="milliseconds per unit", axis=alt.Axis(format="~g", tickCount=8))
+    colour = alt.Color("pass:N", title=None, sort=["forward", "backward"])
+    hints = [alt.Tooltip("bar:N", title="run"), alt.Tooltip("pass:N"), hint("ms", "ms")]
+    bars = alt.Chart(times).mark_bar(height=alt.RelativeBandSize(0.7))
+    order = alt.Order("pass:N", sort="descending")
+    encoded = bars.encode(x=x, y=y, color=colour, order=order, tooltip=hints)
+    return layered(encoded).properties(height=BAR * times["bar"].n_unique())
+
+
+def _by_unit(units: Table, name: str, title: str) -> alt.LayerChart:
+    """One line per run and kind of unit: in a transformer both have gains of their own."""
+    kinds = units["unit"].unique(maintain_order=True).to_list()
+    two = {"attention", "ffn"} <= set(kinds)
+    scale = alt.Scale(domain=kinds, range=[DASH if two and k == "ffn" else [1, 0] for k in kinds])
+    legend = alt.Legend(orient="top", symbolType="stroke", values=["attention", "ffn"])
+    dash = alt.StrokeDash("unit:N", title=None, scale=scale, legend=legend if two else None)
+    return layered(*_lines(units, number_axis(CHARTS[name].value, title), name, strokeDash=dash))
+
+
+def _lines(units: Table, y: alt.Y, name: str, **of_lines: Any) -> tuple[alt.Chart, alt.Chart]:
+    """A line per run with a few marks on it; all its points appear under the pointer."""
+    series = {"x": layer_axis(), "y": y, "color": design_colour(units)}
+    line = alt.Chart(units).mark_line(strokeWidth=1.8, clip=True)
+    point = alt.Chart(units).mark_point(size=45, filled=True, clip=True)
+    hover = alt.selection_point(
+        name="hover", fields=["run"], on="pointerover", clear="pointerout", empty=False
+    )
+    # As a dictionary: Altair's own `|` forgets that an empty hover selects nothing.
+    marked = {"or": ["datum.mark", {"param": "hover", "empty": False}]}
+    seen = {"test": {"and": [{"param": "chosen"}, marked]}, "value": 1}
+    hints = [hint(column, title) for column, title in CHARTS[name].columns.items()]
+    where = [alt.Tooltip("run:N"), alt.Tooltip("layer:Q", format=",d"), alt.Tooltip("unit:N")]
+    points = point.encode(
+        **series,
+        shape=design_shape(units),
+        opacity=alt.OpacityValue(0, condition=seen),
+        tooltip=[*where, *hints],
+    )
+    return (
+        line.encode(**series, **of_lines, detail="run:N", opacity=faded(0.9)),
+        points.add_params(chosen(), hover, zoom(), *steering(units, CHARTS[name])),
+    )
+
+
+CHARTS: dict[str, Drawing] = {
+    "gradient": Drawing(
+        "Gradient norm over the layers",
+        "The gradient enters at the last layer, on the right, and goes back to the input, on the "
+        "left. A flat line keeps its size; a slope is a factor in every layer. The band spans the "
+        "seeds; a thick dotted line is theory, and the pale band what it expects of one seed.",
+        "units",
+        {
+            "log10_grad_norm": "log10 |dL/dy|",
+            "low": "lowest seed",
+            "high": "highest seed",
+            "theory_log10_grad_norm": "theory",
+        },
+        gradient,
+        near=12,
+        seen=(-0.5, 0.5),
+    ),
+    "skip-gain": Drawing(
+        "Skip gain: the 1",
+        "The part of the gradient that passes a unit by its shortcut. It is 1 for a plain "
+        "identity and 0 without a shortcut.",
+        "units",
+        {"skip_gain": "skip gain"},
+        skip_gain,
+        near=4,
+    ),
+    "branch-gain": Drawing(
+        "Branch gain: the f\u2032",
+        "The part of the gradient that passes a unit through its branch. In a deep residual stack "
+        "it has to stay well below 1.",
+        "units",
+        {"branch_gain": "branch gain"},
+        branch_gain,
+        near=4,
+    ),
+    "depth": Drawing(
+        "Total gain against depth",
+        "How much larger or smaller the gradient at the input is than at the output. A straight "
+        "fall or rise is exponential in depth; dashed lines bound the healthy range.",
+        "depths",
+        {"total_log10_gain": "log10 of the total gain"},
+        depth,
+        near=12,
+        seen=(-0.5, 0.5),
+    ),
+    "token-cosine": Drawing(
+        "Cosine between tokens",
+        "How alike the tokens of one sample are (samples, where there are no tokens). Near 1 all "
+        "carry the same: the rank has collapsed.",
+        "units",
+        {"act_cos": "cosine between tokens"},
+        token_cosine,
+    ),
+    "gradient-cosine": Drawing(
+        "Cosine between the gradients of samples",
+        "How much the samples agree on the direction. Near 0 in early layers the gradient is "
+        "noise: it has shattered.",
+        "units",
+        {"grad_cos": "cosine between gradients"},
+        gradient_cosine,
+    ),
+    "activation": Drawing(
+        "Growth of the activations",
+        "The root mean square of the stream after each unit. Fast growth drowns the branches of "
+        "later layers and may leave the number format.",
+        "units",
+        {"log10_act_rms": "log10 rms of y"},
+        activation,
+        near=12,
+        seen=(-0.5, 0.5),
+    ),
+    "time": Drawing(
+        "Time per unit",
+        "Median over the layers, forward and backward. Compare only runs that were measured in "
+        "the same environment.",
+        "times",
+        {"ms": "milliseconds"},
+        time,
+        bars=True,
+    ),
+}
+
+
+def picture(name: str, table: Table) -> alt.LayerChart:
+    """The chart as it stands alone: with its title, on paper, far-out runs left out."""
+    return picture_of(CHARTS[name], table)

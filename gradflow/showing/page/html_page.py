@@ -1,0 +1,288 @@
+"""The page as HTML: one file that needs nothing else, made from `page/` by Jinja.
+
+Every text passes Jinja's escaping; data for the script is JSON in which no `<` is left. The page
+forbids itself all requests (its content security policy), and only its own two scripts may run.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import polars as pl
+import vl_convert
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+import gradflow
+from gradflow.judging.naming import names, shared
+from gradflow.judging.overview import HEALTHY, SAYINGS, answer, designs_through, sentence
+from gradflow.runs.reading import Results, StoredRun, clean
+from gradflow.showing.page.chart_parts import Drawing
+from gradflow.showing.page.chart_rows import FAR, Runs, tables
+from gradflow.showing.page.chart_theme import BAR, DARK, HEIGHT, LIGHT, themed
+from gradflow.showing.page.charts import CHARTS
+from gradflow.showing.page.training_charts import ALL_CHARTS
+from gradflow.units import count, milliseconds, number, signed
+
+WARNINGS_SHOWN = 2
+SKIPPED_SHOWN = 20
+ENVIRONMENTS_SHOWN = 6
+ENVIRONMENT = {
+    "device_name": "device",
+    "device": "kind",
+    "threads": "threads",
+    "dtype": "number format",
+    "torch": "torch",
+    "gradflow": "gradflow",
+    "python": "Python",
+    "platform": "platform",
+    "matmul_precision": "matmul precision",
+    "tf32": "TF32",
+    "deterministic": "deterministic",
+    "git": "git commit",
+}
+
+
+@dataclass(frozen=True)
+class Shown:
+    """The runs that a page lists, those whose charts it holds, and those it draws at first."""
+
+    listed: Runs
+    charted: Runs
+    drawn: Runs
+
+
+def render(results: Results, shown: Shown) -> str:
+    """The page."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    template = environment.from_string(_file("report.html"))
+    scripts = [_script(vega()), _script(_file("report.js"))]
+    return template.render(
+        version=gradflow.__version__,
+        scripts=scripts,
+        policy=" ".join(_hash(script) for script in scripts),
+        style=Markup(_file("report.css")),
+        palettes=(LIGHT, DARK),
+        charts=charts_of(results),
+        data=_json(chart_data(results, shown)),
+        **words(results, shown),
+    )
+
+
+def charts_of(results: Results) -> dict[str, Drawing]:
+    """Those that the runs have something for: of training only where there was some."""
+    return ALL_CHARTS if len(results.losses) else CHARTS
+
+
+def words(results: Results, shown: Shown) -> dict[str, Any]:
+    """Everything on the page that is text."""
+    runs = results.runs
+    often = Counter(run.summary.verdict for run in runs)
+    order = [*SAYINGS, *sorted(set(often) - set(SAYINGS))]
+    return {
+        "runs": len(runs),
+        "answer": answer(runs),
+        "through": designs_through(runs, names(runs)),
+        "shared": shared(runs),
+        "measured": measured(runs),
+        "verdicts": [(verdict, often[verdict]) for verdict in order if often[verdict]],
+        "known": tuple(SAYINGS),
+        "healthy": HEALTHY,
+        "rows": list(table_rows(shown)),
+        "timed": any(run.summary.forward_s_per_layer is not None for run in runs),
+        "environments": environments(runs),
+        "left_out": list(left_out(results, shown)),
+        "skipped": results.skipped[:SKIPPED_SHOWN],
+        "more_skipped": len(results.skipped) - SKIPPED_SHOWN,
+        "notes": results.notes[:SKIPPED_SHOWN],
+        "more_notes": len(results.notes) - SKIPPED_SHOWN,
+    }
+
+
+def table_rows(shown: Shown) -> Iterator[dict[str, Any]]:
+    """One dictionary per row of the table of runs; numbers both as text and to sort by."""
+    charted = {run.number for run, _ in shown.charted}
+    drawn = {run.number for run, _ in shown.drawn}
+    for run, name in shown.listed:
+        yield {
+            "number": run.number,
+            "name": name.without_depth,
+            "folder": run.name,
+            "verdict": run.summary.verdict,
+            "sentence": sentence(run),
+            "warnings": run.warnings[:WARNINGS_SHOWN],
+            "charted": run.number in charted,
+            "drawn": run.number in drawn,
+            "cells": list(_numbers(run)),
+        }
+
+
+def _numbers(run: StoredRun) -> Iterator[tuple[str, float | None]]:
+    summary = run.summary
+    skip = summary.skip_share
+    yield f"{run.spec.depth:,}", run.spec.depth
+    yield signed(summary.total_log10_gain), summary.total_log10_gain
+    yield signed(summary.log10_gain_per_layer, 4), summary.log10_gain_per_layer
+    yield _layers(summary.efolding_layers), summary.efolding_layers
+    yield "" if skip is None else f"{skip:.0%}", skip
+    yield milliseconds(summary.forward_s_per_layer), summary.forward_s_per_layer
+    yield milliseconds(summary.backward_s_per_layer), summary.backward_s_per_layer
+
+
+def _layers(amount: float | None) -> str:
+    return number(amount, ".3g") if amount is None or amount < 100 else f"{amount:,.0f}"
+
+
+def measured(runs: tuple[StoredRun, ...]) -> str:
+    """The days on which the runs were made, in words; empty if nobody knows."""
+    days = sorted({day for run in runs if (day := _day(run.environment.get("start_utc")))})
+    if not days:
+        return ""
+    first, last = (f"{day.day} {day:%B %Y}" for day in (days[0], days[-1]))
+    return f"measured on {first}" if first == last else f"measured from {first} to {last}"
+
+
+def _day(text: object) -> datetime | None:
+    try:
+        return datetime.fromisoformat(str(text)).replace(tzinfo=None)
+    except ValueError:
+        return None
+
+
+def environments(runs: tuple[StoredRun, ...]) -> dict[str, Any]:
+    """The different environments, the most frequent first, and in how many runs each occurs."""
+    often = Counter(tuple(_known(run.environment)) for run in runs)
+    common = often.most_common(ENVIRONMENTS_SHOWN)
+    lines = zip(ENVIRONMENT.values(), *(values for values, _ in common), strict=True)
+    return {
+        "counts": [count(n, "run") for _, n in common],
+        "rows": [(title, values) for title, *values in lines],
+        "more": len(often) - len(common),
+    }
+
+
+def _known(environment: dict[str, Any]) -> Iterator[str]:
+    for name in ENVIRONMENT:
+        value = environment.get(name)
+        if name == "git" and isinstance(value, dict):
+            changed = " with changes" if value.get("dirty") else ""
+            yield f"{clean(value.get('commit'))[:10]}{changed}"
+        else:
+            yield _plain(value)
+
+
+def _plain(value: object) -> str:
+    if value is None:
+        return "unknown"
+    return clean(value) if not isinstance(value, bool) else "yes" if value else "no"
+
+
+def left_out(results: Results, shown: Shown) -> Iterator[str]:
+    """What the page does not show, and where it can be seen."""
+    total, listed, charted = len(results.runs), len(shown.listed), len(shown.charted)
+    drawn, layers = len(shown.drawn), results.layers_kept
+    evenly = "taken in turn from every verdict and design"
+    if listed < total:
+        yield (
+            f"The table lists {listed:,} of {total:,} runs, {evenly}; "
+            "gradflow report --markdown FILE lists all of them."
+        )
+    if charted < total:
+        yield f"Charts hold {charted:,} of {total:,} runs, {evenly}."
+    if drawn < charted:
+        yield (
+            f"At first {drawn:,} of {charted:,} runs are drawn, {evenly}; tick the others in the "
+            "table to draw them too."
+        )
+    if any(run.spec.depth > layers for run, _ in shown.charted):
+        yield (
+            f"Of stacks deeper than {layers} layers, lines show about {layers}: evenly spaced, and "
+            "those with the largest and the smallest values."
+        )
+
+
+def chart_data(results: Results, shown: Shown) -> dict[str, Any]:
+    """What the page's script works on: runs, tables by column, and a specification per chart."""
+    found = tables(results, shown.charted)
+    return {
+        "runs": [
+            {"number": run.number, "run": name.run, "design": name.design}
+            for run, name in shown.charted
+        ],
+        "far": FAR,
+        "bar": BAR,
+        "tables": {
+            name: table.drop("run", "design").to_dict(as_series=False)
+            for name, table in found.items()
+        },
+        "charts": {
+            name: chart_spec(name, _sample(found[drawing.table], shown))
+            for name, drawing in charts_of(results).items()
+        },
+    }
+
+
+def _sample(table: pl.DataFrame, shown: Shown) -> pl.DataFrame:
+    """One row of each kind that charts ask for, drawn designs first: theirs is the best colour."""
+    kinds = [name for name in ("design", "unit", "depth") if name in table.columns]
+    drawn = pl.col("design").is_in(list({name.design for _, name in shown.drawn}))
+    few = table.unique(kinds, keep="first", maintain_order=True)
+    return few.sort(drawn, descending=True, maintain_order=True)
+
+
+def chart_spec(name: str, sample: pl.DataFrame) -> dict[str, Any]:
+    """A chart without its rows, in colours that the page's style sheet sets."""
+    drawing = ALL_CHARTS[name]
+    colours = tuple(f"var(--line-{i})" for i in range(len(LIGHT)))
+    chart = themed(drawing.draw(sample), "currentColor", "transparent", colours)
+    spec = chart.properties(width="container").to_dict()
+    spec.pop("datasets")
+    spec |= {"data": {"name": drawing.table}, "autosize": {"type": "fit-x", "contains": "padding"}}
+    if not drawing.bars:
+        spec["height"] = HEIGHT
+    return {
+        "spec": spec,
+        "table": drawing.table,
+        "title": drawing.title,
+        "columns": drawing.columns,
+        "span": drawing.span,
+        "near": drawing.near,
+        "seen": drawing.seen,
+        "bars": drawing.bars,
+    }
+
+
+@cache
+def vega() -> str:
+    """Vega, Vega-Lite and Vega-Embed as one script, 0.9 MB (2 s)."""
+    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
+
+
+def _file(name: str) -> str:
+    return (files("gradflow.showing") / "page" / name).read_text(encoding="utf-8")
+
+
+def _script(text: str) -> Markup:
+    # The one thing that would end a script early; `<\/` means the same in a JavaScript string.
+    return Markup(text.replace("</script", "<\\/script").replace("\r", ""))
+
+
+def _hash(script: Markup) -> str:
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return f"'sha256-{digest}'"
+
+
+def _json(value: Any) -> Markup:
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    for mark in "<>&\u2028\u2029":
+        text = text.replace(mark, f"\\u{ord(mark):04x}")
+    return Markup(text)

@@ -1,0 +1,144 @@
+"""The report: run folders in; a page and pictures out. Nothing is measured here."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from gradflow.errors import UsageError
+from gradflow.judging.overview import in_order
+from gradflow.runs.reading import Results
+from gradflow.showing.page.chart_rows import Runs, tables
+from gradflow.showing.page.chart_theme import picture_of
+from gradflow.showing.page.html_page import Shown, charts_of, render
+
+MOST_BYTES = 5_000_000
+MARK = b'<meta name="generator" content="gradflow'
+MARK_WITHIN = 1_000
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How many runs a page lists at most, holds the charts of, and draws at first."""
+
+    listed: int = 1_500
+    charted: int = 100
+    drawn: int = 24
+
+    def halved(self) -> Limits:
+        """Half of it."""
+        return Limits(self.listed // 2, self.charted // 2, self.drawn)
+
+
+def page(results: Results, limits: Limits = Limits()) -> str:
+    """The page, below 5 MB whatever it has to show: it shows fewer runs until it fits."""
+    html = render(results, selection(results, limits))
+    return html if len(html.encode()) < MOST_BYTES else page(results, limits.halved())
+
+
+def selection(results: Results, limits: Limits) -> Shown:
+    """The runs that a page shows."""
+    runs = in_order(results)
+    charted = pick(runs, limits.charted)
+    return Shown(pick(runs, limits.listed), charted, pick(charted, limits.drawn))
+
+
+def pick(runs: Runs, most: int) -> Runs:
+    """At most so many runs, in the same order: of every verdict, then of every design in turn."""
+    if len(runs) <= most:
+        return runs
+    taken: dict[int, None] = {}
+    for places in (_turns(runs, by_design=False)[0], *_turns(runs, by_design=True)):
+        new = [place for place in places if place not in taken]
+        taken |= dict.fromkeys(_evenly(new, most - len(taken)))
+    return [runs[place] for place in sorted(taken)]
+
+
+def _turns(runs: Runs, *, by_design: bool) -> list[list[int]]:
+    """Places of the first run of each verdict (and design), then of the second, and so on."""
+    groups: dict[tuple[str, str], list[tuple[int, bool, int]]] = {}
+    for place, (run, name) in enumerate(runs):
+        # The deepest first, where a design shows most; of equals the one with times.
+        rank = (-run.spec.depth, run.summary.forward_s is None, place)
+        group = (run.summary.verdict, name.design if by_design else "")
+        groups.setdefault(group, []).append(rank)
+    ranked = [[place for *_, place in sorted(group)] for group in groups.values()]
+    longest = max(map(len, ranked))
+    return [[group[i] for group in ranked if i < len(group)] for i in range(longest)]
+
+
+def _evenly(places: list[int], most: int) -> list[int]:
+    if len(places) <= most:
+        return places
+    return [places[i * len(places) // most] for i in range(most)]
+
+
+def write_page(results: Results, file: Path) -> None:
+    """Write the page, all of it or nothing; only an older report is replaced.
+
+    Raises:
+        UsageError: the file cannot be written, or is something else than a report.
+    """
+    check_target(file)
+    text = page(results)
+    staged = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        staged.write_text(text, encoding="utf-8", errors="backslashreplace")
+        staged.replace(file)
+    except OSError as error:
+        raise _unwritable(file, error) from None
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def check_target(file: Path) -> None:
+    """Make sure, before anything is read, that a page may be written there.
+
+    Raises:
+        UsageError: it lies in a run folder, or is something else than an older report.
+    """
+    rule = "--out is a new file, or an older report"
+    if (file.parent / "run.json").exists():
+        raise UsageError(rule, f"{file}, in a run folder", "choose another --out")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.exists() and MARK not in _start(file):
+            raise UsageError(rule, f"{file}, which is neither", "choose another --out")
+    except OSError as error:
+        raise _unwritable(file, error) from None
+
+
+def _start(file: Path) -> bytes:
+    with file.open("rb") as stream:
+        return stream.read(MARK_WITHIN)
+
+
+def _unwritable(file: Path, error: OSError) -> UsageError:
+    return UsageError("the file can be written", f"{file} ({error.strerror})", "choose another")
+
+
+def write_pictures(results: Results, folder: Path, kind: str) -> list[Path]:
+    """Write each chart that has something to show as `<folder>/<name>.<kind>`.
+
+    Args:
+        results: whose runs are drawn, as many as a page draws at first.
+        folder: is made if need be.
+        kind: `png` or `svg`.
+
+    Raises:
+        UsageError: the folder cannot be written to.
+    """
+    found = tables(results, selection(results, Limits()).drawn)
+    written = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, drawing in charts_of(results).items():
+            table = found[drawing.table]
+            if table[drawing.value].null_count() < len(table):
+                file = folder / f"{name}.{kind}"
+                picture_of(drawing, table).save(file, ppi=144)
+                written.append(file)
+    except OSError as error:
+        raise _unwritable(folder, error) from None
+    return written

@@ -1,0 +1,1 @@
+"""Tables, profiles and sentences for the terminal: Rich renderables, never printed here."""

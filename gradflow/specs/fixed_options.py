@@ -1,0 +1,99 @@
+"""Parts that some units and schemes have in a form of their own, and options that would be idle.
+
+An option that changes nothing is a mistake of whoever gives it, so it is refused; what the unit
+has is written into the spec, so that one network has one key. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gradflow.errors import UsageError
+from gradflow.schemes.wiring import Wiring
+from gradflow.specs import user_code
+from gradflow.specs.fields import at_least, flag
+from gradflow.specs.stack_fields import StackFields
+
+# By kind of unit (`Wiring.unit`), what it has in place of the option; None: as without it.
+OWN_FORMS: dict[str, dict[str, Any]] = {
+    "ngpt": {
+        "kv_heads": None,
+        "head_dim": None,
+        "rope": 0.0,
+        "qk_norm": False,
+        "gated": True,
+        "bias": "none",
+        "gain": 1.0,
+        "weight_var": None,
+        "bias_var": None,
+    },
+    "fixup": {"gated": False, "bias": "none", "bias_var": None},
+}
+
+
+def own_forms(spec: StackFields) -> dict[str, Any]:
+    """What its units have in place of options that the block has.
+
+    Raises:
+        UsageError: the depth, which wirings depend on, is no whole number.
+    """
+    if spec.scheme is None or spec.is_stored(spec.scheme):
+        return {}
+    at_least(spec, "depth", 1)
+    forms = OWN_FORMS.get(spec.wiring(1, 0).unit, {})
+    return {name: value for name, value in forms.items() if name in spec.kind.options}
+
+
+def check_unit(spec: StackFields, wiring: Wiring) -> None:
+    """Refuse options that this kind of unit has no place for.
+
+    Raises:
+        UsageError: such an option was given.
+    """
+    for name, value in OWN_FORMS.get(wiring.unit, {}).items():
+        given, same = getattr(spec, name), _same(spec, name)
+        if given not in (None, value, same):
+            remedy = f"use {_option(name, value if same is None else same)}"
+            left_out = value is None and same is None
+            raise UsageError(
+                f"--scheme {user_code.shown(str(spec.scheme))} decides {flag(name)} itself",
+                _option(name, given),
+                f"leave out {flag(name)}" if left_out else remedy,
+            )
+    if wiring.unit == "value-residual":
+        _check_values(spec)
+
+
+def _same(spec: StackFields, name: str) -> int | None:
+    """The number that means the same as leaving the option out."""
+    heads = int(spec.heads or 1)
+    return {"kv_heads": heads, "head_dim": spec.width // heads}.get(name)
+
+
+def _option(name: str, value: object) -> str:
+    """As it is written on the command line."""
+    if isinstance(value, bool):
+        return flag(name if value else f"no_{name}")
+    return f"{flag(name)} {value:g}" if isinstance(value, float) else f"{flag(name)} {value}"
+
+
+def check_norm_kind(spec: StackFields) -> None:
+    """Refuse a kind of norm for a scheme that has no norm.
+
+    Raises:
+        UsageError: it was given.
+    """
+    if spec.norm_kind is not None and spec.scheme is not None:
+        rule = f"--scheme {user_code.shown(spec.scheme)} has no norms"
+        raise UsageError(rule, _option("norm_kind", spec.norm_kind), "leave out --norm-kind")
+
+
+def _check_values(spec: StackFields) -> None:
+    """A state holds values beside the stream, so they have its width."""
+    heads = int(spec.heads or 1)
+    if (spec.kv_heads or heads) * spec.head_size != spec.width:
+        parts = {"heads": heads, "kv_heads": spec.kv_heads, "head_dim": spec.head_dim}
+        got = " ".join(_option(name, part) for name, part in parts.items() if part is not None)
+        rule = f"--scheme {user_code.shown(str(spec.scheme))} hands on values as wide as the stream"
+        remedy = f"use --kv-heads {heads} --head-dim {max(spec.width // heads, 1)}"
+        raise UsageError(rule, f"--width {spec.width} {got}", remedy)

@@ -1,0 +1,182 @@
+"""What the fields of a stack must hold to, one with another. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+from gradflow.errors import UsageError
+from gradflow.schemes import Scheme
+from gradflow.specs import user_code
+from gradflow.specs.block_kinds import BLOCK_OPTIONS, BLOCKS, GROUPS, POINTWISE
+from gradflow.specs.fields import at_least, check_choice, flag, positive
+from gradflow.specs.fixed_options import check_unit
+from gradflow.specs.stack_fields import StackFields
+from gradflow.specs.user_schemes import check_scheme, check_wirings
+
+
+def check_name(spec: StackFields, name: str) -> None:
+    """Refuse a name that is not among the choices of its field; a user's own block is no such name.
+
+    Raises:
+        UsageError: the name is unknown.
+    """
+    choices = StackFields.__dataclass_fields__[name].metadata["choices"]
+    value = getattr(spec, name)
+    if value is not None and not (name == "block" and user_code.is_user_name(value)):
+        check_choice(flag(name), value, choices)
+
+
+def check_stored(spec: StackFields) -> None:
+    """The name of code that is not loaded will do where the spec has all that was made of it.
+
+    Raises:
+        UsageError: the code has to be loaded; the message says how.
+    """
+    resolved = ("block", "shortcut", "init", "activation", "batch_size")
+    for name in filter(spec.is_stored, (spec.scheme, spec.block)):
+        if any(getattr(spec, field) is None for field in resolved):
+            user_code.loaded(str(name))  # which says what to do
+
+
+def check_user_code(spec: StackFields) -> None:
+    """A user's scheme or block, once loaded, holds to the interface in every unit.
+
+    Raises:
+        UsageError: a wiring breaks a rule of the interface.
+    """
+    own = [name for name in (spec.scheme, spec.block) if user_code.is_user_name(name)]
+    if not own or spec.scheme is None or any(map(spec.is_stored, own)):
+        return
+    check_wirings(spec.scheme, str(spec.block), spec.wirings(), spec.domain.norm_kinds)
+    for _, wiring in spec.wirings():
+        check_unit(spec, wiring)
+
+
+# What a scheme may bring: its units it wires itself.
+_BROUGHT = tuple(
+    f.name for f in fields(StackFields) if f.name not in ("scheme", "block", "shortcut", "norm")
+)
+
+
+def check_recipe(spec: StackFields, recipe: Scheme) -> None:
+    """A scheme decides where units add and normalise; a block that it is not defined on fails.
+
+    Raises:
+        UsageError: an option that the scheme decides itself, or a block that it is not defined on.
+    """
+    if user_code.is_user_name(spec.scheme):
+        check_scheme(str(spec.scheme), _BROUGHT, BLOCKS)
+    own = {"norm": None, "shortcut": "plain" if recipe.plain else "residual"}
+    for name, value in own.items():
+        given = getattr(spec, name)
+        if given not in (None, value):
+            rule = f"--scheme {user_code.shown(str(spec.scheme))} wires its units itself"
+            raise UsageError(rule, f"{flag(name)} {given}", f"leave out {flag(name)}, or --scheme")
+    title = user_code.shown(str(spec.scheme))
+    if user_code.is_user_name(spec.block):
+        domains = tuple(dict.fromkeys(BLOCKS[block].domain for block in recipe.blocks))
+        check_choice(f"the domain of a block for --scheme {title}", spec.kind.domain, domains)
+    elif spec.block is not None:
+        check_choice(f"--block for --scheme {title}", spec.block, tuple(recipe.blocks))
+
+
+COUNTS = ("heads", "kv_heads", "head_dim", "ffn_mult", "ffn_width", "seq_len", "image_size")
+
+
+def check_numbers(spec: StackFields) -> None:
+    """Refuse sizes, variances and switches that are none.
+
+    Raises:
+        UsageError: a number out of its range, or a switch that is not true or false.
+    """
+    for name in ("depth", "width", "batch_size"):
+        at_least(spec, name, 1)
+    at_least(spec, "classes", 2)
+    positive(spec, "gain")
+    positive(spec, "norm_eps")
+    for name in COUNTS:
+        if getattr(spec, name) is not None:
+            at_least(spec, name, 1)
+    for name in ("weight_var", "bias_var", "rope"):
+        if getattr(spec, name) is not None:
+            positive(spec, name, zero=name != "weight_var")
+    for name in ("causal", "qk_norm", "gated"):
+        _check_switch(spec, name)
+
+
+def _check_switch(spec: StackFields, name: str) -> None:
+    given = getattr(spec, name)
+    if given is not None and not isinstance(given, bool):
+        remedy = f"use {flag(name)} or {flag('no_' + name)}"
+        raise UsageError(f"{flag(name)} is true or false", given, remedy)
+
+
+def check_fit(spec: StackFields) -> None:
+    """Refuse options that the block does not have, or that exclude one another.
+
+    Raises:
+        UsageError: the rule, with what was given.
+    """
+    for name in BLOCK_OPTIONS:
+        if getattr(spec, name) is not None and name not in spec.kind.options:
+            blocks = ", ".join(b for b, kind in BLOCKS.items() if name in kind.options)
+            rule = f"{flag(name)} applies to {blocks}"
+            raise UsageError(rule, f"--block {spec.block}", f"leave out {flag(name)}")
+    if spec.heads is not None:
+        _check_heads(spec, spec.heads)
+    if spec.ffn_mult is not None and spec.ffn_width is not None:
+        got = f"--ffn-mult {spec.ffn_mult} --ffn-width {spec.ffn_width}"
+        raise UsageError("an ffn has one hidden width", got, "leave out one of the two")
+    if spec.weights and spec.gain != 1:
+        raise UsageError("--weights has values of its own", f"--gain {spec.gain}", "leave it out")
+    most = spec.checkpoint.most_tokens if spec.weights else None
+    if most is not None and int(spec.seq_len or 1) > most:
+        rule = f"--weights {spec.weights} has positions for {most} tokens"
+        raise UsageError(rule, f"--seq-len {spec.seq_len}", f"use --seq-len {most} or less")
+    if spec.norm_kind is not None:
+        _check_norm_kind(spec)
+
+
+def _check_heads(spec: StackFields, heads: int) -> None:
+    if spec.head_dim is None:
+        _check_divides("heads", heads, "width", spec.width)
+    if spec.kv_heads is not None:
+        _check_divides("kv_heads", spec.kv_heads, "heads", heads)
+    if spec.rope and spec.head_size % 2:
+        rule = "--rope rotates pairs of features, so a head has an even number"
+        raise UsageError(rule, spec.head_size, "use an even --head-dim, or --rope 0")
+
+
+def _check_divides(name: str, part: int, of: str, whole: int) -> None:
+    """Refuse a number of parts that does not divide the whole, and name the nearest that does."""
+    if whole % part:
+        got = f"{flag(of)} {whole} {flag(name)} {part}"
+        near = next(n for n in range(min(part, whole), 0, -1) if whole % n == 0)
+        raise UsageError(
+            f"{flag(name)} divides {flag(of)}", got, f"use for example {flag(name)} {near}"
+        )
+
+
+def _check_norm_kind(spec: StackFields) -> None:
+    if spec.norm_kind not in spec.domain.norm_kinds:
+        rule = f"--norm-kind {spec.norm_kind} is not defined on {spec.kind.domain}"
+        remedy = f"use {', '.join(spec.domain.norm_kinds)}"
+        raise UsageError(rule, f"--block {spec.block}", remedy)
+    if spec.norm_kind == "groupnorm" and spec.width % GROUPS:
+        rule = f"groupnorm's {GROUPS} groups divide --width"
+        raise UsageError(rule, spec.width, f"use a multiple of {GROUPS}")
+    if spec.norm_kind == "batchnorm" and spec.causal:
+        rule = "batchnorm mixes the tokens that a causal mask keeps apart"
+        raise UsageError(rule, "--causal --norm-kind batchnorm", "use --norm-kind layernorm")
+    if spec.norm_kind not in POINTWISE and _values_per_statistic(spec) < 2:
+        rule = f"{spec.norm_kind} takes its statistics from two values or more"
+        raise UsageError(rule, "one", "raise --width, --batch-size, --seq-len or --image-size")
+
+
+def _values_per_statistic(spec: StackFields) -> int:
+    """How many numbers each mean square of the norm is taken over."""
+    places = int(spec.seq_len or 1) * int(spec.image_size or 1) ** 2
+    if spec.norm_kind == "batchnorm":
+        return int(spec.batch_size or 1) * places
+    pixels = places if spec.kind.domain == "images" else 1
+    return spec.width * pixels // (GROUPS if spec.norm_kind == "groupnorm" else 1)

@@ -1,0 +1,1 @@
+"""How far one seed may lie from the prediction, at finite width."""

@@ -1,0 +1,278 @@
+"""Softmax attention: moments of the mixed values, and of the gradient through the mixing.
+
+With random weights the logits l_ts of a query t are normal, of variance (per head, scaled)
+g = E q^2 E (k - mean k)^2; A_ts = softmax_s. E sum_s A_ts^2 = (1 + h)/T defines the excess h, about
+e^g - 1. Derived here in the manner of Noci et al. 2022 (arXiv:2206.03126) and Kedia et al. 2024
+(arXiv:2403.09635), and checked against measurement. Limits: many features per head; g below about
+2, beyond which softmax condenses on few tokens (Giorlandino & Goldt 2025, arXiv:2505.24333).
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from gradflow.theory.maths import Array, Number, least, most
+from gradflow.theory.mean_field.moment_sums import Moments, through
+from gradflow.theory.template import NoTheoryError, Unit
+
+LOGIT_LIMIT = 2.0
+
+_TABLE_END = 4.0
+_TABLE_STEPS = 128
+_SCATTER_NUMBERS = 1 << 17
+_SMALLEST_LOGITS = 1e-10
+
+
+@cache
+def _excess_table(first: int, last: int) -> Array:
+    """h(g, t) for t = first ... last (rows) and g on an even grid from 0 to `_TABLE_END`.
+
+    1/S^2 = int_0^inf u e^{-uS} du for S = sum e^l makes the mean over t independent logits
+    E sum A^2 = t int u E[e^{2l - u e^l}] (E e^{-u e^l})^{t-1} du, exact for any t.
+    """
+    z = np.linspace(-7.0, 7.0, 71)
+    weight = np.exp(-0.5 * z * z) / np.exp(-0.5 * z * z).sum()
+    log_u = np.linspace(-np.log(last) - 14.0, 10.0, 241)
+    parts = []
+    for g in np.linspace(0.0, _TABLE_END, _TABLE_STEPS + 1):  # all at once take 70 MB
+        exponent = log_u[:, None] + np.sqrt(g) * z
+        decay = np.exp(-np.exp(exponent)) * weight
+        parts.append((decay.sum(-1), (decay * np.exp(2 * exponent)).sum(-1)))
+    one, two = (np.array(part) for part in zip(*parts, strict=True))
+    two *= one ** (first - 1) * (log_u[1] - log_u[0])
+    rows = []
+    for t in range(first, last + 1):
+        rows.append(t * t * two.sum(-1) - 1)
+        two *= one
+    return np.maximum(np.asarray(rows), 0.0)
+
+
+@cache
+def _excess_list(tokens: int) -> list[float]:
+    return [float(h) for h in _excess_table(tokens, tokens)[0]]
+
+
+def excess(g: float, tokens: int) -> float:
+    """h = T E sum_s A_s^2 - 1 for T independent logits of variance g; for g < 0, -e^g h(-g).
+
+    Negative g: two queries whose logits are anticorrelated, so that E sum A A' < 1/T.
+    """
+    place = min(abs(g) / _TABLE_END, 1.0) * _TABLE_STEPS
+    low = min(int(place), _TABLE_STEPS - 1)
+    table = _excess_list(tokens)
+    h = table[low] + (place - low) * (table[low + 1] - table[low])
+    return h if g >= 0 else -h * float(np.exp(g))
+
+
+def excess_array(g: Array, tokens: npt.NDArray[np.int64]) -> Array:
+    """`excess`, element by element."""
+    return _looked_up(g, int(tokens.max()), _row_start(tokens))
+
+
+def _row_start(tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    return (tokens - 1) * (_TABLE_STEPS + 1)
+
+
+def _looked_up(g: Array, last: int, starts: npt.NDArray[np.int64]) -> Array:
+    """h from the table for at most that many tokens, its row for each g."""
+    below, steps = _excess_steps(last)
+    is_signed = least(g) < 0
+    place = (np.abs(g) if is_signed else g) * (_TABLE_STEPS / _TABLE_END)
+    floor = np.floor(place if most(place) < _TABLE_STEPS else np.minimum(place, _TABLE_STEPS))
+    where = starts + floor.astype(np.int64)
+    h = below.take(where) + (place - floor) * steps.take(where)
+    return np.where(g < 0, -h * np.exp(np.minimum(g, 0.0)), h) if is_signed else np.asarray(h)
+
+
+@cache
+def _excess_steps(last: int) -> tuple[Array, Array]:
+    """The table for 1 ... last tokens in one row, and the step from each entry to the next."""
+    table = _excess_table(1, last)
+    return table.ravel(), np.diff(table, axis=1, append=table[:, -1:]).ravel()
+
+
+@cache
+def scatter(g: float, tokens: int) -> float:
+    """Relative variance of sum_s (A_s - 1/T)^2 for T logits of variance g, by a fixed sample."""
+    if g < _SMALLEST_LOGITS:  # the limit, which rounding would hide
+        return 2 / (tokens - 1)
+    draws = max(_SCATTER_NUMBERS // tokens, 256)
+    logits = np.sqrt(g) * np.random.default_rng(0).standard_normal((draws, tokens))
+    weights = np.exp(logits - logits.max(1, keepdims=True))
+    off = ((weights / weights.sum(1, keepdims=True) - 1 / tokens) ** 2).sum(1)
+    return float(off.var() / off.mean() ** 2)
+
+
+class MixTape(NamedTuple):
+    """What the way back through the mixing needs; covariances between rows as `Moments`.
+
+    Attributes:
+        values: scale of the value weights.
+        gap: E (u - mean u)^2 over the t tokens seen, times 1 - 1/t, u the input of the branch.
+        query: covariances of the queries; `keys` scales `gap` to that of the keys.
+        to_query: scale on the way back through the query weights; `to_key` through the key's.
+        h: the excess, per class.
+    """
+
+    values: float
+    gap: Number
+    query: Moments
+    keys: Number
+    to_query: Number
+    to_key: Number
+    h: Moments
+
+
+def mix(unit: Unit, u: Moments, tokens: int) -> tuple[Moments, MixTape]:
+    """Moments of sum_s A_ts v_s, before the output projection.
+
+    Exchangeable tokens: E = p_v + (q_v - p_v)(1 + h)/T, h for g on the diagonal and for g times the
+    cosine of the queries off it. Causal: the same with the sums over each token's past.
+    """
+    return _mix_rows(unit, u, tokens) if len(u) == 2 else _mix_causal(unit, u)
+
+
+def pull_mix(tape: MixTape, g: Moments, tokens: int) -> Moments:
+    """Moments of the gradient at the branch's input: through values, queries and keys.
+
+    Values: A^T g, which keeps the sum over tokens. Logits: dl_ts = A_ts (v_s - mean v) g_t, to the
+    query as sum_s dl_ts k_s, to the key as sum_t dl_ts q_t, whose sum over s is 0.
+    """
+    return _pull_rows(tape, g, tokens) if len(g) == 2 else (_pull_causal(tape, g[0]),)
+
+
+def _mix_rows(unit: Unit, u: Moments, tokens: int) -> tuple[Moments, MixTape]:
+    q, p = (float(x) for x in u)
+    query, cross = (unit.w_query.scale * x + unit.w_query.bias for x in (q, p))
+    keys, to_query, to_key = unit.w_key.scale, unit.w_query.scale, unit.w_key.scale
+    if unit.qk_norm:
+        norm = unit.w_key.scale * q + unit.w_key.bias
+        keys, to_query, to_key = keys / norm, to_query / query, to_key / norm
+        query, cross = 1.0, cross / query
+    query, cross, to_query = (unit.logits * x for x in (query, cross, to_query))
+    g = max(query * keys * (q - p), 0.0)
+    _check_logits(g)
+    h = excess(g, tokens), excess(g * cross / query if query else 0.0, tokens)
+    values = unit.w_in.scale
+    mean = values * p + unit.w_in.bias
+    mixed = tuple([mean + values * (q - p) * (1 + x) / tokens for x in h])
+    thin = 1 - 1 / tokens
+    return mixed, MixTape(values, (q - p) * thin, (query, cross), keys, to_query, to_key, h)
+
+
+def _check_logits(variance: float) -> None:
+    if not variance <= LOGIT_LIMIT:
+        raise NoTheoryError(
+            f"attention logits of variance {variance:.2g}, above {LOGIT_LIMIT:g}: "
+            "softmax condenses on few tokens"
+        )
+
+
+def _pull_rows(tape: MixTape, g: Moments, tokens: int) -> Moments:
+    own, cross = (float(x) for x in g)
+    others = (tokens - 1) * cross
+    seen = (1 + tape.h[0]) / tokens, (1 + tape.h[1]) / tokens
+    gap = float(tape.gap)
+    by_values = own * seen[0] + others * seen[1]
+    by_query = float(tape.to_query * tape.keys) * gap * gap
+    by_key = own * seen[0] * tape.query[0] + others * seen[1] * tape.query[1]
+    by_key *= float(tape.to_key) * gap
+    total = tape.values * (by_values + by_query * own * seen[0] + by_key)
+    resultant = tape.values * (own + others + by_query * by_values)
+    return float(total), float(resultant - total) / max(tokens - 1, 1)
+
+
+def _mix_causal(unit: Unit, u: Moments) -> tuple[Moments, MixTape]:
+    k = np.asarray(u[0])
+    past = _past(len(k))
+    means = past.means.dot(k).dot(past.means.T)
+    average = past.means.dot(k.diagonal())
+    gap = np.maximum(average - means.diagonal(), 0.0) * past.unbiased
+    query = np.asarray(through(unit.w_query, u)[0])
+    keys: Number = unit.w_key.scale
+    to_query: Number = unit.w_query.scale
+    to_key: Number = unit.w_key.scale
+    if unit.qk_norm:
+        norm = unit.w_key.scale * average + unit.w_key.bias
+        lengths = np.sqrt(np.multiply.outer(query.diagonal(), query.diagonal()))
+        keys, to_key = keys / norm, (to_key / norm).take(past.first)
+        to_query, query = to_query / lengths, query / lengths
+    if unit.logits != 1:
+        to_query, query = unit.logits * to_query, unit.logits * query
+    spread = keys * gap
+    _check_logits(most(query.diagonal() * spread))
+    root = np.sqrt(spread)
+    h = _looked_up(query * root[:, None].dot(root[None]), len(k), past.starts)
+    near = gap.take(past.first)
+    mixed = through(unit.w_in, (means + h * near / past.most,))
+    keys = keys if isinstance(keys, float) else np.asarray(keys).take(past.first)
+    back = unit.w_in.scale, near * past.thin, (query,), keys, to_query, to_key, (h,)
+    return mixed, MixTape(*back)
+
+
+def _pull_causal(tape: MixTape, g: Number) -> Array:
+    past = _past(len(np.asarray(g)))
+    share = g / past.pairs
+    noisy = share * (1 + tape.h[0])
+    moved = tape.gap * noisy
+    own = noisy - share + moved * tape.query[0] * tape.to_key
+    sums = past.later.dot(share).dot(past.later.T)
+    spread, same = (own * past.weights).dot(past.later[0]).dot(past.later.T)
+    total = sums - spread.take(past.last)
+    corner = total.ravel()[:: len(share) + 1]
+    corner += spread + same
+    total += (tape.to_query * tape.keys) * (tape.gap * past.seen) * moved
+    return np.asarray(total if tape.values == 1.0 else tape.values * total)
+
+
+class _Past(NamedTuple):
+    """Constants of a causal mask over T tokens; t from 1, [t, t'] of a pair.
+
+    Attributes:
+        seen: min(t, t'), the tokens that both see; `first` its place, from 0; `starts` its row of
+            the table of the excess.
+        last: the place of max(t, t'); `most` max(t, t') itself; `pairs` t t'.
+        means: 1/t for t' <= t: takes the mean over the past, of a row or of both.
+        later: 1 for t' >= t: takes the sum over what comes later.
+        weights: two tables; the sum over a row of a symmetric x with the second one, then over
+            later rows, is that of all x[t, t'] with t, t' >= s; the first divides by `seen` - 1.
+        unbiased: t/(t - 1), and 1 at t = 1.
+        thin: 1 - 1/`seen`.
+    """
+
+    seen: Array
+    starts: npt.NDArray[np.int64]
+    first: npt.NDArray[np.int64]
+    last: npt.NDArray[np.int64]
+    most: Array
+    pairs: Array
+    means: Array
+    later: Array
+    weights: Array
+    unbiased: Array
+    thin: Array
+
+
+@cache
+def _past(tokens: int) -> _Past:
+    t = np.arange(1, tokens + 1)
+    seen, most = np.minimum.outer(t, t), np.maximum.outer(t, t)
+    later = np.triu(np.ones((tokens, tokens)))
+    twice = 2 * later - np.eye(tokens)
+    return _Past(
+        seen=seen.astype(float),
+        starts=_row_start(seen),
+        first=seen - 1,
+        last=most - 1,
+        most=most.astype(float),
+        pairs=np.multiply.outer(t, t).astype(float),
+        means=later.T / t[:, None],
+        later=later,
+        weights=np.stack([twice / np.maximum(seen - 1, 1), twice]),
+        unbiased=t / np.maximum(t - 1, 1),
+        thin=1 - 1 / seen,
+    )

@@ -1,0 +1,1 @@
+"""The theory of schemes that carry several streams."""

@@ -1,0 +1,133 @@
+"""Both passes through units of several streams; a row of the state holds all of them together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gradflow.theory.maths import Array
+from gradflow.theory.mean_field.branches import BranchTape
+from gradflow.theory.mean_field.layouts import Layout
+from gradflow.theory.mean_field.moment_sums import Moments
+from gradflow.theory.mean_field.norms import NormTape, Stream
+from gradflow.theory.mean_field.recursion import Passes, Tape, check_range
+from gradflow.theory.streams.moments import (
+    Branch,
+    Bundle,
+    Norm,
+    bundle_of,
+    go_ahead,
+    go_back,
+    to_moments,
+    without_branches,
+)
+from gradflow.theory.streams.unit_steps import Steps, program, readout
+from gradflow.theory.template import State, Unit
+
+
+def run_several(
+    units: Sequence[Unit],
+    state: State,
+    x: Stream,
+    g_last: Callable[[Stream], Moments],
+    layout: Layout,
+) -> Passes:
+    """Forward, then backward, as `passes.run`; |g|^2 and the streams are of the state.
+
+    Args:
+        units: first to last, their branches.
+        state: how they carry their streams.
+        x: the input.
+        g_last: moments of the gradient at the output, given the output.
+        layout: of the moments.
+
+    Raises:
+        NoTheoryError: the stream leaves the range of number formats, or attention that of theory.
+    """
+    steps, last = program(units, state), readout(state)
+    ahead = _ahead(steps, x, layout)
+    output, taped = go_ahead(last, ahead.bundle)
+    g = go_back(last, taped, bundle_of(g_last(Stream(output.of(0))), layout).s)
+    gradients, shares, levels = [_summed(g)], [], [0.0]
+    carried = -math.log(_square(g, layout) * len(g))
+    for each, taped in zip(reversed(steps), reversed(ahead.kept), strict=True):
+        around = go_back(without_branches(each), taped, g)
+        g = go_back(each, taped, g)
+        size = _square(g, layout) * len(g)
+        levels.append(carried + math.log(size))
+        shares.append(max(1 - _square(around, layout) * len(g) / size, 0.0))
+        if not 1e-50 < size < 1e50:  # as in `passes.run`
+            g, carried = g / size, carried + math.log(size)
+        gradients.append(_summed(g))
+    squares = [layout.mean_square(x.s) for x in ahead.streams]
+    return Passes(ahead.streams, squares, gradients[::-1], levels[::-1], ahead.tapes, shares[::-1])
+
+
+class _Ahead(NamedTuple):
+    """The pass forward: the last bundle; as `Passes` has them; and what every step has kept."""
+
+    bundle: Bundle
+    streams: list[Stream]
+    tapes: list[Tape]
+    kept: list[list[Any]]
+
+
+def _ahead(steps: Sequence[Steps], x: Stream, layout: Layout) -> _Ahead:
+    bundle = bundle_of(x.s, layout)
+    streams, tapes, kept = [x], [], []
+    for each in steps:
+        square = _square(bundle.s, layout)
+        bundle, taped = go_ahead(each, bundle)
+        check_range(_square(bundle.s, layout))
+        streams.append(_together(bundle.s, layout))
+        tapes.append(_tape(each, taped, square, layout))
+        kept.append(taped)
+    return _Ahead(bundle, streams, tapes, kept)
+
+
+def _summed(s: Array) -> Moments:
+    """Over the streams."""
+    return to_moments(np.asarray(np.einsum("ii...->...", s)))
+
+
+def _square(s: Array, layout: Layout) -> float:
+    """Mean square over streams and tokens."""
+    return layout.mean_square(_summed(s)) / len(s)
+
+
+def _together(s: Array, layout: Layout) -> Stream:
+    """The mean square of all streams, and the mean of their cosines between tokens."""
+    squares = [layout.mean_square(to_moments(s[i, i])) for i in range(len(s))]
+    alike = sum((s[i, i] / square for i, square in enumerate(squares)), np.zeros(s.shape[2:]))
+    return Stream(to_moments(alike * (sum(squares) / len(s) ** 2)))
+
+
+def _tape(steps: Steps, tapes: Sequence[Any], square: float, layout: Layout) -> Tape:
+    """The unit as `limits` and `spread` look at it: its branch, and a norm of the first stream.
+
+    Args:
+        steps: of the unit.
+        tapes: of the steps.
+        square: of the state before.
+        layout: of the moments.
+    """
+    ones = layout.start(1.0)
+    norm, branch = None, Tape(ones, None, BranchTape(ones), None, None)
+    for step, tape in zip(steps, tapes, strict=True):
+        if isinstance(step, Branch):
+            branch = tape.tape
+        if isinstance(step, Norm) and step.stream == 0 and norm is None:
+            norm = tape.norm
+    after = None if norm is None else _as_after(norm, square, layout)
+    return Tape(branch.u, branch.before, branch.inside, branch.branch, after)
+
+
+def _as_after(norm: NormTape, square: float, layout: Layout) -> NormTape:
+    """With the share of what earlier norms have fixed in the place of the scale times `square`."""
+    fixed = max(1 - (norm.gain - 1) * norm.number, 0.0) ** 0.5
+    root = (fixed / square) ** 0.5
+    scale = layout.outer(root * layout.diagonal(layout.start(1.0)))
+    return NormTape(norm.kind, scale, norm.gain, norm.number)

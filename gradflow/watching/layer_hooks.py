@@ -1,0 +1,226 @@
+"""Hooks on the layers, and the tap that goes into compiled graphs.
+
+Run by Python, a layer's forward hooks note its tensors and put tensor hooks on them. Inside
+`torch.compile` the same hooks are traced: there the tensor passes an operator that is opaque to the
+compiler, so that nothing breaks the graph. When the graph runs, that operator calls the same
+recorder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from gradflow.watching.calls import Call, Pass, Tap
+from gradflow.watching.discovery import Place
+from gradflow.watching.hooks import Hook
+from gradflow.watching.main_tensor import exchanged, stream_of
+from gradflow.watching.ranks import class_of
+from gradflow.watching.recorder import Recorder, in_backward
+
+
+class Traced:
+    """The recorder as compiled graphs see it: they know places, not tensors to hook.
+
+    Attributes:
+        recorder: notes what happens.
+        ran: a tap has run inside a compiled graph.
+        waiting: for the input (True) or output (False) of each place, the taps whose gradient
+            has not come, newest last: backward goes through the calls in reverse.
+    """
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder = recorder
+        self.ran = False
+        self.waiting: dict[tuple[int, bool], list[tuple[Pass, Tap]]] = {}
+
+    def forward(self, x: Tensor, place: int, *, entering: bool, graph: bool) -> None:
+        """The input or the output of a place has been computed; `graph`: it requires a gradient."""
+        self.ran = True
+        if in_backward() or not self.recorder.watches() or not x.numel():
+            return
+        if place not in self.recorder.kept:
+            return
+        current = self.recorder.current()
+        tap = self.recorder.tap(current, x)
+        tap.hooked = graph
+        if entering:
+            current.entered.append(Call(place, current.counted(place), tap))
+        else:
+            current.complete(self._call(current, place), tap)
+        if graph:
+            self._wait((place, entering), current, tap)
+
+    def backward(self, g: Tensor, place: int, *, entering: bool) -> None:
+        """The gradient of an input or output has been computed."""
+        waiting = self.waiting.get((place, entering))
+        if waiting:
+            owner, tap = waiting.pop()
+            self.recorder.gradient(owner, tap, g)
+
+    def _wait(self, where: tuple[int, bool], current: Pass, tap: Tap) -> None:
+        """Expect the gradient of a tap; those of passes that are over come no more."""
+        passes = self.recorder.passes
+        waiting = [item for item in self.waiting.get(where, ()) if item[0] in passes]
+        self.waiting[where] = [*waiting, (current, tap)]
+
+    def forget_graphs(self) -> None:
+        """Have everything compiled again if there are taps in a graph."""
+        if self.ran:
+            torch.compiler.reset()
+
+    def _call(self, current: Pass, place: int) -> Call:
+        """The call that returns: its x is its own, or the output of the layer before."""
+        call = current.returned(place)
+        if call is None:
+            call = Call(place, current.counted(place))
+            before = self.recorder.places[place].previous
+            call.x = next((c.y for c in reversed(current.calls) if c.place == before), None)
+        return call
+
+
+_LIVE: dict[int, Traced] = {}
+_NUMBERS = count()
+
+
+# They call Python and keep what they find: reduce-overhead captures what lies between them.
+OUTSIDE_GRAPHS = torch.Tag.cudagraph_unsafe
+
+
+@torch.library.custom_op("gradflow::tap", mutates_args=(), tags=OUTSIDE_GRAPHS)
+def _tap(x: Tensor, watcher: int, place: int, entering: bool, graph: bool) -> Tensor:
+    if watcher in _LIVE:
+        _LIVE[watcher].forward(x, place, entering=entering, graph=graph)
+    return x.clone()
+
+
+@torch.library.custom_op("gradflow::tap_gradient", mutates_args=(), tags=OUTSIDE_GRAPHS)
+def _tap_gradient(g: Tensor, watcher: int, place: int, entering: bool) -> Tensor:
+    if watcher in _LIVE:
+        _LIVE[watcher].backward(g, place, entering=entering)
+    return g.clone()
+
+
+_tap.register_fake(lambda x, *numbers: torch.empty_like(x))
+_tap_gradient.register_fake(lambda g, *numbers: torch.empty_like(g))
+
+
+def _keep_numbers(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001 (torch gives it)
+    ctx.numbers = inputs[1:4]
+
+
+def _pass_on(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None, None]:
+    return _tap_gradient(g, *ctx.numbers), None, None, None, None
+
+
+_tap.register_autograd(_pass_on, setup_context=_keep_numbers)
+
+
+@contextmanager
+def installed(model: nn.Module, recorder: Recorder) -> Iterator[Traced]:
+    """Hooks on the model and its layers; all of them are gone at the end, whatever happens."""
+    number, traced = next(_NUMBERS), Traced(recorder)
+    _LIVE[number] = traced
+    handles: list[RemovableHandle] = []
+    try:
+        handles += _on_root(model, recorder)
+        for place, layer in enumerate(recorder.places):
+            handles += _on_layer(layer, recorder, number, place)
+        yield traced
+    finally:
+        for handle in handles:
+            handle.remove()
+        del _LIVE[number]
+
+
+@dataclass(eq=False)
+class _BeforeModel(Hook):
+    """The model is called, and no copy of it."""
+
+    model: nn.Module
+    recorder: Recorder
+
+    def __call__(self, called: nn.Module, *_: Any) -> None:
+        if not torch.compiler.is_compiling() and called is self.model:
+            self.recorder.begin()
+
+
+class _AfterModel(_BeforeModel):
+    """The model has returned."""
+
+    def __call__(self, called: nn.Module, *_: Any) -> None:
+        if not torch.compiler.is_compiling() and called is self.model:
+            self.recorder.end()
+
+
+@dataclass(eq=False)
+class _BeforeLayer(Hook):
+    """A layer is called: `first` in a chain, whose input is no other layer's output."""
+
+    layer: nn.Module
+    recorder: Recorder
+    watcher: int
+    place: int
+    first: bool
+
+    def __call__(self, called: nn.Module, args: Any, kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            if called is self.layer:
+                self.recorder.enter(self.place, (args, kwargs))
+            return None
+        if not self.first:
+            return None
+        return _traced((args, kwargs), self.watcher, self.place, entering=True)
+
+
+@dataclass(eq=False)
+class _AfterLayer(Hook):
+    """A layer has returned."""
+
+    layer: nn.Module
+    recorder: Recorder
+    watcher: int
+    place: int
+
+    def __call__(self, called: nn.Module, args: Any, output: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            if called is self.layer:
+                self.recorder.leave(self.place, output)
+            return None
+        x = stream_of(args)
+        shape = None if x is None else x.shape
+        return _traced(output, self.watcher, self.place, entering=False, shape=shape)
+
+
+def _on_root(model: nn.Module, recorder: Recorder) -> Iterator[RemovableHandle]:
+    yield _BeforeModel(model, recorder).put(model.register_forward_pre_hook, prepend=True)
+    yield _AfterModel(model, recorder).put(model.register_forward_hook)
+
+
+def _on_layer(
+    layer: Place, recorder: Recorder, watcher: int, place: int
+) -> Iterator[RemovableHandle]:
+    module = layer.module
+    before = _BeforeLayer(module, recorder, watcher, place, first=layer.previous is None)
+    # `fully_shard` exchanges what the layer is given: see it before.
+    prepend = class_of(module) is not type(module)
+    yield before.put(module.register_forward_pre_hook, with_kwargs=True, prepend=prepend)
+    yield _AfterLayer(module, recorder, watcher, place).put(module.register_forward_hook)
+
+
+def _traced(
+    value: Any, watcher: int, place: int, *, entering: bool, shape: torch.Size | None = None
+) -> Any:
+    """The same value, its stream through a tap; None where there is nothing to watch."""
+    x = stream_of(value, shape)
+    if x is None or not torch.is_grad_enabled():
+        return None
+    graph = x.requires_grad
+    return exchanged(value, x, lambda x: _tap(x, watcher, place, entering, graph))
