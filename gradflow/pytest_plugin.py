@@ -44,12 +44,11 @@ def assert_gradient_flow(
         UsageError: a value that cannot work.
     """
     __tracebackhide__ = True
-    from gradflow.cli.check import check_bounds
-    from gradflow.judging.gate import Bounds
+    from gradflow.judging.gate import Bounds, check_limits
     from gradflow.measuring.guard import Baseline, guard
 
     bounds = Bounds(max_decades, no_nonfinite=True)
-    check_bounds(bounds, rtol)
+    check_limits(bounds, rtol)
     kept = None if baseline is None else Baseline(Path(baseline), rtol, update)
     if lines := guard(model, batch, bounds, loss, kept):
         raise AssertionError("\n".join(lines))

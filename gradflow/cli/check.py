@@ -6,7 +6,6 @@ Exit 0 passed, 1 with the reasons, 2 where a run could not be read, 4 without a 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -32,8 +31,6 @@ if TYPE_CHECKING:
     from gradflow.judging.gate import Bounds, Judgement
     from gradflow.runs.records import Run
 
-# Asked of every run where no bound and no baseline is given.
-DEFAULT_DECADES = 3.0
 RTOL = 0.1
 
 MaxDecades = Annotated[float | None, typer.Option(help="largest change from output to input")]
@@ -65,18 +62,18 @@ def check(
     quiet: Quiet = False,
 ) -> None:
     """Hold runs against bounds or a baseline; with options instead of runs: measure, then judge."""
-    from gradflow.judging.gate import Bounds, load_baseline
+    from gradflow.judging.gate import DEFAULT_BOUNDS, Bounds, check_limits, load_baseline
 
     check_target(json)
     given |= shortcut(given, residual, plain)
     check_source(runs, given)
     bounds = Bounds(max_decades, min_gain, max_gain, no_nonfinite)
     if bounds.empty and baseline is None:
-        bounds = Bounds(DEFAULT_DECADES)
+        bounds = DEFAULT_BOUNDS
     if rtol is not None and baseline is None:
         raise UsageError("--rtol needs a --baseline", rtol, "give one, or leave --rtol out")
     rtol = RTOL if rtol is None else rtol
-    check_bounds(bounds, rtol)
+    check_limits(bounds, rtol, _as_option)
     expected = load_baseline(baseline) if baseline else None  # before anything is measured
     found, unreadable = _wanted(runs, given, out, quiet)
     for line in unreadable:
@@ -118,25 +115,8 @@ def conclude(failed: list[str], unreadable: int) -> None:
         raise UsageError("every run of a check can be read", got, "mend it, or leave it out")
 
 
-def check_bounds(bounds: Bounds, rtol: float) -> None:
-    """Refuse limits that make no sense.
-
-    Raises:
-        UsageError: a negative limit, NaN, or an empty range.
-    """
-    limits = {
-        "--max-decades": bounds.max_decades,
-        "--min-gain": bounds.min_gain,
-        "--max-gain": bounds.max_gain,
-        "--rtol": rtol,
-    }
-    for name, value in limits.items():
-        if value is not None and not (math.isfinite(value) and value >= 0):
-            rule = f"{name} is a finite number of at least 0"
-            raise UsageError(rule, value, f"use for example {name} 1")
-    low, high = bounds.min_gain, bounds.max_gain
-    if low is not None and high is not None and low > high:
-        raise UsageError("--min-gain is at most --max-gain", f"{low} and {high}", "swap the two")
+def _as_option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _wanted(

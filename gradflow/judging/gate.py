@@ -7,11 +7,11 @@ the bounds are.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gradflow.errors import BaselineError, RunFolderError
+from gradflow.errors import BaselineError, RunFolderError, UsageError
 from gradflow.judging.words import place
 from gradflow.runs.consistency import SAME_NETWORK
 from gradflow.runs.records import LayerRecord, Run
@@ -47,6 +47,32 @@ class Bounds:
     def empty(self) -> bool:
         """Whether nothing is asked for."""
         return self == Bounds()
+
+
+# Asked of every run where no bound and no baseline is given.
+DEFAULT_BOUNDS = Bounds(max_decades=3.0)
+
+
+def check_limits(bounds: Bounds, rtol: float, spelled: Callable[[str], str] = str) -> None:
+    """Refuse limits that make no sense.
+
+    Args:
+        bounds: the limits.
+        rtol: relative difference from a baseline that passes.
+        spelled: how the caller's user writes the name of a limit, such as `--max-decades`.
+
+    Raises:
+        UsageError: a negative limit, NaN, or an empty range.
+    """
+    limits = {name: getattr(bounds, name) for name in ("max_decades", "min_gain", "max_gain")}
+    for name, value in (limits | {"rtol": rtol}).items():
+        if value is not None and not (math.isfinite(value) and value >= 0):
+            rule = f"{spelled(name)} is a finite number of at least 0"
+            raise UsageError(rule, value, f"use for example {spelled(name)} 1")
+    low, high = bounds.min_gain, bounds.max_gain
+    if low is not None and high is not None and low > high:
+        rule = f"{spelled('min_gain')} is at most {spelled('max_gain')}"
+        raise UsageError(rule, f"{low} and {high}", "swap the two")
 
 
 @dataclass(frozen=True)

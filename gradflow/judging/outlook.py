@@ -19,6 +19,8 @@ from gradflow.theory import NoTheoryError, Prediction, predict, total_decades
 
 NO_THEORY = "no theory"
 DEEPEST = 1000  # that is looked at: a second a stack
+# Theory holds some kilobytes for each unit, where a measurement holds none.
+MOST_UNITS = 10_000
 
 
 @dataclass(frozen=True)

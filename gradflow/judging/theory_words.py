@@ -5,6 +5,8 @@ from __future__ import annotations
 from gradflow.runs.summary import Summary
 from gradflow.units import signed
 
+NOT_FINITE = "the measured gradient is not finite everywhere"
+
 
 def agrees(summary: Summary) -> bool | None:
     """Whether the measured profile lies in the band of theory; None where there is none."""

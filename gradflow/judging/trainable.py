@@ -12,8 +12,8 @@ from itertools import groupby, takewhile
 from operator import attrgetter
 
 from gradflow.judging.comparison import Comparison, Row
-from gradflow.judging.outlook import DEEPEST, Reach, healthy_reach
-from gradflow.measuring.theory_columns import MOST_UNITS, NOT_FINITE
+from gradflow.judging.outlook import DEEPEST, MOST_UNITS, Reach, healthy_reach
+from gradflow.judging.theory_words import NOT_FINITE
 from gradflow.runs.records import Run
 from gradflow.runs.summary import Summary
 from gradflow.specs.stack import StackSpec

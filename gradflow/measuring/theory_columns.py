@@ -15,16 +15,15 @@ from operator import attrgetter
 
 import numpy as np
 
+from gradflow.judging.outlook import MOST_UNITS
+from gradflow.judging.theory_words import NOT_FINITE
 from gradflow.runs.disk_rows import Spool
 from gradflow.runs.records import LayerRecord, Run
 from gradflow.specs.stack import StackSpec
 from gradflow.theory import Prediction, predict
 
 TRAINED = "the weights learn, and the input is that of a task"
-# Theory holds some kilobytes for each unit, where the measurement holds none.
-MOST_UNITS = 10_000
 TOO_DEEP = f"more than {MOST_UNITS:,} units; see --theory-only"
-NOT_FINITE = "the measured gradient is not finite everywhere"
 
 
 def with_theory(run: Run) -> Run:

@@ -14,8 +14,9 @@ from records import layer_rows, run_of, spec_of
 from gradflow.errors import UsageError
 from gradflow.judging.comparison import Comparison, compare
 from gradflow.judging.outlook import Reach, healthy_reach
+from gradflow.judging.theory_words import NOT_FINITE
 from gradflow.judging.trainable import TrainableDepth, trainable_depths
-from gradflow.measuring.theory_columns import NOT_FINITE, TRAINED, with_theory
+from gradflow.measuring.theory_columns import TRAINED, with_theory
 from gradflow.runs.records import LayerRecord, Run
 from gradflow.showing.compare_formats import as_csv, as_json, as_markdown, rows_as_data
 from gradflow.showing.terminal.compare_tables import depth_lines

@@ -18,8 +18,8 @@ from records import layer_rows, run_of, spec_of
 from gradflow import measure, save
 from gradflow.judging.outlook import DEEPEST, NO_THEORY, Reach, healthy_reach, outlook
 from gradflow.judging.overview import sentence
-from gradflow.judging.theory_words import agrees, theory_cell, theory_sentence
-from gradflow.measuring.theory_columns import NOT_FINITE, with_theory
+from gradflow.judging.theory_words import NOT_FINITE, agrees, theory_cell, theory_sentence
+from gradflow.measuring.theory_columns import with_theory
 from gradflow.runs.records import LayerRecord, Run
 from gradflow.runs.store import load
 from gradflow.runs.summary import Summary
