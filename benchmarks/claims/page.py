@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from claims.claim import Claim, Finding
-from gradflow.markdown import escaped, table
+from gradflow.text import escape_markdown, markdown_table
 
 Findings = Mapping[str, Sequence[Finding]]
 
@@ -37,7 +37,7 @@ def page(claims: Sequence[Claim], found: Findings, foot: Sequence[str]) -> str:
 
 def _overview(claims: Sequence[Claim], found: Findings) -> Iterator[str]:
     rows = ([claim.title, verdict(found[claim.title])] for claim in claims)
-    return table(["claim", "agrees"], rows, left=2)
+    return markdown_table(["claim", "agrees"], rows, left=2)
 
 
 def verdict(findings: Sequence[Finding]) -> str:
@@ -51,20 +51,21 @@ def verdict(findings: Sequence[Finding]) -> str:
 
 
 def _section(claim: Claim, findings: Sequence[Finding]) -> Iterator[str]:
-    yield f"## {escaped(claim.title)}"
+    yield f"## {escape_markdown(claim.title)}"
     yield ""
-    yield f"{escaped(claim.source)}. Setting: {escaped(claim.setting)}; {claim.seeds} seeds."
+    source, setting = escape_markdown(claim.source), escape_markdown(claim.setting)
+    yield f"{source}. Setting: {setting}; {claim.seeds} seeds."
     yield ""
-    yield f"The paper: {escaped(claim.says)}"
+    yield f"The paper: {escape_markdown(claim.says)}"
     yield ""
     missing = {q.options["scheme"] for q in claim.quantities if not q.is_there}
     if missing:
         yield f"Not in this version: {', '.join(sorted(missing))}."
     if findings:
-        yield from table(HEADINGS, map(_row, findings))
+        yield from markdown_table(HEADINGS, map(_row, findings))
     if claim.note:
         yield ""
-        yield escaped(claim.note)
+        yield escape_markdown(claim.note)
 
 
 def _row(finding: Finding) -> list[str]:

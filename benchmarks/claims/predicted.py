@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from claims.readings import Profile, gradients
-from gradflow.markdown import table
 from gradflow.schemes import SCHEMES
 from gradflow.specs.stack import StackSpec
+from gradflow.text import markdown_table
 from gradflow.theory import Prediction, predict
 
 SEEDS = range(8)
@@ -157,11 +157,13 @@ def page(held: Sequence[Held], others: Sequence[Held], foot: Sequence[str]) -> s
     return "\n".join(
         [
             *("# Predicted against measured", "", NOTE, _count(held)),
-            *("", *table(HEADINGS, map(_row, held), left=3)),
+            *("", *markdown_table(HEADINGS, map(_row, held), left=3)),
             *("", "Not predicted on transformers:", ""),
-            *table(["scheme", "why", "predicted on"], withheld(), left=3),
+            *markdown_table(["scheme", "why", "predicted on"], withheld(), left=3),
             *("", OTHERS, _count(others), ""),
-            *table(["scheme", "block or norm", "mask", *NUMBERS], map(_row, others), left=3),
+            *markdown_table(
+                ["scheme", "block or norm", "mask", *NUMBERS], map(_row, others), left=3
+            ),
             *("", *foot, ""),
         ]
     )

@@ -29,7 +29,7 @@ from gradflow.errors import MeasurementError, RunFolderError, UsageError
 from gradflow.specs.fields import check_choice
 from gradflow.specs.grid import DEFAULT_GRID, EXECUTORS, Cell, Grid, expand
 from gradflow.specs.parse_request import MODEL_FIELDS, STACK_FIELDS
-from gradflow.units import count
+from gradflow.text import count
 
 if TYPE_CHECKING:
     from gradflow.judging.comparison import Comparison

@@ -48,7 +48,7 @@ def report(
         if folder is not None:
             report.write_pictures(found, folder, kind)
     if markdown is not None:
-        write_text(markdown, overview.markdown_table(found))
+        write_text(markdown, overview.runs_as_markdown(found))
     if markdown != "-" and not quiet:
         from rich.console import Console
 

@@ -12,6 +12,7 @@ import typer
 
 from gradflow.cli.common import say
 from gradflow.errors import RunFolderError, UsageError
+from gradflow.text import printable
 
 if TYPE_CHECKING:
     from gradflow.runs.records import Run
@@ -56,7 +57,6 @@ def read_runs(patterns: list[str]) -> tuple[list[Run], list[str]]:
 def say_notes(runs: Sequence[Run]) -> None:
     """What does not fit together in these runs, a line each."""
     from gradflow.runs.consistency import contradiction, first_broken, same_network
-    from gradflow.runs.reading import clean
 
     named = [(run.path.name if run.path else run.spec.title, run) for run in runs]
     notes = [
@@ -65,7 +65,7 @@ def say_notes(runs: Sequence[Run]) -> None:
         for line in contradiction(name, run.summary.verdict, first_broken(run.first_records))
     ]
     for line in (*notes, *same_network(named)):
-        say(f"note: {clean(line)}", style="yellow")
+        say(f"note: {printable(line)}", style="yellow")
 
 
 def matching(pattern: str) -> list[Path]:

@@ -22,7 +22,7 @@ from gradflow.networks.stack import Block, build_block, layer_kind
 from gradflow.specs.fields import flag
 from gradflow.specs.run_options import RunOptions
 from gradflow.specs.stack import StackSpec
-from gradflow.units import gib
+from gradflow.text import gib
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from gradflow.specs.run_options import RunOptions
-from gradflow.units import count, gib
+from gradflow.text import count, gib
 
 # Of the free memory a choice of its own takes no more than this; a given limit is used whole.
 AUTO_SHARE = 0.5

@@ -17,7 +17,7 @@ from gradflow.runs.consistency import SAME_NETWORK
 from gradflow.runs.records import LayerRecord, Run
 from gradflow.runs.store import load
 from gradflow.specs.stack import run_key
-from gradflow.units import count
+from gradflow.text import count
 
 NONFINITE = "NaN or infinity"
 # A row, and what is wrong there.

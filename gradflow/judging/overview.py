@@ -10,7 +10,6 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from gradflow import markdown
 from gradflow.judging.naming import Name, names
 from gradflow.judging.theory_words import theory_sentence
 from gradflow.judging.training_outcome import outcome_sentence
@@ -18,7 +17,7 @@ from gradflow.runs.described import Described
 from gradflow.runs.reading import Results, StoredRun
 from gradflow.runs.summary import Summary
 from gradflow.specs.user_code import shown
-from gradflow.units import count, milliseconds, number, signed
+from gradflow.text import count, escape_markdown, markdown_table, milliseconds, number, signed
 
 HEALTHY = "healthy"
 # What a verdict says of the gradient, about one run and about many.
@@ -198,13 +197,13 @@ def _cells(run: StoredRun, name: Name, timed: bool) -> Iterator[Text]:
         yield Text(milliseconds(summary.backward_s_per_layer))
 
 
-def markdown_table(results: Results) -> str:
+def runs_as_markdown(results: Results) -> str:
     """The answer, and the table of runs with their sentences, as Markdown."""
     through = designs_through(results.runs, names(results.runs))
-    told = [markdown.escaped(text) for text in (answer(results.runs), through) if text]
+    told = [escape_markdown(text) for text in (answer(results.runs), through) if text]
     rows = []
     for run, name in in_order(results):
         design, verdict, *numbers = (text.plain for text in _cells(run, name, timed=True))
         rows.append((design, verdict, sentence(run), *numbers))
     headings = ("run", "verdict", "what it means", *NUMBERS, *TIMES)
-    return "\n".join([*told, "", *markdown.table(headings, rows, left=3)]) + "\n"
+    return "\n".join([*told, "", *markdown_table(headings, rows, left=3)]) + "\n"

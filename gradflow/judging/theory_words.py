@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gradflow.runs.summary import Summary
-from gradflow.units import signed
+from gradflow.text import signed
 
 NOT_FINITE = "the measured gradient is not finite everywhere"
 

@@ -17,7 +17,7 @@ from gradflow.judging.theory_words import NOT_FINITE
 from gradflow.runs.records import Run
 from gradflow.runs.summary import Summary
 from gradflow.specs.stack import StackSpec
-from gradflow.units import rounded
+from gradflow.text import two_digits
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class TrainableDepth:
     @property
     def sentence(self) -> str:
         """In words."""
-        about = "" if self.depth is None else f"about {rounded(self.depth)}"
+        about = "" if self.depth is None else f"about {two_digits(self.depth)}"
         if self.healthy is None:
             found = f"below {self.lost:,}" + (f", {about} by its trend" if about else "")
         elif self.lost is None:

@@ -18,7 +18,7 @@ from statistics import fmean
 from typing import Any
 
 from gradflow.runs.records import StepRecord
-from gradflow.units import count
+from gradflow.text import count
 
 CONVERGED = 0.9
 NEAR_CHANCE = 0.1

@@ -18,13 +18,13 @@ from gradflow.runs.summary import Summary
 from gradflow.specs.json_types import expect, expect_items, typed
 from gradflow.specs.model_spec import Spec, spec_from_json
 from gradflow.specs.run_options import RunOptions
+from gradflow.text import printable
 
 if TYPE_CHECKING:
     import polars as pl
 
 # Whole numbers beyond this are no sizes of anything, and do not survive JSON in a browser.
 LARGEST_WHOLE = 2**53
-LONGEST_TEXT = 400
 # Texts with a word for each layer of a model.
 LISTS = ("units", "kinds")
 # Layers kept of one run: of few runs many, of many runs few.
@@ -120,27 +120,13 @@ def read_results(folder: Path) -> Results:
 def _notes(runs: Sequence[StoredRun], broken: Mapping[int, Broken]) -> Iterator[str]:
     for run in runs:
         lines = contradiction(run.name, run.summary.verdict, broken.get(run.number))
-        yield from map(clean, lines)
-    yield from map(clean, same_network([(run.name, run) for run in runs]))
+        yield from map(printable, lines)
+    yield from map(printable, same_network([(run.name, run) for run in runs]))
 
 
 def skip_line(name: str, reason: str) -> str:
     """The line that names a folder which is not read."""
-    return clean(f"skipped {name}, which {reason}")
-
-
-def clean(text: object) -> str:
-    """Text in one line: unprintable characters are shown as escapes, long texts are cut."""
-    shown = str(text)
-    if len(shown) > LONGEST_TEXT:
-        shown = shown[:LONGEST_TEXT] + "…"
-    if shown.isprintable():
-        return shown
-    return "".join(c if c.isprintable() else _escape(c) for c in shown)
-
-
-def _escape(character: str) -> str:
-    return " " if character in "\n\t" else character.encode("unicode_escape").decode()
+    return printable(f"skipped {name}, which {reason}")
 
 
 def _stored_runs(folder: Path, skipped: list[str]) -> Iterator[StoredRun]:
@@ -159,7 +145,7 @@ def _run_folders(folder: Path, skipped: list[str]) -> list[Path]:
         paths = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     except OSError as error:
         rule, got = "--results is a folder of runs", f"{folder} ({error.strerror})"
-        raise UsageError(rule, clean(got), "make one with `gradflow run`") from None
+        raise UsageError(rule, printable(got), "make one with `gradflow run`") from None
     found = [path for path in paths if _has(path, "run.json")]
     others = [path for path in paths if not _has(path, "run.json")]
     incomplete = [path for path in others if _has(path, "layers.csv")]
@@ -167,7 +153,7 @@ def _run_folders(folder: Path, skipped: list[str]) -> list[Path]:
     skipped += [skip_line(path.name, "has no run.json") for path in incomplete]
     if foreign:
         more = f" and {len(foreign) - FOREIGN_NAMED} more" if len(foreign) > FOREIGN_NAMED else ""
-        names = ", ".join(clean(path.name) for path in foreign[:FOREIGN_NAMED])
+        names = ", ".join(printable(path.name) for path in foreign[:FOREIGN_NAMED])
         skipped.append(f"skipped what holds no run.json: {names}{more}")
     return found
 
@@ -184,7 +170,7 @@ def _nothing_to_read(folder: Path, skipped: Sequence[str]) -> NothingToReadError
     if (folder / "run.json").is_file():
         remedy = "give the folder that it lies in"
     what = ", of which all is skipped" if skipped else ""
-    return NothingToReadError(clean(f"{folder}{what}"), remedy, skipped)
+    return NothingToReadError(printable(f"{folder}{what}"), remedy, skipped)
 
 
 def _stored_run(number: int, path: Path) -> StoredRun:
@@ -192,7 +178,7 @@ def _stored_run(number: int, path: Path) -> StoredRun:
         about = _cleaned(plain(read_about(path)))
         return StoredRun(
             number=number,
-            name=clean(path.name),
+            name=printable(path.name),
             path=path,
             spec=spec_from_json(about["spec"]),
             options=RunOptions.from_json(typed(RunOptions, about["options"])),
@@ -210,11 +196,11 @@ def _stored_run(number: int, path: Path) -> StoredRun:
 
 def _cleaned(value: Any, *, whole: bool = False) -> Any:
     if isinstance(value, dict):
-        return {clean(key): _cleaned(item, whole=key in LISTS) for key, item in value.items()}
+        return {printable(key): _cleaned(item, whole=key in LISTS) for key, item in value.items()}
     if isinstance(value, list):
         return [_cleaned(item) for item in value]
     if isinstance(value, str):
-        return " ".join(map(clean, value.split(" "))) if whole else clean(value)
+        return " ".join(map(printable, value.split(" "))) if whole else printable(value)
     if isinstance(value, int) and abs(value) > LARGEST_WHOLE:
         raise ValueError("holds a number that is too large")
     return value

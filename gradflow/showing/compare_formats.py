@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
-from gradflow import markdown
 from gradflow.judging.comparison import SPEED_KEYS, Comparison, Row
 from gradflow.judging.trainable import TrainableDepth, trainable_depths
 from gradflow.runs.store import plain
@@ -25,6 +24,7 @@ from gradflow.showing.terminal.compare_columns import (
 from gradflow.showing.terminal.compare_tables import answer_lines, depth_lines, is_timed, is_trained
 from gradflow.specs.model_spec import asked_for
 from gradflow.specs.run_options import TRAINING as TRAINING_OPTIONS
+from gradflow.text import escape_markdown, markdown_table
 
 
 def rows_as_data(comparison: Comparison) -> list[dict[str, Any]]:
@@ -103,12 +103,12 @@ def as_markdown(comparison: Comparison) -> str:
     """The terminal tables with all rows, the answer first."""
     columns, note = gradient_columns(comparison)
     table = _markdown_table(comparison, columns)
-    parts = [answer_lines(comparison), table, [markdown.escaped(note)]]
-    depths = [f"- {markdown.escaped(line)}" for line in depth_lines(comparison)]
+    parts = [answer_lines(comparison), table, [escape_markdown(note)]]
+    depths = [f"- {escape_markdown(line)}" for line in depth_lines(comparison)]
     parts += [["Trainable depth:", "", *depths]] if depths else []
     if is_timed(comparison):
         parts.append(_markdown_table(comparison, cost_columns(comparison.noise)))
-        parts.append([markdown.escaped(note) for note in cost_notes(comparison)])
+        parts.append([escape_markdown(note) for note in cost_notes(comparison)])
     if is_trained(comparison):
         parts.append(_markdown_table(comparison, TRAINING))
     return "\n".join("\n".join(part) + "\n" for part in parts)
@@ -117,4 +117,4 @@ def as_markdown(comparison: Comparison) -> str:
 def _markdown_table(comparison: Comparison, columns: Sequence[Column]) -> list[str]:
     headings = ["design", *(column.heading for column in columns)]
     rows = ([row.design, *(column.cell(row) for column in columns)] for row in comparison.rows)
-    return list(markdown.table(headings, rows))
+    return list(markdown_table(headings, rows))

@@ -8,7 +8,7 @@ from typing import Any
 
 from gradflow.errors import UsageError
 from gradflow.specs.fields import at_least, check_choice, flag, known_fields, option, positive
-from gradflow.units import size_in_bytes
+from gradflow.text import size_in_bytes
 
 KEEPS = ("auto", "graph", "boundaries", "sqrt")
 OPTIMIZERS = ("adamw", "sgd")

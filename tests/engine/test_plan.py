@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from gradflow.engine.plan import Footprint, Plan, choose
 from gradflow.errors import UsageError
 from gradflow.specs.run_options import RunOptions
-from gradflow.units import size_in_bytes
+from gradflow.text import size_in_bytes
 
 KIB, MIB = 1 << 10, 1 << 20
 # 1 MiB of parameters, 2 MiB of graph and 64 KiB of stream: a transformer of width 128, about.

@@ -13,7 +13,7 @@ from records import layer_rows, run_of, spec_of
 from rich.console import Console
 
 from gradflow.judging.comparison import compare
-from gradflow.judging.overview import in_order, markdown_table
+from gradflow.judging.overview import in_order, runs_as_markdown
 from gradflow.judging.training_outcome import combine, judge, running_mean, summary_of
 from gradflow.judging.verdict import summarise
 from gradflow.runs import store
@@ -179,7 +179,7 @@ def test_the_report_tells_and_draws_training_where_there_was_some(tmp_path: Path
     text = page(both)
     assert 'id="training"' in text
     assert "Training converged at step 2: the loss ends at 1.100" in text
-    assert "Training converged at step 2" in markdown_table(both)
+    assert "Training converged at step 2" in runs_as_markdown(both)
     losses = both.losses.filter(pl.col("loss").is_not_null())
     assert losses["loss"].to_list() == [3.0, 2.0, 1.1]
     assert set(losses["loss_floor"]) == {FLOOR}

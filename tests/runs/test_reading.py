@@ -22,14 +22,15 @@ from torch import nn
 
 import gradflow
 from gradflow.errors import RunFolderError, UsageError
-from gradflow.judging.overview import in_order, markdown_table, summary_view
+from gradflow.judging.overview import in_order, runs_as_markdown, summary_view
 from gradflow.runs import profiles, store
 from gradflow.runs.consistency import FINITE, NUMBERS, contradiction, first_broken, same_network
-from gradflow.runs.reading import LONGEST_TEXT, clean, read_results
+from gradflow.runs.reading import read_results
 from gradflow.runs.records import LayerRecord, Run
 from gradflow.showing.page.chart_rows import ends, tables
 from gradflow.specs.run_options import RunOptions
 from gradflow.specs.stack import StackSpec
+from gradflow.text import LONGEST_TEXT, printable
 
 in_one_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 NAN, INF = math.nan, math.inf
@@ -409,7 +410,7 @@ def test_many_runs_of_one_key_are_counted() -> None:
 def test_unknown_verdicts_are_read(tmp_path: Path) -> None:
     run = run_of()
     saved(tmp_path, replace(run, summary=replace(run.summary, verdict="chaotic")))
-    assert "chaotic" in markdown_table(read_results(tmp_path))
+    assert "chaotic" in runs_as_markdown(read_results(tmp_path))
 
 
 @pytest.fixture(scope="module")
@@ -424,7 +425,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def touch_everything(folder: Path) -> None:
     """Whatever a report does with runs, but for Altair."""
     results = read_results(folder)
-    markdown_table(results)
+    runs_as_markdown(results)
     summary_view(results)
     found = tables(results, in_order(results))
     ends(found["units"], ["log10_grad_norm", "low", "high"], 12, (-0.5, 0.5))
@@ -504,7 +505,7 @@ def test_no_value_in_run_json_is_a_traceback(
 
 @given(st.text() | st.text(st.characters(categories=["Cs", "Cc"])))
 def test_clean_text_can_be_printed(text: str) -> None:
-    shown = clean(text)
+    shown = printable(text)
     assert shown.isprintable()
     shown.encode()
     assert len(shown) <= 10 * (LONGEST_TEXT + 1)

@@ -227,6 +227,6 @@ def test_markdown_has_the_answer_and_all_rows() -> None:
 
 
 def test_markdown_escapes_what_would_be_markup() -> None:
-    from gradflow import markdown
+    from gradflow.text import escape_markdown
 
-    assert markdown.escaped("a|b `c` *d* <e>\n~f~") == r"a\|b \`c\` \*d\* &lt;e&gt; \~f\~"
+    assert escape_markdown("a|b `c` *d* <e>\n~f~") == r"a\|b \`c\` \*d\* &lt;e&gt; \~f\~"

@@ -241,7 +241,7 @@ def test_a_long_summary_is_cut_in_the_middle(results: Results) -> None:
 def test_markdown_is_a_table_in_which_nothing_is_markup(results: Results) -> None:
     nasty = replace(results.runs[0].summary, verdict="a|b<c>", advice="d\\|e `f`")
     changed = replace(results, runs=(replace(results.runs[0], summary=nasty),))
-    lines = overview.markdown_table(changed).splitlines()
+    lines = overview.runs_as_markdown(changed).splitlines()
     row = lines[-1]
     assert len(re.findall(r"(?<!\\)\|", row)) == len(re.findall(r"\|", lines[-2]))
     assert "<c>" not in row
@@ -543,7 +543,7 @@ def test_markdown_on_stdout_is_nothing_but_markdown(
     save_grid(tmp_path)
     assert command("--results", tmp_path, "--markdown", "-") == 0
     out = capsys.readouterr().out
-    assert out == overview.markdown_table(read_results(tmp_path))
+    assert out == overview.runs_as_markdown(read_results(tmp_path))
 
 
 @pytest.mark.usefixtures("short_page")

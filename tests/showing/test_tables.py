@@ -26,7 +26,7 @@ from gradflow.showing.terminal.run_tables import (
     subtitle,
     verdict_lines,
 )
-from gradflow.units import WIDEST, count, gib, milliseconds, number, rounded, signed
+from gradflow.text import WIDEST, count, gib, milliseconds, number, signed, two_digits
 
 NAN, INF = math.nan, math.inf
 TIME = TimeRecord(0, 1, "mlp", 0.001, 0.002)
@@ -315,8 +315,8 @@ UNITS: list[tuple[Callable[..., str], tuple[Any, ...], str]] = [
     (gib, (3 << 20,), "3 MiB"),
     (gib, (3 << 29,), "1.5 GiB"),
     (gib, (1 << 50,), "1,048,576.0 GiB"),
-    (rounded, (29481636.7,), "29,000,000"),
-    (rounded, (0.94,), "1"),
+    (two_digits, (29481636.7,), "29,000,000"),
+    (two_digits, (0.94,), "1"),
     (signed, (None,), ""),
     (signed, (1.005,), "+1.00"),
     (count, (1, "seed"), "1 seed"),

@@ -21,9 +21,9 @@ from claims.predicted import page as predicted_page
 from claims.readings import branch_share, collapse_order, records
 from torch.nn import functional as F  # noqa: N812 (torch's own convention)
 
-from gradflow.markdown import escaped
 from gradflow.runs.records import LayerRecord
 from gradflow.specs.stack import StackSpec
+from gradflow.text import escape_markdown
 from gradflow.theory import predict
 
 RESULTS = Path(__file__).parent.parent.parent / "results" / "theory"
@@ -216,6 +216,8 @@ def test_the_table_of_predictions_tells_a_wrong_one() -> None:
 
 def test_the_stored_pages_hold_every_claim() -> None:
     text = (RESULTS / "README.md").read_text(encoding="utf-8")
-    assert [claim.title for claim in CLAIMS if f"## {escaped(claim.title)}\n" not in text] == []
+    assert [
+        claim.title for claim in CLAIMS if f"## {escape_markdown(claim.title)}\n" not in text
+    ] == []
     assert " ! |" not in text  # every control is told apart
     assert (RESULTS / "predicted.svg").exists()

@@ -32,8 +32,8 @@ from gradflow.specs.located import users_own
 from gradflow.specs.model_request import ModelRequest, without_digest
 from gradflow.specs.model_spec import ModelSpec
 from gradflow.specs.run_options import RunOptions
+from gradflow.text import gib
 from gradflow.training.steps import Problem, step_record, train
-from gradflow.units import gib
 from gradflow.watching import watch
 
 # Parameters and their gradients; with them, training has two moments and the values before.

@@ -25,13 +25,13 @@ from markupsafe import Markup
 import gradflow
 from gradflow.judging.naming import names, shared
 from gradflow.judging.overview import HEALTHY, SAYINGS, answer, designs_through, sentence
-from gradflow.runs.reading import Results, StoredRun, clean
+from gradflow.runs.reading import Results, StoredRun
 from gradflow.showing.page.chart_parts import Drawing
 from gradflow.showing.page.chart_rows import FAR, Runs, tables
 from gradflow.showing.page.chart_theme import BAR, DARK, HEIGHT, LIGHT, themed
 from gradflow.showing.page.charts import CHARTS
 from gradflow.showing.page.training_charts import ALL_CHARTS
-from gradflow.units import count, milliseconds, number, signed
+from gradflow.text import count, milliseconds, number, printable, signed
 
 WARNINGS_SHOWN = 2
 SKIPPED_SHOWN = 20
@@ -175,7 +175,7 @@ def _known(environment: dict[str, Any]) -> Iterator[str]:
         value = environment.get(name)
         if name == "git" and isinstance(value, dict):
             changed = " with changes" if value.get("dirty") else ""
-            yield f"{clean(value.get('commit'))[:10]}{changed}"
+            yield f"{printable(value.get('commit'))[:10]}{changed}"
         else:
             yield _plain(value)
 
@@ -183,7 +183,7 @@ def _known(environment: dict[str, Any]) -> Iterator[str]:
 def _plain(value: object) -> str:
     if value is None:
         return "unknown"
-    return clean(value) if not isinstance(value, bool) else "yes" if value else "no"
+    return printable(value) if not isinstance(value, bool) else "yes" if value else "no"
 
 
 def left_out(results: Results, shown: Shown) -> Iterator[str]:

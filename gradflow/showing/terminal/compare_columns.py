@@ -12,7 +12,7 @@ from gradflow.judging.theory_words import theory_cell
 from gradflow.judging.training_outcome import outcome_sentence
 from gradflow.runs.summary import Summary
 from gradflow.showing.terminal.printing import BARS, in_ascii
-from gradflow.units import gib, milliseconds, number, rounded
+from gradflow.text import gib, milliseconds, number, two_digits
 
 PROFILE_CELLS = 8
 MARKS = {"slower": "▲", "faster": "▼", "not interleaved": "~"}
@@ -61,7 +61,7 @@ def _efolding(row: Row) -> str:
     layers = row.summary.efolding_layers
     if layers is None or not 10 <= layers < 1e5:
         return _short(layers, ".1f", 6)
-    return rounded(layers)
+    return two_digits(layers)
 
 
 def _milliseconds(seconds: float | None) -> str:

@@ -13,12 +13,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from gradflow import markdown
 from gradflow.judging.naming import names
 from gradflow.judging.outlook import NO_THEORY, Outlook, Reach
 from gradflow.runs.summary import Summary
 from gradflow.showing.terminal.run_tables import ENDS, STYLES, draw
-from gradflow.units import count, number, signed
+from gradflow.text import count, markdown_table, number, signed
 
 HEADINGS = ("design", "depth", "verdict", "decades", "per layer", "healthy to")
 NOTE = (
@@ -204,5 +203,5 @@ def as_csv(found: Sequence[Outlook]) -> str:
 
 def as_markdown(found: Sequence[Outlook]) -> str:
     """The table of the terminal."""
-    lines = [*markdown.table(HEADINGS, _texts(found)), "", NOTE, *reason_lines(found)]
+    lines = [*markdown_table(HEADINGS, _texts(found)), "", NOTE, *reason_lines(found)]
     return "\n".join(lines) + "\n"

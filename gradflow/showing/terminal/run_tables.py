@@ -25,7 +25,7 @@ from gradflow.showing.terminal.unit_cells import UnitCell
 from gradflow.specs.stack import StackSpec
 from gradflow.specs.training_spec import training_line
 from gradflow.specs.user_code import shown
-from gradflow.units import count, gib, giga, milliseconds, number, rounded, signed
+from gradflow.text import count, gib, giga, milliseconds, number, signed, two_digits
 
 # Rows shown at each end of a long table.
 ENDS = 8
@@ -256,7 +256,7 @@ def trend_sentence(summary: Summary) -> str:
         text += f", a factor e every {summary.efolding_layers:.3g} layers"
     if summary.healthy_depth is None:
         return text + "; it stays in the healthy range at any depth."
-    return text + f"; it leaves the healthy range near depth {rounded(summary.healthy_depth)}."
+    return text + f"; it leaves the healthy range near depth {two_digits(summary.healthy_depth)}."
 
 
 def speed_lines(summary: Summary) -> Iterator[Text]:
