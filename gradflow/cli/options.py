@@ -7,8 +7,8 @@ Every field is an option with the same name and help text, so a new field needs 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import Field, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache, wraps
 from itertools import product
 from types import UnionType
@@ -17,26 +17,19 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 
 from gradflow.errors import UsageError
-from gradflow.specs.fields import flag
+from gradflow.specs.fields import Option, flag, options_of
 from gradflow.specs.model_request import ModelRequest
 from gradflow.specs.ranges import expand_range
 from gradflow.specs.run_options import RunOptions
 from gradflow.specs.stack import StackSpec
-from gradflow.specs.stack_fields import SIZES
 from gradflow.specs.user_code import from_file, is_reference
 
 PANELS = {StackSpec: "Stack", ModelRequest: "Model", RunOptions: "Measurement"}
-METAVARS = {"input": "SIZES|NAME", "layers": "PATTERN", "set": "NAME=VALUE"}
-# Fields that may name a thing in a user's own file.
-FROM_FILES = ("scheme", "block")
-# Text that commas do not part, and options that may be given several times.
-WHOLE = ("input", "layers")
-REPEATED = ("set",)
 Command = Callable[..., None]
 
 
 def with_fields(*, lists: bool = False) -> Callable[[Command], Command]:
-    """Give a command an option for every field of the three classes that has a help text.
+    """Give a command an option for every field of the three classes that is one.
 
     The command gets those that were given, with their values, as its first argument, a dictionary
     by field name; its other parameters stay as they are.
@@ -44,7 +37,7 @@ def with_fields(*, lists: bool = False) -> Callable[[Command], Command]:
     Args:
         lists: the options take several values, joined by commas; the dictionary holds lists.
     """
-    made = [_parameter(PANELS[cls], field, lists=lists) for field, cls in _options()]
+    made = [_parameter(name, lists=lists) for name in _options()]
     names = {parameter.name for parameter in made}
 
     def decorate(command: Command) -> Command:
@@ -70,7 +63,7 @@ def parse(given: dict[str, Any]) -> dict[str, Any]:
     Raises:
         UsageError: a value that is not of the field's type.
     """
-    texts = {k: " ".join(v) if k in REPEATED else v for k, v in given.items()}
+    texts = {k: " ".join(v) if _options()[k].about.repeated else v for k, v in given.items()}
     return {k: _value(k, v) if isinstance(v, str) else v for k, v in texts.items()}
 
 
@@ -84,9 +77,10 @@ def parse_lists(given: dict[str, Any]) -> dict[str, list[Any]]:
 
 
 def _list(name: str, value: Any) -> list[Any]:
-    if name in REPEATED:
+    about = _options()[name].about
+    if about.repeated:
         return settings_product(value)
-    if name in WHOLE or not isinstance(value, str):
+    if about.whole or not isinstance(value, str):
         return [_value(name, value) if isinstance(value, str) else value]
     return [v for word in value.split(",") for v in _values(name, word)]
 
@@ -102,7 +96,7 @@ def settings_product(given: Sequence[str]) -> list[str]:
 
 def _values(name: str, word: str) -> list[Any]:
     """One value, or those of a range of whole numbers."""
-    if _fields()[name][1] is int and ".." in word:
+    if _options()[name].kind is int and ".." in word:
         try:
             found = expand_range(word.strip())
         except ValueError:
@@ -125,61 +119,68 @@ _KINDS: dict[type, tuple[str, str, Any, Callable[[str], Any]]] = {
 
 
 def _value(name: str, text: str) -> Any:
-    field, kind = _fields()[name]
-    _, meaning, example, convert = _KINDS[kind]
+    known = _options()[name]
+    _, meaning, example, convert = _KINDS[known.kind]
     word = text.strip()
-    if name in FROM_FILES and is_reference(word):
+    if known.about.from_file and is_reference(word):
         return from_file(word)
     try:
         if not word:
             raise ValueError
         return convert(word)
     except (ValueError, KeyError):
-        default = SIZES.get(name, field.default)
-        example = example if default is None else default
+        usual = (known.about.fill, known.default, example)
+        example = next(value for value in usual if value is not None)
         remedy = f"use for example {flag(name)} {example}"
         raise UsageError(f"{flag(name)} takes {meaning}", repr(text), remedy) from None
 
 
+@dataclass(frozen=True)
+class _CommandOption:
+    """An option with the type of its value and the panel of the help that shows it."""
+
+    about: Option
+    default: Any
+    kind: type
+    panel: str
+
+
 @cache
-def _fields() -> dict[str, tuple[Field[Any], type]]:
-    """Every field with its type, less the None of those that have no default."""
+def _options() -> dict[str, _CommandOption]:
+    """Every option by name, in the order of the help."""
     hints = {cls: get_type_hints(cls) for cls in PANELS}
-    return {f.name: (f, _plain_type(hints[cls][f.name])) for f, cls in _options()}
+    return {
+        field.name: _CommandOption(about, field.default, _plain_type(hints[cls][field.name]), panel)
+        for cls, panel in PANELS.items()
+        for field, about in options_of(cls)
+    }
 
 
-def _options() -> Iterator[tuple[Field[Any], type]]:
-    """Every field that is an option, with its class; those of several classes are the first's."""
-    for cls in PANELS:
-        yield from ((field, cls) for field in fields(cls) if "help" in field.metadata)
-
-
-def _parameter(panel: str, field: Field[Any], *, lists: bool) -> inspect.Parameter:
-    kind = _fields()[field.name][1]
+def _parameter(name: str, *, lists: bool) -> inspect.Parameter:
+    known = _options()[name]
     # A network is causal or not, so both can be compared; other flags say how all are measured.
-    is_flag = kind is bool and not (lists and panel == PANELS[StackSpec])
-    name = flag(field.name)
+    is_flag = known.kind is bool and not (lists and known.panel == PANELS[StackSpec])
     more = ",..." if lists else ""
     info = typer.Option(
-        f"{name}/{flag('no_' + field.name)}" if is_flag else name,
-        help=_help(field, kind),
+        f"{flag(name)}/{flag('no_' + name)}" if is_flag else flag(name),
+        help=_help(name, known),
         show_default=False,  # Typer sees None: only then is a default known to be one
-        rich_help_panel=panel,
-        metavar=None if is_flag else METAVARS.get(field.name) or _KINDS[kind][0] + more,
+        rich_help_panel=known.panel,
+        metavar=None if is_flag else known.about.metavar or _KINDS[known.kind][0] + more,
     )
-    arrives_as: Any = list[str] if field.name in REPEATED else bool if is_flag else str
+    arrives_as: Any = list[str] if known.about.repeated else bool if is_flag else str
     only = inspect.Parameter.KEYWORD_ONLY
-    hint = Annotated[arrives_as | None, info]
-    return inspect.Parameter(field.name, only, default=None, annotation=hint)
+    return inspect.Parameter(
+        name, only, default=None, annotation=Annotated[arrives_as | None, info]
+    )
 
 
-def _help(field: Field[Any], kind: type) -> str:
-    meaning, choices = field.metadata["help"], field.metadata["choices"]
-    known = "" if all(name in meaning for name in choices) else f": {', '.join(choices)}"
-    value = flag(field.name) if kind is bool else field.default
-    silent = field.default is None or field.default is False
-    default = "" if silent else f"  [default: {value}]"
-    return str(meaning + known + default)
+def _help(name: str, known: _CommandOption) -> str:
+    meaning, choices = known.about.meaning, known.about.choices
+    names = "" if all(choice in meaning for choice in choices) else f": {', '.join(choices)}"
+    value = flag(name) if known.kind is bool else known.default
+    silent = known.default is None or known.default is False
+    return meaning + names + ("" if silent else f"  [default: {value}]")
 
 
 def _plain_type(hint: Any) -> Any:

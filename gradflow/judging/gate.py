@@ -16,6 +16,8 @@ from gradflow.judging.words import place
 from gradflow.runs.consistency import SAME_NETWORK
 from gradflow.runs.records import LayerRecord, Run
 from gradflow.runs.store import load
+from gradflow.specs.fields import deciding
+from gradflow.specs.run_options import RunOptions
 from gradflow.specs.stack import run_key
 from gradflow.text import count
 
@@ -152,10 +154,11 @@ def _check_comparable(run: Run, baseline: Run) -> None:
 
 
 def _other_settings(run: Run, baseline: Run) -> Iterator[str]:
-    mine, theirs = (_settings(r) for r in (run, baseline))
-    for name, value in mine.items():
-        if value != theirs[name]:
-            yield f"{name} {theirs[name]} there, {value} here"
+    mine, theirs = _settings(run), _settings(baseline)
+    for name in dict.fromkeys([*mine, *theirs]):
+        here, there = mine.get(name), theirs.get(name)
+        if here != there:
+            yield f"{name} {there} there, {here} here"
 
 
 def _differences(run: Run, baseline: Run, keys: Sequence[str]) -> Iterator[str]:
@@ -166,9 +169,8 @@ def _differences(run: Run, baseline: Run, keys: Sequence[str]) -> Iterator[str]:
 
 
 def _settings(run: Run) -> dict[str, object]:
-    options = run.options
-    numbers = ("seed", "seeds", "raw_range", "compile")
-    return run.spec.to_json() | {name: getattr(options, name) for name in numbers}
+    numbers = deciding(RunOptions, "numbers")
+    return run.spec.to_json() | {name: getattr(run.options, name) for name in numbers}
 
 
 def _seeds(run: Run) -> Iterator[tuple[str, list[LayerRecord]]]:

@@ -4,65 +4,60 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from gradflow.runs.described import Described
-from gradflow.specs.model_request import without_digest
+from gradflow.specs.fields import deciding, options_of
+from gradflow.specs.model_request import ModelRequest, without_digest
 from gradflow.specs.model_spec import asked_for
+from gradflow.specs.run_options import RunOptions
 from gradflow.specs.stack import StackSpec
 from gradflow.specs.user_code import shown
 
-# Depth is an axis of its own, and these three always stand in a name where they differ.
-LEADING = ("like", "weights", "shortcut", "block", "norm")
-DECISIVE = ("like", "weights", "block", "norm", "scheme")
-ASKED = ("set", "input", "layers", "width", "batch_size", "seq_len", "image_size")
-MEASURED = ("seed", "seeds", "raw_range", "compile", "steps", "optimizer", "lr", "warmup")
-DEVICE = "device"
-OTHERS = (
-    *(field.name for field in fields(StackSpec) if field.name not in (*LEADING, "depth")),
-    *("set", "input", "layers"),
-    *MEASURED,
-    DEVICE,
-)
-WORDS: dict[str, Callable[[Any], str]] = {
+# Depth is an axis of its own, and these always stand in a name where they differ.
+_LEADING = ("like", "weights", "shortcut", "block", "norm")
+_DECISIVE = ("like", "weights", "block", "norm", "scheme")
+_DEVICE = "device"
+_WORDS: dict[str, Callable[[Any], str]] = {
     "norm": lambda norm: "no norm" if norm == "none" else f"{norm}-norm",
     "norm_kind": str,
     "activation": str,
     "init": lambda init: f"{init} init",
     "dtype": str,
     "loss": lambda loss: f"{loss} loss",
-    "causal": lambda _: "causal",
     "qk_norm": lambda _: "qk-norm",
-    "gated": lambda _: "gated",
     "bias": lambda bias: f"bias {bias}",
     "scheme": shown,
     "set": str,
     "input": lambda value: f"input {without_digest(value)}",
     "seeds": lambda seeds: f"{seeds} seeds",
-    "raw_range": lambda _: "raw range",
     "compile": lambda _: "compiled",
     "steps": lambda steps: f"{steps} steps",
     "optimizer": str,
     "lr": lambda lr: f"lr {lr:g}",
-    DEVICE: str,
+    _DEVICE: str,
 }
-# Said only where they are not so: nobody looks for these words in a name.
-UNSAID = {
-    "gain": 1.0,
-    "dtype": "float32",
-    "loss": "cotangent",
-    "causal": False,
-    "qk_norm": False,
-    "norm_eps": 1e-5,
-    "rope": 0.0,
-    "gated": False,
-    "bias": "all",
-    "seeds": 1,
-    "raw_range": False,
-    "compile": False,
-    "steps": 0,
-    "warmup": 0,
+# The other options leave their defaults unsaid: nobody looks for those in a name.
+_SAID_AT_DEFAULT = (
+    *("depth", "width", "classes", "heads", "ffn_mult", "seq_len", "image_size", "seed"),
+    *("lr", "optimizer"),
+)
+# The optimizer stands before its learning rate.
+_MEASURED = tuple(
+    sorted(deciding(RunOptions, "numbers"), key=lambda name: name in ("lr", "warmup", "every"))
+)
+_OTHERS = (
+    *(name for name in deciding(StackSpec, "numbers") if name not in (*_LEADING, "depth")),
+    *(name for name in deciding(ModelRequest, "numbers") if name != "model"),
+    *_MEASURED,
+    _DEVICE,
+)
+_UNSAID = {
+    field.name: field.default if about.fill is None else about.fill
+    for cls in (StackSpec, RunOptions)
+    for field, about in options_of(cls)
+    if field.name not in _SAID_AT_DEFAULT
 }
 
 
@@ -91,7 +86,7 @@ class Name:
 
 def names(runs: Sequence[Described]) -> list[Name]:
     """A name for each run, all different."""
-    words = [name for name in OTHERS if _differs(runs, name)]
+    words = [name for name in _OTHERS if _differs(runs, name)]
     with_block = len({run.spec.block for run in runs}) > 1
     called = _called(runs)
     seen = Counter[tuple[str, int]]()
@@ -116,22 +111,24 @@ def _called(runs: Sequence[Described]) -> dict[str, str]:
 
 def shared(runs: Sequence[Described]) -> str:
     """The settings that all runs have in common, in words."""
-    both = ("depth", *LEADING, *OTHERS)
+    both = ("depth", *_LEADING, *_OTHERS)
     common = [n for n in both if len({_value(run, n) for run in runs}) == 1]
-    if "loss" in common and runs[0].spec.loss != "ce":
-        common.remove("classes")
+    if "loss" in common and runs[0].spec.loss != "ce":  # then no head has classes
+        common = [n for n in common if n != "classes"]
     words = [word(n, _value(runs[0], n)) for n in common]
     return ", ".join(w for w in words if w)
 
 
 def word(name: str, value: object) -> str:
     """A setting in words; empty where it is not set, or not worth a word."""
-    if value is None or (name in UNSAID and value == UNSAID[name]):
+    if value is None or (name in _UNSAID and value == _UNSAID[name]):
         return ""
-    if name in WORDS:
-        return WORDS[name](value)
+    if name in _WORDS:
+        return _WORDS[name](value)
     plain = name.replace("_", " ")
-    return shown(str(value)) if name in LEADING else f"{plain} {value}"
+    if value is True:
+        return plain
+    return shown(str(value)) if name in _LEADING else f"{plain} {value}"
 
 
 def _design(run: Described, words: Sequence[str], leading: Sequence[str]) -> str:
@@ -150,18 +147,19 @@ def _departures(run: Described, words: Sequence[str]) -> list[str]:
 
 
 def _value(run: Described, name: str) -> Any:
-    if name == DEVICE:
-        return str(run.environment.get(DEVICE))
-    if name in ASKED:
-        return getattr(asked_for(run.spec), name, None)
-    return getattr(run.options if name in MEASURED else run.spec, name, None)
+    if name == _DEVICE:
+        return str(run.environment.get(_DEVICE))
+    if name in _MEASURED:
+        return getattr(run.options, name)
+    # A model's own options are those of its request.
+    return getattr(run.spec, name, getattr(asked_for(run.spec), name, None))
 
 
 def _differs(runs: Sequence[Described], name: str) -> bool:
     """Whether a setting says more than those whose defaults set many others."""
     found: dict[tuple[object, ...], object] = {}
     return any(
-        found.setdefault(tuple(_value(run, n) for n in DECISIVE), _value(run, name))
+        found.setdefault(tuple(_value(run, n) for n in _DECISIVE), _value(run, name))
         != _value(run, name)
         for run in runs
     )

@@ -22,8 +22,9 @@ from gradflow.showing.terminal.compare_columns import (
     gradient_columns,
 )
 from gradflow.showing.terminal.compare_tables import answer_lines, depth_lines, is_timed, is_trained
+from gradflow.specs.fields import deciding
 from gradflow.specs.model_spec import asked_for
-from gradflow.specs.run_options import TRAINING as TRAINING_OPTIONS
+from gradflow.specs.run_options import RunOptions
 from gradflow.text import escape_markdown, markdown_table
 
 
@@ -52,11 +53,7 @@ def _row_as_data(row: Row, noise: float) -> dict[str, Any]:
         "reference": row.is_reference,
         **asked_for(run.spec).to_json(),
         "depth": run.spec.depth,
-        "seed": options.seed,
-        "seeds": options.seeds,
-        "raw_range": options.raw_range,
-        "compile": options.compile,
-        **{name: getattr(options, name) for name in ("steps", *TRAINING_OPTIONS)},
+        **{name: getattr(options, name) for name in deciding(RunOptions, "numbers")},
     }
     place = {key: run.environment.get(key) for key in SPEED_KEYS if key not in identity}
     # The spec names its kind of loss, the summary the value that it took.
@@ -77,10 +74,11 @@ def _ratios(row: Row) -> dict[str, float | None]:
 
 
 def as_csv(comparison: Comparison) -> str:
-    """The rows as CSV; missing cells are empty."""
+    """The rows as CSV; cells are empty where a run has no such value."""
     rows = rows_as_data(comparison)
+    columns = dict.fromkeys(name for row in rows for name in row)  # a stack's, then a model's own
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer = csv.DictWriter(text, list(columns), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()

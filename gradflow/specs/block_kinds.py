@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-
-from gradflow.specs import user_code
-from gradflow.specs.user_blocks import declared, declared_options
 
 
 @dataclass(frozen=True)
@@ -57,24 +53,6 @@ BLOCKS: dict[str, BlockKind] = {
 }
 
 
-def block_kind(name: str) -> BlockKind:
-    """The entry of `BLOCKS`, or what a user's own block says of itself (`user_blocks`).
-
-    Raises:
-        UsageError: the file of a user's block was not loaded, or an attribute breaks the interface.
-    """
-    if not user_code.is_user_name(name):
-        return BLOCKS[name]
-    # Queries and keys are inside a branch: only its own code could normalise them.
-    known = [option for option in BLOCK_OPTIONS if option != "qk_norm"]
-    domain = declared(name, "domain", "tokens", DOMAINS)
-    usual = "gelu" if domain == "tokens" else "relu"
-    activation = declared(name, "activation", usual, ACTIVATIONS)
-    options = (*declared_options(name, known), *DOMAINS[domain].sizes)
-    unit = user_code.thing(name)
-    return BlockKind((unit,), domain, activation, "a branch of your own", options)
-
-
 # f(alpha x) in the place of a norm: no statistics.
 POINTWISE = ("dyt", "derf")
 
@@ -100,23 +78,6 @@ DOMAINS: dict[str, Domain] = {
         "batchnorm", 8, ("batchnorm", "layernorm", "groupnorm", *POINTWISE), ("image_size",)
     ),
 }
-
-# Options that belong to some blocks only, with the value used where they apply.
-BLOCK_OPTIONS: dict[str, Any] = {
-    "heads": 4,
-    "kv_heads": None,
-    "head_dim": None,
-    "rope": 0.0,
-    "causal": False,
-    "qk_norm": False,
-    "ffn_width": None,
-    "ffn_mult": 4,
-    "gated": False,
-    "bias": "all",
-    "seq_len": 32,
-    "image_size": 16,
-}
-
 
 NORM_KINDS = ("layernorm", "rmsnorm", "batchnorm", "groupnorm", *POINTWISE)
 ACTIVATIONS = ("relu", "gelu", "gelu-tanh", "tanh", "silu", "erf", "linear")

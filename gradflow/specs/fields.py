@@ -1,18 +1,79 @@
-"""Fields that are options too: how they are declared, spelt and checked. Imports no torch."""
+"""Options as dataclass fields: how an option is declared, spelt and checked. Imports no torch.
+
+An option is one field, `name: type = option(default, meaning, ...)`. Its `Option` says what it
+decides; keys, names, tables, comparisons and the command line are derived from that.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import field, fields
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import Field, dataclass, field, fields
+from typing import Any, Literal
 
 from gradflow.errors import UsageError
 
+# What an option decides: the measured numbers, the verdict on them, the measured seconds, the
+# memory that the measurement takes, or the device that it runs on.
+Decides = Literal["numbers", "verdict", "times", "memory", "place"]
 
-def option(default: Any, meaning: str, choices: tuple[str, ...] = ()) -> Any:
-    """A dataclass field that is also a command-line option, with its help text."""
-    return field(default=default, metadata={"help": meaning, "choices": choices})
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """What a command-line option says of itself.
+
+    Attributes:
+        meaning: its help text.
+        choices: the names that it takes; empty where its values are no names from a list.
+        decides: what changes with its value.
+        fill: the value where it is not given and has a meaning; None where others decide that.
+        of_block: it means something for some blocks only; their `BlockKind.options` name it.
+        unkeyed_default: keys of runs hold it only where its value is not the default, so that an
+            option can be added without another key for the runs that are stored already.
+        built_only: it applies to the layers that gradflow builds, not to a given model.
+        metavar: its value in the help, where the type says too little.
+        from_file: its value may name an object in a user's file.
+        whole: commas in its value do not part a list.
+        repeated: it may be given several times.
+    """
+
+    meaning: str
+    choices: tuple[str, ...] = ()
+    decides: Decides = "numbers"
+    fill: Any = None
+    of_block: bool = False
+    unkeyed_default: bool = False
+    built_only: bool = False
+    metavar: str | None = None
+    from_file: bool = False
+    whole: bool = False
+    repeated: bool = False
+
+
+def option(default: Any, meaning: str, choices: tuple[str, ...] = (), **facts: Any) -> Any:
+    """A dataclass field that is also a command-line option; `facts` are those of `Option`."""
+    about = Option(meaning=meaning, choices=choices, **facts)
+    return field(default=default, metadata={"option": about})
+
+
+def options_of(record: Any) -> Iterator[tuple[Field[Any], Option]]:
+    """Every field of a dataclass, or of a record, that is a command-line option."""
+    yield from ((f, f.metadata["option"]) for f in fields(record) if "option" in f.metadata)
+
+
+def deciding(cls: type, *decides: Decides) -> tuple[str, ...]:
+    """Names of the options of a class that decide one of these things, in their order."""
+    return tuple(f.name for f, about in options_of(cls) if about.decides in decides)
+
+
+def keyed(record: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a record by name, less the options that its key does not hold."""
+    unheld = {
+        f.name
+        for f, about in options_of(record)
+        if about.decides != "numbers" or (about.unkeyed_default and values[f.name] == f.default)
+    }
+    return {name: value for name, value in values.items() if name not in unheld}
 
 
 def flag(name: str) -> str:

@@ -9,13 +9,12 @@ from typing import Any
 
 from gradflow.errors import UsageError
 from gradflow.specs import user_code
-from gradflow.specs.block_kinds import BLOCK_OPTIONS, block_kind
 from gradflow.specs.fields import check_choice, flag
 from gradflow.specs.model_request import ModelRequest, locate_model
 from gradflow.specs.parse_request import STACK_FIELDS, Asked, specification
-from gradflow.specs.run_options import TRAINING, RunOptions
+from gradflow.specs.run_options import TRAINING_DEFAULTS, RunOptions
 from gradflow.specs.stack import StackSpec, run_key
-from gradflow.specs.stack_fields import DEFAULT_BLOCK
+from gradflow.specs.stack_fields import BLOCK_OPTIONS, DEFAULT_BLOCK, block_kind
 from gradflow.specs.user_schemes import scheme_named
 
 # What bare `gradflow compare` measures.
@@ -131,13 +130,13 @@ def _check_value(name: str, value: Any) -> None:
         StackSpec(**{name: value})
     elif name == "scheme" and value is not None:
         scheme_named(value)
-    elif name in STACK_FIELDS and (choices := STACK_FIELDS[name].metadata["choices"]):
+    elif name in STACK_FIELDS and (choices := STACK_FIELDS[name].metadata["option"].choices):
         check_choice(flag(name), value, choices)
 
 
 def _idle(name: str, chosen: Mapping[str, Any]) -> bool:
     """Whether an option means nothing beside the others."""
-    if name in TRAINING:
+    if name in TRAINING_DEFAULTS:
         return not chosen.get("steps")
     if "model" in chosen:
         return False
@@ -161,9 +160,11 @@ def _block(chosen: Mapping[str, Any]) -> str:
 def _notes(lists: Mapping[str, Sequence[Any]]) -> Iterator[str]:
     """Which options were left out where."""
     if 0 in lists.get("steps", [0]):
-        yield from (f"{flag(n)} does not apply to --steps 0" for n in lists if n in TRAINING)
+        yield from (
+            f"{flag(n)} does not apply to --steps 0" for n in lists if n in TRAINING_DEFAULTS
+        )
     if "model" not in lists:
-        for name in (n for n in lists if n not in TRAINING):
+        for name in (n for n in lists if n not in TRAINING_DEFAULTS):
             yield from _left_out(name, lists)
 
 

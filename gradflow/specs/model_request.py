@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from gradflow.errors import UsageError
-from gradflow.specs.fields import at_least, check_choice, flag, known_fields, option
+from gradflow.specs.fields import at_least, check_choice, flag, keyed, known_fields, option
 from gradflow.specs.located import EXAMPLE, Located, is_reference, locate_code, locate_folder
 from gradflow.specs.stack_fields import DTYPES, LOSSES
 
@@ -38,11 +38,24 @@ class ModelRequest:
     model: str = option(
         None, "a model instead of a stack: my_pkg.models:build, models.py:build, hf:gpt2, hf:DIR"
     )
-    set: str | None = option(None, "settings of the model, name=value; several: once for each")
-    input: str | None = option(
-        None, "its input: sizes (8,3,32,32), or what yields batches (my_pkg.data:batches)"
+    set: str | None = option(
+        None,
+        "settings of the model, name=value; several: once for each",
+        metavar="NAME=VALUE",
+        repeated=True,
     )
-    layers: str | None = option(None, "its layers by name (blocks.*); found by itself if left out")
+    input: str | None = option(
+        None,
+        "its input: sizes (8,3,32,32), or what yields batches (my_pkg.data:batches)",
+        metavar="SIZES|NAME",
+        whole=True,
+    )
+    layers: str | None = option(
+        None,
+        "its layers by name (blocks.*); found by itself if left out",
+        metavar="PATTERN",
+        whole=True,
+    )
     depth: int | None = None
     width: int | None = None
     batch_size: int | None = None
@@ -111,8 +124,8 @@ class ModelRequest:
         return {name: _plain(value) for name, value in asdict(self).items()}
 
     def identity(self) -> dict[str, Any]:
-        """All of it decides the numbers."""
-        return self.to_json()
+        """The values that decide the numbers, by field."""
+        return keyed(self, self.to_json())
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> ModelRequest:

@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from gradflow.errors import UsageError
-from gradflow.specs.fields import flag
+from gradflow.specs.fields import flag, options_of
 from gradflow.specs.model_request import ModelRequest, without_digest
 from gradflow.specs.run_options import RunOptions
 from gradflow.specs.stack import StackSpec
@@ -16,8 +16,8 @@ from gradflow.specs.training_spec import as_trained
 Asked = StackSpec | ModelRequest
 STACK_FIELDS = {f.name: f for f in fields(StackSpec)}
 MODEL_FIELDS = {f.name: f for f in fields(ModelRequest)}
-# Options for the layers that gradflow builds: models keep all their graphs, and run as they are.
-PLANNED = ("keep", "rebuild", "memory_limit", "raw_range", "compile", "cuda_graphs", "together")
+# Models keep all their graphs, and run as they are.
+_BUILT_ONLY = frozenset(f.name for f, about in options_of(RunOptions) if about.built_only)
 
 
 def specification(values: Mapping[str, Any]) -> tuple[Asked, RunOptions]:
@@ -41,7 +41,7 @@ def _model(values: Mapping[str, Any]) -> tuple[Asked, RunOptions]:
     request = ModelRequest(**{k: v for k, v in values.items() if k in MODEL_FIELDS})
     shown = without_digest(request.model)
     for name, value in values.items():
-        if (name in STACK_FIELDS and name not in MODEL_FIELDS) or (name in PLANNED and value):
+        if (name in STACK_FIELDS and name not in MODEL_FIELDS) or (name in _BUILT_ONLY and value):
             remedy = f"leave out {flag(name)}; --set changes a setting of the model"
             raise UsageError(f"{flag(name)} is for stacks", f"--model {shown}", remedy)
     # A model runs as it is: its gradients stay as its number format delivers them.

@@ -7,14 +7,19 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from gradflow.errors import UsageError
-from gradflow.specs.fields import at_least, check_choice, flag, known_fields, option, positive
+from gradflow.specs.fields import (
+    at_least,
+    check_choice,
+    flag,
+    known_fields,
+    option,
+    options_of,
+    positive,
+)
 from gradflow.text import size_in_bytes
 
 KEEPS = ("auto", "graph", "boundaries", "sqrt")
 OPTIMIZERS = ("adamw", "sgd")
-
-# Options that mean something while training only, with the value used there.
-TRAINING: dict[str, Any] = {"lr": 1e-3, "optimizer": "adamw", "warmup": 0, "every": 10}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,36 +30,74 @@ class RunOptions:
         UsageError: a value breaks a rule.
     """
 
-    device: str = option("auto", "auto, cpu, cuda or cuda:N")
+    device: str = option("auto", "auto, cpu, cuda or cuda:N", decides="place")
     seed: int = option(0, "first seed")
     seeds: int = option(1, "number of seeds, counted up from the first")
-    timing: bool = option(True, "measure forward and backward time per unit")
-    repeats: int = option(5, "timed repeats at least")
-    time_budget: float = option(1.0, "timed passes go on for at least so many seconds")
+    timing: bool = option(True, "measure forward and backward time per unit", decides="times")
+    repeats: int = option(5, "timed repeats at least", decides="times")
+    time_budget: float = option(
+        1.0, "timed passes go on for at least so many seconds", decides="times"
+    )
     together: bool | None = option(
-        None, "measure all seeds in one pass (where that pays: several seeds of a narrow stack)"
+        None,
+        "measure all seeds in one pass (where that pays: several seeds of a narrow stack)",
+        decides="times",
+        built_only=True,
     )
     raw_range: bool = option(
-        False, "do not rescale the gradient: show where the number format itself dies"
+        False,
+        "do not rescale the gradient: show where the number format itself dies",
+        built_only=True,
     )
-    compile: bool = option(False, "compile one unit and use it for all layers")
+    # Compiled code rounds in other places.
+    compile: bool = option(
+        False,
+        "compile one unit and use it for all layers",
+        built_only=True,
+        unkeyed_default=True,
+    )
     cuda_graphs: bool | None = option(
-        None, "replay passes as CUDA graphs (where a timed stack is narrow, on a GPU)"
+        None,
+        "replay passes as CUDA graphs (where a timed stack is narrow, on a GPU)",
+        decides="times",
+        built_only=True,
     )
-    keep: str = option("auto", "what stays in memory for the backward pass", KEEPS)
+    keep: str = option(
+        "auto",
+        "what stays in memory for the backward pass",
+        KEEPS,
+        decides="memory",
+        built_only=True,
+    )
     rebuild: bool | None = option(
-        None, "build each layer again when it is visited, instead of keeping all parameters"
+        None,
+        "build each layer again when it is visited, instead of keeping all parameters",
+        decides="memory",
+        built_only=True,
     )
     memory_limit: str | None = option(
-        None, "memory the stack may take, for example 4GiB (half of what is free)"
+        None,
+        "memory the stack may take, for example 4GiB (half of what is free)",
+        decides="memory",
+        built_only=True,
     )
-    vanishing: float = option(3.0, "decades of shrinking that count as vanishing")
-    exploding: float = option(3.0, "decades of growth that count as exploding")
-    steps: int = option(0, "training steps on the built-in task; 0 does not train")
-    lr: float | None = option(None, "learning rate (0.001)")
-    optimizer: str | None = option(None, "what makes the steps (adamw)", OPTIMIZERS)
-    warmup: int | None = option(None, "steps in which the learning rate rises linearly (0)")
-    every: int | None = option(None, "steps from one measurement to the next (10)")
+    vanishing: float = option(
+        3.0, "decades of shrinking that count as vanishing", decides="verdict"
+    )
+    exploding: float = option(3.0, "decades of growth that count as exploding", decides="verdict")
+    steps: int = option(
+        0, "training steps on the built-in task; 0 does not train", unkeyed_default=True
+    )
+    lr: float | None = option(None, "learning rate (0.001)", fill=1e-3, unkeyed_default=True)
+    optimizer: str | None = option(
+        None, "what makes the steps (adamw)", OPTIMIZERS, fill="adamw", unkeyed_default=True
+    )
+    warmup: int | None = option(
+        None, "steps in which the learning rate rises linearly (0)", fill=0, unkeyed_default=True
+    )
+    every: int | None = option(
+        None, "steps from one measurement to the next (10)", fill=10, unkeyed_default=True
+    )
 
     def __post_init__(self) -> None:
         self._resolve_training()
@@ -116,7 +159,7 @@ class RunOptions:
     def _resolve_training(self) -> None:
         """The options of training: their defaults, or none where nothing is trained."""
         at_least(self, "steps", 0)
-        for name, default in TRAINING.items():
+        for name, default in TRAINING_DEFAULTS.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default if self.steps else None)
             elif not self.steps:
@@ -146,3 +189,9 @@ class RunOptions:
             UsageError: an unknown field, or a value that breaks a rule.
         """
         return cls(**known_fields(cls, values))
+
+
+# Options that mean something while training only, with the value used there.
+TRAINING_DEFAULTS: dict[str, Any] = {
+    field.name: about.fill for field, about in options_of(RunOptions) if about.fill is not None
+}

@@ -11,13 +11,12 @@ from typing import Any, Protocol
 
 from gradflow.errors import UsageError
 from gradflow.specs import user_code
-from gradflow.specs.block_kinds import BLOCK_OPTIONS
 from gradflow.specs.checkpoint_folders import Pretrained, locate
-from gradflow.specs.fields import flag, known_fields
+from gradflow.specs.fields import flag, keyed, known_fields, options_of
 from gradflow.specs.fixed_options import check_norm_kind, check_unit, own_forms
 from gradflow.specs.published_shapes import SHAPES, changed, missing
-from gradflow.specs.run_options import TRAINING, RunOptions
-from gradflow.specs.stack_fields import DEFAULT_BLOCK, SIZES, StackFields
+from gradflow.specs.run_options import RunOptions
+from gradflow.specs.stack_fields import BLOCK_OPTIONS, DEFAULT_BLOCK, StackFields
 from gradflow.specs.stack_rules import (
     check_fit,
     check_name,
@@ -41,7 +40,7 @@ class StackSpec(StackFields):
     """One network with its input and loss: everything that decides the gradients but the seed.
 
     Options left at None take the value of the published shape (`like`), if there is one, or the
-    default of the scheme or the block (`SIZES`, `BLOCKS`, `DOMAINS`, `BLOCK_OPTIONS`);
+    default of the scheme, the block or the option (`BLOCKS`, `DOMAINS`, `Option.fill`);
     options that a block does not have stay None.
 
     Raises:
@@ -103,8 +102,9 @@ class StackSpec(StackFields):
 
     def _resolve_details(self) -> None:
         """The sizes, and the defaults that depend on the block and its norms."""
-        for name, size in SIZES.items():
-            self._resolve(name, size)
+        for field, about in options_of(self):
+            if not about.of_block:
+                self._resolve(field.name, about.fill)
         self._resolve("activation", self.kind.activation)
         for name, value in own_forms(self).items():
             self._resolve(name, value)
@@ -224,8 +224,8 @@ class StackSpec(StackFields):
         return asdict(self)
 
     def identity(self) -> dict[str, Any]:
-        """All of it decides the numbers."""
-        return self.to_json()
+        """The values that decide the numbers, by field."""
+        return keyed(self, self.to_json())
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> StackSpec:
@@ -242,14 +242,6 @@ class StackSpec(StackFields):
 
 def run_key(spec: Storable, options: RunOptions) -> str:
     """Eight hexadecimal digits that name the numbers a run will hold, timings aside."""
-    numbers: dict[str, Any] = {
-        "seed": options.seed,
-        "seeds": options.seeds,
-        "raw_range": options.raw_range,
-    }
-    if options.compile:  # other code rounds in other places
-        numbers["compile"] = True
-    if options.steps:
-        numbers |= {name: getattr(options, name) for name in ("steps", *TRAINING)}
+    numbers = keyed(options, options.to_json())
     text = json.dumps({"spec": spec.identity(), **numbers}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]

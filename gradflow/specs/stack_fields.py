@@ -14,21 +14,17 @@ from gradflow.schemes.wiring import Place, Wiring
 from gradflow.specs import user_code
 from gradflow.specs.block_kinds import (
     ACTIVATIONS,
-    BLOCK_OPTIONS,
     BLOCKS,
     DOMAINS,
     NORM_KINDS,
     BlockKind,
     Domain,
-    block_kind,
 )
 from gradflow.specs.checkpoint_folders import Pretrained
-from gradflow.specs.fields import option
+from gradflow.specs.fields import option, options_of
 from gradflow.specs.published_shapes import SHAPES
+from gradflow.specs.user_blocks import declared, declared_options
 from gradflow.specs.user_schemes import scheme_named
-
-# Options of every block that a published shape fills in.
-SIZES: dict[str, Any] = {"depth": 12, "width": 128, "classes": 10, "norm_eps": 1e-5}
 
 DEFAULT_BLOCK = "transformer"
 SHORTCUTS = ("residual", "plain")
@@ -48,12 +44,17 @@ class StackFields:
 
     like: str | None = option(None, "a published shape, for what is not given", tuple(SHAPES))
     weights: str | None = option(None, "folder of a trained checkpoint, for shape and values")
-    depth: int = option(None, "number of blocks (layers) (12)")
+    depth: int = option(None, "number of blocks (layers) (12)", fill=12)
     scheme: str | None = option(
-        None, "a published recipe: `gradflow schemes` lists them; or yours: my_scheme.py:SCHEME"
+        None,
+        "a published recipe: `gradflow schemes` lists them; or yours: my_scheme.py:SCHEME",
+        from_file=True,
     )
     block: str | None = option(
-        None, "what one layer is (transformer); yours: my_block.py:MyBranch; known", tuple(BLOCKS)
+        None,
+        "what one layer is (transformer); yours: my_block.py:MyBranch; known",
+        tuple(BLOCKS),
+        from_file=True,
     )
     shortcut: str | None = option(
         None, "residual: y = x + f(x); plain: y = f(x) (residual)", SHORTCUTS
@@ -67,25 +68,39 @@ class StackFields:
     gain: float = option(1.0, "multiplies the standard deviation of every initial weight")
     weight_var: float | None = option(None, "variance of the weights times fan_in")
     bias_var: float | None = option(None, "variance of the biases (0 by default)")
-    norm_eps: float = option(None, "what norms add to the mean square (1e-5)")
-    width: int = option(None, "features, or channels, of the stream (128)")
-    heads: int | None = option(None, "attention heads (4)")
-    kv_heads: int | None = option(None, "heads of keys and values, shared in groups (as --heads)")
-    head_dim: int | None = option(None, "features of a head (--width over --heads)")
-    rope: float | None = option(None, "base of rotary positions; 0: none (0)")
-    causal: bool | None = option(None, "mask the future in attention")
-    qk_norm: bool | None = option(None, "normalise queries and keys, per head")
-    ffn_mult: int | None = option(None, "hidden width of an ffn over the width (4)")
-    ffn_width: int | None = option(None, "hidden width of an ffn, in place of --ffn-mult")
-    gated: bool | None = option(None, "ffn with a gate: down(phi(gate x) * up x)")
-    bias: str | None = option(None, "linear maps of token blocks that have one (all)", BIASES)
-    seq_len: int | None = option(None, "tokens in a sample (32)")
-    image_size: int | None = option(None, "pixels on a side (16)")
+    norm_eps: float = option(None, "what norms add to the mean square (1e-5)", fill=1e-5)
+    width: int = option(None, "features, or channels, of the stream (128)", fill=128)
+    heads: int | None = option(None, "attention heads (4)", fill=4, of_block=True)
+    kv_heads: int | None = option(
+        None, "heads of keys and values, shared in groups (as --heads)", of_block=True
+    )
+    head_dim: int | None = option(None, "features of a head (--width over --heads)", of_block=True)
+    rope: float | None = option(
+        None, "base of rotary positions; 0: none (0)", fill=0.0, of_block=True
+    )
+    causal: bool | None = option(None, "mask the future in attention", fill=False, of_block=True)
+    qk_norm: bool | None = option(
+        None, "normalise queries and keys, per head", fill=False, of_block=True
+    )
+    ffn_mult: int | None = option(
+        None, "hidden width of an ffn over the width (4)", fill=4, of_block=True
+    )
+    ffn_width: int | None = option(
+        None, "hidden width of an ffn, in place of --ffn-mult", of_block=True
+    )
+    gated: bool | None = option(
+        None, "ffn with a gate: down(phi(gate x) * up x)", fill=False, of_block=True
+    )
+    bias: str | None = option(
+        None, "linear maps of token blocks that have one (all)", BIASES, fill="all", of_block=True
+    )
+    seq_len: int | None = option(None, "tokens in a sample (32)", fill=32, of_block=True)
+    image_size: int | None = option(None, "pixels on a side (16)", fill=16, of_block=True)
     batch_size: int | None = option(None, "samples (8; 64 for mlp)")
     loss: str = option(
         "cotangent", "what puts the gradient in at the output; of a model also own", LOSSES
     )
-    classes: int = option(None, "classes of the ce head (10)")
+    classes: int = option(None, "classes of the ce head (10)", fill=10)
     dtype: str = option("float32", "number format of the whole pass", DTYPES)
 
     @staticmethod
@@ -194,6 +209,30 @@ class StackFields:
         if self.qk_norm and kinds[unit] == "attention":
             wiring = replace(wiring, norms=(*wiring.norms, "query-key"))
         return wiring
+
+
+# Options that belong to some blocks only, with the value used where they apply.
+BLOCK_OPTIONS: dict[str, Any] = {
+    field.name: about.fill for field, about in options_of(StackFields) if about.of_block
+}
+
+
+def block_kind(name: str) -> BlockKind:
+    """The entry of `BLOCKS`, or what a user's own block says of itself (`user_blocks`).
+
+    Raises:
+        UsageError: the file of a user's block was not loaded, or an attribute breaks the interface.
+    """
+    if not user_code.is_user_name(name):
+        return BLOCKS[name]
+    # Queries and keys are inside a branch: only its own code could normalise them.
+    known = [option for option in BLOCK_OPTIONS if option != "qk_norm"]
+    domain = declared(name, "domain", "tokens", DOMAINS)
+    usual = "gelu" if domain == "tokens" else "relu"
+    activation = declared(name, "activation", usual, ACTIVATIONS)
+    options = (*declared_options(name, known), *DOMAINS[domain].sizes)
+    unit = user_code.thing(name)
+    return BlockKind((unit,), domain, activation, "a branch of your own", options)
 
 
 def _stored_kind(spec: StackFields) -> BlockKind:

@@ -7,10 +7,10 @@ from dataclasses import fields
 from gradflow.errors import UsageError
 from gradflow.schemes import Scheme
 from gradflow.specs import user_code
-from gradflow.specs.block_kinds import BLOCK_OPTIONS, BLOCKS, GROUPS, POINTWISE
+from gradflow.specs.block_kinds import BLOCKS, GROUPS, POINTWISE
 from gradflow.specs.fields import at_least, check_choice, flag, positive
 from gradflow.specs.fixed_options import check_unit
-from gradflow.specs.stack_fields import StackFields
+from gradflow.specs.stack_fields import BLOCK_OPTIONS, StackFields
 from gradflow.specs.user_schemes import check_scheme, check_wirings
 
 
@@ -20,7 +20,7 @@ def check_name(spec: StackFields, name: str) -> None:
     Raises:
         UsageError: the name is unknown.
     """
-    choices = StackFields.__dataclass_fields__[name].metadata["choices"]
+    choices = StackFields.__dataclass_fields__[name].metadata["option"].choices
     value = getattr(spec, name)
     if value is not None and not (name == "block" and user_code.is_user_name(value)):
         check_choice(flag(name), value, choices)

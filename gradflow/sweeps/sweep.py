@@ -25,10 +25,11 @@ from gradflow.runs import store
 from gradflow.runs.records import Run
 from gradflow.runs.staging import remove_abandoned
 from gradflow.specs import user_code
+from gradflow.specs.fields import deciding
 from gradflow.specs.grid import Cell
 from gradflow.specs.model_request import ModelRequest
 from gradflow.specs.model_spec import asked_for
-from gradflow.specs.run_options import TRAINING
+from gradflow.specs.run_options import RunOptions
 from gradflow.specs.stack import StackSpec
 from gradflow.sweeps.cells import Executor
 from gradflow.sweeps.rounds import Rounds
@@ -195,16 +196,7 @@ class _Work:
 
 def _same_numbers(run: Run, cell: Cell, here: Mapping[str, Any]) -> bool:
     """Whether a run has what the statistics of the cell would be, judged by the same limits."""
-    options = (
-        "seed",
-        "seeds",
-        "raw_range",
-        "compile",
-        "vanishing",
-        "exploding",
-        "steps",
-        *TRAINING,
-    )
+    options = deciding(RunOptions, "numbers", "verdict")
     same_options = all(getattr(run.options, k) == getattr(cell.options, k) for k in options)
     same_place = all(run.environment.get(k) == v for k, v in here.items() if k != "threads")
     return asked_for(run.spec) == cell.spec and same_options and same_place

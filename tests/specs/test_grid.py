@@ -12,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradflow.errors import UsageError
-from gradflow.specs.block_kinds import BLOCK_OPTIONS, BLOCKS
+from gradflow.specs.block_kinds import BLOCKS
 from gradflow.specs.grid import DEFAULT_GRID, Cell, expand
-from gradflow.specs.run_options import TRAINING, RunOptions
+from gradflow.specs.run_options import TRAINING_DEFAULTS, RunOptions
 from gradflow.specs.stack import StackSpec
+from gradflow.specs.stack_fields import BLOCK_OPTIONS
 
 Lists = Mapping[str, Sequence[Any]]
 
@@ -93,7 +94,7 @@ def test_every_option_of_run_is_tried_here() -> None:
 @pytest.mark.parametrize("name", TWO_VALUES)
 def test_every_option_takes_a_list(name: str) -> None:
     block = {"block": [BLOCK_OF.get(name, "transformer")]} if name != "block" else {}
-    steps = {"steps": [5]} if name in TRAINING else {}
+    steps = {"steps": [5]} if name in TRAINING_DEFAULTS else {}
     cells = expand({**block, **steps, name: TWO_VALUES[name]}).cells
     values = [getattr(c.spec, name, getattr(c.options, name, None)) for c in cells]
     assert values == TWO_VALUES[name]
@@ -190,7 +191,7 @@ def test_a_misspelt_name_is_refused_and_the_known_ones_listed(name: str) -> None
     with pytest.raises(UsageError) as caught:
         expand({name: ["relu", "tnah"] if name == "activation" else ["tnah"]})
     assert "tnah" in str(caught.value)
-    assert StackSpec.__dataclass_fields__[name].metadata["choices"][0] in str(caught.value)
+    assert StackSpec.__dataclass_fields__[name].metadata["option"].choices[0] in str(caught.value)
 
 
 def test_a_misspelt_scheme_among_right_ones_is_refused() -> None:

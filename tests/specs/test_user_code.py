@@ -29,10 +29,10 @@ from gradflow.runs.store import load, save
 from gradflow.schemes import SCHEMES
 from gradflow.schemes.wiring import READOUTS, UNIT_SETTINGS, Place, Wiring
 from gradflow.specs import user_code
-from gradflow.specs.block_kinds import block_kind
 from gradflow.specs.grid import Cell, expand
 from gradflow.specs.run_options import RunOptions
 from gradflow.specs.stack import StackSpec
+from gradflow.specs.stack_fields import block_kind
 from gradflow.specs.user_schemes import INSIDE, MATRICES
 from gradflow.sweeps.cells import measure_cell
 from gradflow.sweeps.executors import make_executor

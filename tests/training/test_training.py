@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from gradflow.errors import UsageError
 from gradflow.measuring.stack import measure
 from gradflow.runs.records import LayerRecord, Run
-from gradflow.specs.run_options import TRAINING, RunOptions
+from gradflow.specs.run_options import TRAINING_DEFAULTS, RunOptions
 from gradflow.specs.stack import StackSpec, run_key
 from gradflow.specs.training_spec import as_trained
 from gradflow.training.steps import Problem, TaskNetwork, learning_rate, train, train_stack
@@ -320,10 +320,10 @@ def test_bad_options_are_refused(changes: dict[str, Any]) -> None:
         options(**changes)
 
 
-@pytest.mark.parametrize("name", TRAINING)
+@pytest.mark.parametrize("name", TRAINING_DEFAULTS)
 def test_options_of_training_need_steps(name: str) -> None:
     with pytest.raises(UsageError, match="applies to training"):
-        RunOptions(**{name: TRAINING[name]})
+        RunOptions(**{name: TRAINING_DEFAULTS[name]})
 
 
 def test_steps_are_part_of_the_key_and_without_them_it_is_the_old_one() -> None:

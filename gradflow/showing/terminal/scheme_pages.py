@@ -14,8 +14,9 @@ from rich.text import Text
 from gradflow.errors import UsageError, closest_first
 from gradflow.schemes import SCHEMES, Scheme
 from gradflow.schemes.wiring import Place
-from gradflow.specs.block_kinds import NORM_KINDS, block_kind
+from gradflow.specs.block_kinds import NORM_KINDS
 from gradflow.specs.stack import StackSpec
+from gradflow.specs.stack_fields import block_kind
 from gradflow.specs.user_code import from_file, is_reference, shown
 from gradflow.specs.user_schemes import scheme_named
 
