@@ -1,25 +1,36 @@
-"""What theory predicts for the gradient's profile of a stack; no torch, no measuring.
+"""What theory predicts for the gradient's profile of a stack, without torch or measuring.
 
-`predict(spec)` for a stack that gradflow builds, `predict_stack(Stack(...))` for units of the
-template `x' = Np(a x + b No(f(c Ni(x))))`. Formulas stand beside the code with source and limits:
-moments, kernels (activations), norms, attention, passes (the recursion), corrections and spread
-(finite width), limits (where none is given). Beyond the template: restated and omegas (units in its
-terms), copies (streams that are Pre-LN's), and bundle, programs, several (streams of their own).
+`predict(spec)` is for a stack that gradflow builds, `predict_stack(Stack(...))` for units of the
+template `x' = Np(a x + b No(f(c Ni(x))))`. Each formula stands beside its code with its source or
+its derivation, and its limits:
+
+- `mean_field`: the recursion at infinite width; activations, norms, attention, branches.
+- `finite_width`: how far one seed may lie from it.
+- `streams`: units that carry several streams, or that are the template in other terms.
+- `highway`: highway layers.
+- `limits`: where no prediction is given, and how closely the others hold.
 """
 
-from gradflow.theory.describe import describe
+from gradflow.theory.describe import describe_stack
 from gradflow.theory.predict import Prediction, predict, predict_stack, total_decades
-from gradflow.theory.template import Head, NoTheoryError, Shape, Stack, Unit, Weights
+from gradflow.theory.template import (
+    Head,
+    NoTheoryError,
+    Stack,
+    StreamShape,
+    TemplateUnit,
+    WeightMoments,
+)
 
 __all__ = [
     "Head",
     "NoTheoryError",
     "Prediction",
-    "Shape",
     "Stack",
-    "Unit",
-    "Weights",
-    "describe",
+    "StreamShape",
+    "TemplateUnit",
+    "WeightMoments",
+    "describe_stack",
     "predict",
     "predict_stack",
     "total_decades",

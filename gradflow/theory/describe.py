@@ -16,7 +16,16 @@ from gradflow.specs.stack import StackSpec
 from gradflow.specs.user_code import is_user_name
 from gradflow.theory.as_template import RESTATED
 from gradflow.theory.streams.states import output_scale, state_of
-from gradflow.theory.template import EPS, Head, NoTheoryError, Shape, Stack, State, Unit, Weights
+from gradflow.theory.template import (
+    NORM_EPS,
+    Head,
+    NoTheoryError,
+    Stack,
+    State,
+    StreamShape,
+    TemplateUnit,
+    WeightMoments,
+)
 
 RECTIFIERS = ("relu", "gelu", "gelu-tanh", "silu")
 
@@ -29,7 +38,7 @@ LEAST_VALUES = 64  # features; seeds scatter by more than the band below it
 
 def weights(
     spec: StackSpec, fan_in: int, fan_out: int, *, feeds: bool = False, output: bool = False
-) -> Weights:
+) -> WeightMoments:
     """Variance times fan_in of a matrix, and the variance of its bias.
 
     Args:
@@ -42,7 +51,7 @@ def weights(
     uniform = spec.init == "torch" and spec.weight_var is None
     bias = 1 / (3 * fan_in) if uniform else 0.0
     scale = spec.gain**2 * _scale(spec, fan_in, fan_out, feeds=feeds, output=output)
-    return Weights(scale, bias if spec.bias_var is None else spec.bias_var)
+    return WeightMoments(scale, bias if spec.bias_var is None else spec.bias_var)
 
 
 def _scale(spec: StackSpec, fan_in: int, fan_out: int, *, feeds: bool, output: bool) -> float:
@@ -63,7 +72,7 @@ def _scale(spec: StackSpec, fan_in: int, fan_out: int, *, feeds: bool, output: b
     }[str(spec.init)]
 
 
-def describe(spec: StackSpec) -> Stack:
+def describe_stack(spec: StackSpec) -> Stack:
     """What theory knows of the stack.
 
     Raises:
@@ -71,7 +80,7 @@ def describe(spec: StackSpec) -> Stack:
     """
     if spec.weights:
         raise NoTheoryError("no formula for trained weights")
-    if spec.norm_eps > EPS and spec.normalises:
+    if spec.norm_eps > NORM_EPS and spec.normalises:
         raise NoTheoryError("no formula for another epsilon of the norms")
     scale = spec.recipe.input_scale(spec.depth) if spec.scheme else 1.0
     wired = _wired(spec)
@@ -106,10 +115,10 @@ def _wired(spec: StackSpec) -> list[tuple[Place, Wiring]]:
     return [(spec.place(1, unit), spec.wiring(1, unit)) for unit in units]
 
 
-def _units(spec: StackSpec, wired: Sequence[tuple[Place, Wiring]]) -> tuple[Unit, ...]:
+def _units(spec: StackSpec, wired: Sequence[tuple[Place, Wiring]]) -> tuple[TemplateUnit, ...]:
     """Units of equal wiring are one object: a deep stack is described in no time."""
-    units: list[Unit] = []
-    last: list[tuple[Wiring, Unit] | None] = [None] * spec.units_per_block
+    units: list[TemplateUnit] = []
+    last: list[tuple[Wiring, TemplateUnit] | None] = [None] * spec.units_per_block
     for place, wiring in wired:
         own = wiring
         restate = RESTATED.get(wiring.unit)
@@ -130,8 +139,8 @@ def _head(spec: StackSpec, state: State | None) -> Head | None:
     return Head(spec.classes, weights(spec, spec.width, spec.classes), norm, read)
 
 
-def _shape(spec: StackSpec) -> Shape:
-    return Shape(
+def _shape(spec: StackSpec) -> StreamShape:
+    return StreamShape(
         domain=spec.kind.domain,
         width=spec.width,
         batch=int(spec.batch_size or 1),
@@ -143,7 +152,7 @@ def _shape(spec: StackSpec) -> Shape:
     )
 
 
-def _unit(spec: StackSpec, wiring: Wiring, kind: str) -> Unit:
+def _unit(spec: StackSpec, wiring: Wiring, kind: str) -> TemplateUnit:
     is_silent = _is_silent(wiring, kind)
     places = ("in", "mid") if kind == "resnet" and "in" in wiring.norms else wiring.norms
     if not is_silent:
@@ -155,8 +164,10 @@ def _unit(spec: StackSpec, wiring: Wiring, kind: str) -> Unit:
         if place in places
     }
     if is_silent:
-        return Unit(kind="ffn", w_out=Weights(0.0), a=wiring.a, norm_out=norms.get("norm_out"))
-    return Unit(
+        return TemplateUnit(
+            kind="ffn", w_out=WeightMoments(0.0), a=wiring.a, norm_out=norms.get("norm_out")
+        )
+    return TemplateUnit(
         kind=kind,
         activation=ALIKE.get(str(spec.activation), str(spec.activation)),
         a=wiring.a,
@@ -179,7 +190,7 @@ def _is_silent(wiring: Wiring, kind: str) -> bool:
     return wiring.unit in AS_TEMPLATE and wiring.b * last == 0 and not beyond
 
 
-# Places of `wiring.NORM_PLACES` that the template has, with their names in `Unit`.
+# Places of `wiring.NORM_PLACES` that the template has, with their names in `TemplateUnit`.
 NORMS = {
     **{"in": "norm_in", "branch": "norm_branch", "out": "norm_out", "mid": "norm_mid"},
     **{"value": "norm_value", "shared": "norm_shared"},
@@ -215,7 +226,7 @@ def _check_wiring(spec: StackSpec, wiring: Wiring, kind: str) -> None:
 def _matrices(spec: StackSpec, wiring: Wiring, kind: str) -> dict[str, Any]:
     d = spec.width
 
-    def scaled(role: str, fan_in: int, fan_out: int, **what: bool) -> Weights:
+    def scaled(role: str, fan_in: int, fan_out: int, **what: bool) -> WeightMoments:
         made = weights(spec, fan_in, fan_out, **what)
         bare = wiring.unit == "fixup"  # has scalar ones: 0
         unbiased = kind == "resnet" and wiring.norms  # as `networks.blocks.ResNet`

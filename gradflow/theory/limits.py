@@ -7,13 +7,12 @@ import numpy as np
 from gradflow.specs.stack import StackSpec
 from gradflow.theory.finite_width.band import Noise
 from gradflow.theory.maths import Array
-from gradflow.theory.mean_field.branches import BRANCHES, BranchTape
-from gradflow.theory.mean_field.layouts import Layout
-from gradflow.theory.mean_field.moment_sums import Moments
-from gradflow.theory.mean_field.moments import ACTIVATIONS
-from gradflow.theory.mean_field.norms import KNOWN, POINTWISE
-from gradflow.theory.mean_field.recursion import Passes
-from gradflow.theory.template import NoTheoryError, Stack, Unit
+from gradflow.theory.mean_field.activations import ACTIVATION_MOMENTS
+from gradflow.theory.mean_field.branches import BRANCH_MOMENTS, BranchTape
+from gradflow.theory.mean_field.layouts import Layout, Moments
+from gradflow.theory.mean_field.norms import KNOWN_NORMS, POINTWISE_PHI
+from gradflow.theory.mean_field.recursion import MomentPasses
+from gradflow.theory.template import NoTheoryError, Stack, TemplateUnit
 
 LEAST_WIDTH = 32
 LEAST_ELEMENTS = 64  # that a norm averages
@@ -58,7 +57,7 @@ def check_stack(stack: Stack) -> None:
         _check_tokens(stack, units)
 
 
-def _check_highway(stack: Stack, units: tuple[Unit, ...]) -> None:
+def _check_highway(stack: Stack, units: tuple[TemplateUnit, ...]) -> None:
     for unit in units:
         if unit.w_transform is None or not unit.is_single or unit.norms:
             raise NoTheoryError("highway layers beside other units, or of other parts")
@@ -66,7 +65,7 @@ def _check_highway(stack: Stack, units: tuple[Unit, ...]) -> None:
         raise NoTheoryError("highway layers under cross-entropy: pixels share one gradient")
 
 
-def _check_head(stack: Stack, units: tuple[Unit, ...]) -> None:
+def _check_head(stack: Stack, units: tuple[TemplateUnit, ...]) -> None:
     if not any(unit.a or unit.norms for unit in units):
         raise NoTheoryError("cross-entropy leans on the output, which a plain net amplifies")
     for norm in ("batchnorm", "groupnorm") if stack.shape.domain == "images" else ():
@@ -75,7 +74,7 @@ def _check_head(stack: Stack, units: tuple[Unit, ...]) -> None:
             raise NoTheoryError(f"{norm} under cross-entropy: an image's pixels share one gradient")
 
 
-def _check_tokens(stack: Stack, units: tuple[Unit, ...]) -> None:
+def _check_tokens(stack: Stack, units: tuple[TemplateUnit, ...]) -> None:
     if any("batchnorm" in unit.norms for unit in units):
         raise NoTheoryError("batchnorm beside attention: tokens of one sample and of others differ")
     if stack.shape.causal and len(stack.units) * stack.shape.tokens**2 > MOST_ENTRIES:
@@ -85,8 +84,8 @@ def _check_tokens(stack: Stack, units: tuple[Unit, ...]) -> None:
         )
 
 
-def _check_unit(unit: Unit) -> None:
-    if unit.kind not in BRANCHES:
+def _check_unit(unit: TemplateUnit) -> None:
+    if unit.kind not in BRANCH_MOMENTS:
         raise NoTheoryError(f"the branch {unit.kind} has no formula")
     if unit.kind == "attention" and not unit.a:
         raise NoTheoryError("attention without a shortcut collapses the tokens at once")
@@ -94,10 +93,10 @@ def _check_unit(unit: Unit) -> None:
         raise NoTheoryError(f"batchnorm in a plain {unit.kind}: the rows' own sizes drift apart")
     if unit.w_gate is not None and not unit.a:
         raise NoTheoryError("a gated ffn without a shortcut: its products come far apart")
-    odd = unit.activation in ACTIVATIONS and ACTIVATIONS[unit.activation].odd
-    if unit.activation not in ACTIVATIONS:
+    odd = unit.activation in ACTIVATION_MOMENTS and ACTIVATION_MOMENTS[unit.activation].odd
+    if unit.activation not in ACTIVATION_MOMENTS:
         raise NoTheoryError(f"the activation {unit.activation} has no moments")
-    if unit.is_single and not odd and set(unit.norms) & set(POINTWISE):
+    if unit.is_single and not odd and set(unit.norms) & set(POINTWISE_PHI):
         raise NoTheoryError(
             f"dyt and derf of a stream with a mean, as {unit.activation}(Wx) has, have no formula"
         )
@@ -109,11 +108,11 @@ def _check_unit(unit: Unit) -> None:
 
 
 def _check_norm(norm: str) -> None:
-    if norm not in KNOWN:
+    if norm not in KNOWN_NORMS:
         raise NoTheoryError(f"the norm {norm} has no formula")
 
 
-def check_passes(stack: Stack, passes: Passes, layout: Layout, noise: Noise) -> Array:
+def check_passes(stack: Stack, passes: MomentPasses, layout: Layout, noise: Noise) -> Array:
     """Refuse a result beyond the range of its own formulas.
 
     Returns:
@@ -149,7 +148,7 @@ def _imprecise(stack: Stack) -> str:
     return f"width {stack.shape.width} is too small for a plain net of {len(stack.units):,} units"
 
 
-def tolerance(stack: Stack, passes: Passes, layout: Layout) -> Array:
+def tolerance(stack: Stack, passes: MomentPasses, layout: Layout) -> Array:
     """What the formulas may be off by, decades of |g|, at the input and after every unit.
 
     0.05 decades of |g|^2, or 0.2 where a norm follows the shortcut or a mask is causal. Besides,
@@ -174,7 +173,7 @@ def tolerance(stack: Stack, passes: Passes, layout: Layout) -> Array:
     return rows
 
 
-def _correlations(stack: Stack, passes: Passes, layout: Layout) -> Array:
+def _correlations(stack: Stack, passes: MomentPasses, layout: Layout) -> Array:
     """E c^2 between rows after each unit: c^2' = r^2 c^2 + 1/n.
 
     r is what a unit leaves of a small correlation: (a^2 V_x + b^2 s (E phi')^2 V_u)/V_y, V the
@@ -200,7 +199,7 @@ def _apart(streams: list[Moments], layout: Layout) -> list[float]:
     return [float(x) for x in squares * (1 - layout.cosines(streams))]
 
 
-def _passed(unit: Unit, tape: BranchTape, layout: Layout) -> float:
+def _passed(unit: TemplateUnit, tape: BranchTape, layout: Layout) -> float:
     """What the branch makes of a small covariance between rows."""
     if tape.back is None:
         return 0.0

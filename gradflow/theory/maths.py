@@ -65,7 +65,7 @@ def constant(value: float, like: Number) -> Number:
     return value if isinstance(like, float) else np.full_like(like, value)
 
 
-def rounded(x: float) -> float:
+def quadrature_key(x: float) -> float:
     """To eight digits: a key under which nearly equal numbers share one quadrature."""
     return float(f"{x:.8g}")
 

@@ -17,19 +17,18 @@ from functools import partial
 import numpy as np
 
 from gradflow.specs.stack import StackSpec
-from gradflow.theory.describe import describe
+from gradflow.theory.describe import describe_stack
 from gradflow.theory.finite_width.band import Noise, finite_width
 from gradflow.theory.highway import recursion
 from gradflow.theory.limits import check_passes, check_spec, check_stack
 from gradflow.theory.maths import Array
 from gradflow.theory.mean_field.attention import LOGIT_LIMIT, excess, excess_array, scatter
-from gradflow.theory.mean_field.layouts import CausalTokens, Exchangeable, Layout
-from gradflow.theory.mean_field.moment_sums import Moments
+from gradflow.theory.mean_field.layouts import CausalTokens, Exchangeable, Layout, Moments
 from gradflow.theory.mean_field.norms import Stream, normalise
-from gradflow.theory.mean_field.recursion import Passes, run
+from gradflow.theory.mean_field.recursion import MomentPasses, run_units
 from gradflow.theory.streams.admin_weights import with_omegas
 from gradflow.theory.streams.preln_equivalents import state_answers, state_levels, state_streams
-from gradflow.theory.streams.recursion import run_several
+from gradflow.theory.streams.recursion import run_streams
 from gradflow.theory.streams.states import COPIES
 from gradflow.theory.template import Head, NoTheoryError, Stack
 
@@ -82,7 +81,7 @@ def predict(spec: StackSpec) -> Prediction:
     try:
         check_spec(spec)
         with _uncollected():
-            stack = describe(spec)
+            stack = describe_stack(spec)
     except NoTheoryError as limit:
         return Prediction(None, reason=str(limit))
     return predict_stack(stack)
@@ -127,11 +126,11 @@ def total_decades(spec: StackSpec) -> float:
         NoTheoryError: there is no prediction; finite width is no obstacle here.
     """
     check_spec(spec)
-    stack, _, passes = _both_passes(describe(spec))
+    stack, _, passes = _both_passes(describe_stack(spec))
     return float(_NATS_OF_SQUARE * _of_state(stack, np.array(passes.levels))[0])
 
 
-def _both_passes(stack: Stack) -> tuple[Stack, Layout, Passes]:
+def _both_passes(stack: Stack) -> tuple[Stack, Layout, MomentPasses]:
     """The stack as it is passed, and the passes."""
     check_stack(stack)
     layout = layout_of(stack)
@@ -142,11 +141,11 @@ def _both_passes(stack: Stack) -> tuple[Stack, Layout, Passes]:
     start = Stream(layout.start(stack.input_square), common=0.0 if layout.shape.side > 1 else None)
     last = partial(_start, stack, layout=layout)
     if stack.state is None or stack.state.kind in (*COPIES, "ngpt"):
-        return stack, layout, run(stack.units, start, last, layout)
-    return stack, layout, run_several(stack.units, stack.state, start, last, layout)
+        return stack, layout, run_units(stack.units, start, last, layout)
+    return stack, layout, run_streams(stack.units, stack.state, start, last, layout)
 
 
-def _noise(stack: Stack, passes: Passes, layout: Layout) -> Noise:
+def _noise(stack: Stack, passes: MomentPasses, layout: Layout) -> Noise:
     kind = None if stack.state is None else stack.state.kind
     whole = kind is None or kind in (*COPIES, "ngpt", "value-residual")
     noise = finite_width(stack.units, passes, layout, _fewer_probes(stack), whole=whole)
@@ -173,7 +172,7 @@ def layout_of(stack: Stack) -> Layout:
 
 
 def _to_prediction(
-    stack: Stack, passes: Passes, layout: Layout, noise: Noise, rows: Array
+    stack: Stack, passes: MomentPasses, layout: Layout, noise: Noise, rows: Array
 ) -> Prediction:
     level = _of_state(stack, np.array(passes.levels) + noise.bias)
     streams, squares = passes.streams, passes.squares
@@ -197,7 +196,7 @@ def _fewer_probes(stack: Stack) -> float:
     return 1 / (stack.head.classes - 1) + pooled
 
 
-def _start_noise(stack: Stack, passes: Passes, layout: Layout) -> Array:
+def _start_noise(stack: Stack, passes: MomentPasses, layout: Layout) -> Array:
     """Variance of ln |g|^2 that cross-entropy brings by what the tokens of a sample share.
 
     (R_u - R_D)^2 (a^2 k + (1 - a)^2 2/(C - 1))/B: R the share of the token mean in |g|^2, a that of

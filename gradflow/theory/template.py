@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 
-EPS = 1e-5  # that of the norms, as `StackSpec` has it by default
+NORM_EPS = 1e-5  # that of the norms, as `StackSpec` has it by default
 
 
 class NoTheoryError(Exception):
@@ -19,7 +19,7 @@ class NoTheoryError(Exception):
 
 
 @dataclass(frozen=True)
-class Weights:
+class WeightMoments:
     """Second moments of one matrix: `scale` = variance times fan_in, `bias` = variance."""
 
     scale: float = 1.0
@@ -27,7 +27,7 @@ class Weights:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Unit:
+class TemplateUnit:
     """One step of the stream; the names of matrices are those of `blocks`.
 
     Attributes:
@@ -54,12 +54,12 @@ class Unit:
 
     kind: str
     activation: str = "linear"
-    w_in: Weights = field(default=Weights())
-    w_out: Weights = field(default=Weights())
-    w_gate: Weights | None = None
-    w_query: Weights = field(default=Weights())
-    w_key: Weights = field(default=Weights())
-    w_transform: Weights | None = None
+    w_in: WeightMoments = field(default=WeightMoments())
+    w_out: WeightMoments = field(default=WeightMoments())
+    w_gate: WeightMoments | None = None
+    w_query: WeightMoments = field(default=WeightMoments())
+    w_key: WeightMoments = field(default=WeightMoments())
+    w_transform: WeightMoments | None = None
     gate_bias: float = 0.0
     a: float = 1.0
     b: float = 1.0
@@ -89,8 +89,8 @@ class Unit:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shape:
-    """Shape of the stream, and what all units share.
+class StreamShape:
+    """StreamShape of the stream, and what all units share.
 
     Attributes:
         domain: `vectors`, `tokens` or `images`.
@@ -128,7 +128,7 @@ class Head:
     """
 
     classes: int
-    weights: Weights
+    weights: WeightMoments
     norm: str | None = None
     read: float = 1.0
 
@@ -164,8 +164,8 @@ class Stack:
         state: of several streams; None for one. The units are those of the branches.
     """
 
-    shape: Shape
-    units: tuple[Unit, ...]
+    shape: StreamShape
+    units: tuple[TemplateUnit, ...]
     input_square: float = 1.0
     head: Head | None = None
     state: State | None = None

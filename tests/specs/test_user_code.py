@@ -36,7 +36,7 @@ from gradflow.specs.stack_fields import block_kind
 from gradflow.specs.user_schemes import INSIDE, MATRICES
 from gradflow.sweeps.cells import measure_cell
 from gradflow.sweeps.executors import make_executor
-from gradflow.theory.describe import describe
+from gradflow.theory.describe import describe_stack
 from gradflow.theory.template import NoTheoryError
 
 CPU = torch.device("cpu")
@@ -88,11 +88,11 @@ def test_a_scheme_from_a_file_is_the_published_one_number_for_number(tmp_path: P
 
 def test_theory_takes_a_users_scheme_and_no_users_block(tmp_path: Path) -> None:
     own = from_file(scheme_file(tmp_path, wire=DEEPNORM, defaults="{'init': 'xavier'}"))
-    described = describe(StackSpec(**TINY, scheme=own))
-    assert described == describe(StackSpec(**TINY, scheme="deepnorm"))
+    described = describe_stack(StackSpec(**TINY, scheme=own))
+    assert described == describe_stack(StackSpec(**TINY, scheme="deepnorm"))
     block = from_file(branch_file(tmp_path))
     with pytest.raises(NoTheoryError):
-        describe(StackSpec(**TINY, block=block))
+        describe_stack(StackSpec(**TINY, block=block))
 
 
 def unit(kind: str, **settings: object) -> dict[str, str]:

@@ -15,7 +15,7 @@ from theory_profiles import profiles, worst
 
 from gradflow.networks.blocks import PHI
 from gradflow.specs.stack import StackSpec
-from gradflow.theory import Shape, Unit, Weights, predict, total_decades
+from gradflow.theory import StreamShape, TemplateUnit, WeightMoments, predict, total_decades
 from gradflow.theory.highway.gate_moments import branch_moments, gate_moments, gate_pair
 from gradflow.theory.highway.layer import Step, power
 from gradflow.theory.highway.recursion import Gradient, backward, neighbour_modes
@@ -35,7 +35,7 @@ def phi_and_slope(name: str, z: Array) -> tuple[Array, Array]:
 
 @pytest.mark.parametrize("name", ["relu", "tanh", "gelu"])
 def test_the_moments_of_the_parts_are_those_of_samples(name: str) -> None:
-    """Weights make 0.7 of the variance of 1.4, random biases the rest."""
+    """WeightMoments make 0.7 of the variance of 1.4, random biases the rest."""
     source = np.random.default_rng(0)
     w = math.sqrt(0.7 * 1.4) * source.standard_normal(SAMPLES)
     z = w + math.sqrt(0.3 * 1.4) * source.standard_normal(SAMPLES)
@@ -59,7 +59,7 @@ def test_the_moments_of_the_parts_are_those_of_samples(name: str) -> None:
 def test_two_rows_share_a_gate_as_far_as_they_are_alike() -> None:
     source = np.random.default_rng(0)
     z = np.linalg.cholesky([[1.2, 0.5], [0.5, 1.2]]) @ source.standard_normal((2, SAMPLES))
-    layout = Exchangeable(Shape(domain="vectors", width=64))
+    layout = Exchangeable(StreamShape(domain="vectors", width=64))
     sampled = expit(BIAS + z).prod(0).mean()
     assert gate_pair(BIAS, (1.2, 0.5), layout) == pytest.approx(sampled, rel=3e-3)
 
@@ -67,11 +67,11 @@ def test_two_rows_share_a_gate_as_far_as_they_are_alike() -> None:
 # One layer of finite width, drawn many times.
 
 WIDTH, NETS, ROWS = 96, 500, 32
-UNIT = Unit(
+UNIT = TemplateUnit(
     kind="mlp",
     activation="relu",
-    w_in=Weights(2.0),
-    w_transform=Weights(1.0),
+    w_in=WeightMoments(2.0),
+    w_transform=WeightMoments(1.0),
     gate_bias=BIAS,
 )
 
@@ -106,7 +106,7 @@ def test_a_gradient_gathers_along_the_stream_and_its_mean(shared: float) -> None
         back = (1 - t) * g + (g * t * (z > 0)) @ w + (g * (h - x) * t * (1 - t)) @ v
         found.append(projected(back, x))
         moments.append((y * y).mean())
-    layout, step = Exchangeable(Shape(domain="vectors", width=WIDTH)), step_of(x)
+    layout, step = Exchangeable(StreamShape(domain="vectors", width=WIDTH)), step_of(x)
     assert power(step, 2) == pytest.approx(np.mean(moments), rel=0.01)
     g = Gradient(1.0, shared**2 * np.eye(2)[None])
     own, p = backward(step, g, np.ones(1), layout).g
@@ -123,7 +123,7 @@ def test_a_gradient_gathers_along_the_stream_and_its_mean(shared: float) -> None
 @pytest.mark.parametrize("side", [1, 2, 5])
 def test_the_modes_are_those_of_the_average_over_neighbours(side: int) -> None:
     line = sum(np.eye(side, k=k) for k in (-1, 0, 1)) / 3
-    layout = Exchangeable(Shape(domain="images", width=64, side=side))
+    layout = Exchangeable(StreamShape(domain="images", width=64, side=side))
     whole = np.linalg.eigvalsh(np.kron(line, line))
     assert np.sort(neighbour_modes(layout)) == pytest.approx(whole, abs=1e-12)
 

@@ -11,16 +11,16 @@ from gradflow.specs.stack import StackSpec
 from gradflow.theory import (
     Head,
     NoTheoryError,
-    Shape,
     Stack,
-    Unit,
-    Weights,
+    StreamShape,
+    TemplateUnit,
+    WeightMoments,
     predict,
     predict_stack,
     total_decades,
 )
 
-VECTORS = Shape(domain="vectors", width=128, batch=64, hidden=128)
+VECTORS = StreamShape(domain="vectors", width=128, batch=64, hidden=128)
 PLAIN_MLP = {"block": "mlp", "shortcut": "plain", "norm": "none"}
 
 SPECS: list[tuple[dict[str, Any], str]] = [
@@ -62,19 +62,22 @@ def test_a_prediction_is_withheld_with_its_reason(options: dict[str, Any], reaso
     assert reason in str(found.reason)
 
 
-UNITS: list[tuple[Unit, str]] = [
+UNITS: list[tuple[TemplateUnit, str]] = [
     (
-        Unit(kind="mlp", activation="mish", norm_in="layernorm"),
+        TemplateUnit(kind="mlp", activation="mish", norm_in="layernorm"),
         "the activation mish has no moments",
     ),
-    (Unit(kind="ffn", activation="relu", norm_in="weightnorm"), "the norm weightnorm has no"),
-    (Unit(kind="hyena"), "the branch hyena has no formula"),
-    (Unit(kind="ffn", w_transform=Weights()), "highway layers beside other units"),
+    (
+        TemplateUnit(kind="ffn", activation="relu", norm_in="weightnorm"),
+        "the norm weightnorm has no",
+    ),
+    (TemplateUnit(kind="hyena"), "the branch hyena has no formula"),
+    (TemplateUnit(kind="ffn", w_transform=WeightMoments()), "highway layers beside other units"),
 ]
 
 
 @pytest.mark.parametrize(("unit", "reason"), UNITS)
-def test_units_without_a_formula_are_refused(unit: Unit, reason: str) -> None:
+def test_units_without_a_formula_are_refused(unit: TemplateUnit, reason: str) -> None:
     assert reason in str(predict_stack(Stack(VECTORS, (unit,))).reason)
 
 
@@ -83,7 +86,7 @@ def test_the_logit_variance_decides() -> None:
     shape = replace(VECTORS, domain="tokens", tokens=16, heads=4)
 
     def of(scale: float) -> str | None:
-        unit = Unit(kind="attention", w_query=Weights(scale), norm_in="layernorm")
+        unit = TemplateUnit(kind="attention", w_query=WeightMoments(scale), norm_in="layernorm")
         return predict_stack(Stack(shape, (unit,))).reason
 
     assert of(1.9) is None
@@ -93,17 +96,17 @@ def test_the_logit_variance_decides() -> None:
 def test_qk_norm_holds_the_logit_variance_at_1() -> None:
     """Whatever the weights; so theory goes on where it would end."""
     shape = replace(VECTORS, domain="tokens", tokens=16, heads=4)
-    unit = Unit(kind="attention", norm_in="layernorm", qk_norm=True)
-    strong = replace(unit, w_query=Weights(16.0), w_key=Weights(16.0))
+    unit = TemplateUnit(kind="attention", norm_in="layernorm", qk_norm=True)
+    strong = replace(unit, w_query=WeightMoments(16.0), w_key=WeightMoments(16.0))
     one, sixteen = (predict_stack(Stack(shape, (u,) * 4)) for u in (unit, strong))
     assert sixteen.log10_grad_norm == pytest.approx(one.log10_grad_norm)
     assert predict_stack(Stack(shape, (replace(strong, qk_norm=False),))).reason is not None
 
 
 def test_groupnorm_under_cross_entropy_is_refused_on_images_only() -> None:
-    unit = Unit(kind="conv", activation="relu", norm_in="groupnorm")
-    images = Shape(domain="images", width=64, batch=8, side=8)
-    headed = Stack(images, (unit,), head=Head(10, Weights()))
+    unit = TemplateUnit(kind="conv", activation="relu", norm_in="groupnorm")
+    images = StreamShape(domain="images", width=64, batch=8, side=8)
+    headed = Stack(images, (unit,), head=Head(10, WeightMoments()))
     assert "groupnorm under cross-entropy" in str(predict_stack(headed).reason)
     assert predict_stack(replace(headed, head=None)).reason is None
 

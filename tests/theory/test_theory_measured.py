@@ -18,7 +18,7 @@ from gradflow.networks.stack import build_block
 from gradflow.specs.block_kinds import NORM_KINDS
 from gradflow.specs.stack import StackSpec
 from gradflow.specs.stack_fields import INITS, NORMS, SHORTCUTS
-from gradflow.theory import describe, predict
+from gradflow.theory import describe_stack, predict
 from gradflow.theory.describe import weights
 
 
@@ -222,7 +222,7 @@ def test_theory_knows_the_variances_of_torchs_biases(gain: float, bias_var: floa
 def test_theory_knows_the_weights_that_are_drawn(init: str, parts: dict[str, Any]) -> None:
     """Every matrix and bias of a block of width 256: mean squares, to 5 standard errors."""
     spec = spec_of(width=256, init=init, activation="relu", gain=1.2, **parts)
-    block, stack = build_block(spec, 0, 1, CPU), describe(spec)
+    block, stack = build_block(spec, 0, 1, CPU), describe_stack(spec)
     names = {
         "attention": {"w_in": "v", "w_out": "out", "w_query": "q", "w_key": "k"},
         "ffn": {"w_in": "up", "w_out": "down", "w_gate": "gate"},

@@ -14,12 +14,11 @@ from numpy.typing import NDArray
 
 from gradflow.networks.blocks import PHI
 from gradflow.theory.describe import ALIKE
+from gradflow.theory.mean_field.activations import ACTIVATION_MOMENTS, gaussian_mean
 from gradflow.theory.mean_field.attention import excess, excess_array, scatter
-from gradflow.theory.mean_field.kernels import PAIRS
-from gradflow.theory.mean_field.moments import ACTIVATIONS, gaussian_mean
 
 Array = NDArray[np.float64]
-NAMES = sorted(ACTIVATIONS)
+NAMES = sorted(ACTIVATION_MOMENTS)
 SMOOTH = sorted(set(NAMES) - {"relu"})
 VARIANCES = (1e-4, 0.3, 1.0, 2.0, 30.0, 1e4)
 PAIRS_OF_VARIANCES = ((0.3, 0.3), (2.0, 2.0), (1.5, 4.0))
@@ -42,8 +41,8 @@ def normal_grid() -> tuple[Array, Array]:
 
 
 def test_every_activation_of_a_spec_has_moments_and_kernels() -> None:
-    assert set(ACTIVATIONS) == set(PAIRS) == set(PHI) - set(ALIKE)
-    assert set(ALIKE.values()) <= set(ACTIVATIONS)
+    assert set(ACTIVATION_MOMENTS) == set(PHI) - set(ALIKE)
+    assert set(ALIKE.values()) <= set(ACTIVATION_MOMENTS)
 
 
 @pytest.mark.parametrize(("name", "other"), ALIKE.items())
@@ -57,7 +56,7 @@ def test_activations_that_theory_takes_for_each_other_are_alike(name: str, other
 def test_moments_are_those_of_torchs_function(name: str, q: float) -> None:
     t, weight = normal_grid()
     phi, slope = phi_and_slope(name, math.sqrt(q) * t)
-    known = ACTIVATIONS[name]
+    known = ACTIVATION_MOMENTS[name]
     assert known.mean(q) == pytest.approx(weight @ phi, rel=1e-7, abs=1e-12)
     assert known.square(q) == pytest.approx(weight @ phi**2, rel=1e-7)
     # At relu's corner the grid counts half a cell, 6e-5 standard deviations.
@@ -67,7 +66,7 @@ def test_moments_are_those_of_torchs_function(name: str, q: float) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_moments_of_arrays_are_those_of_numbers(name: str) -> None:
-    known = ACTIVATIONS[name]
+    known = ACTIVATION_MOMENTS[name]
     for moment in (known.mean, known.square, known.slope_square):
         got = np.asarray(moment(np.array(VARIANCES)))
         assert got == pytest.approx([moment(q) for q in VARIANCES], rel=1e-7, abs=1e-12)
@@ -77,7 +76,7 @@ def test_moments_of_arrays_are_those_of_numbers(name: str) -> None:
 def test_narrow_integrands_are_resolved(q: float) -> None:
     """E sech^4 -> (4/3)/sqrt(2 pi q), its next order being smaller by 1/q."""
     asymptote = 4 / 3 / math.sqrt(2 * math.pi * q)
-    assert ACTIVATIONS["tanh"].slope_square(q) == pytest.approx(asymptote, rel=1 / q)
+    assert ACTIVATION_MOMENTS["tanh"].slope_square(q) == pytest.approx(asymptote, rel=1 / q)
 
 
 def test_gauss_hermite_would_not_resolve_them() -> None:
@@ -117,17 +116,19 @@ def test_pair_kernels_are_those_of_torchs_function(name: str, q: tuple[float, fl
     for c in COSINES:
         value, slope = by_plane(name, q, c)
         p = c * math.sqrt(q[0] * q[1])
-        assert PAIRS[name].value(*q, p) == pytest.approx(value, rel=1e-6, abs=1e-6)
-        assert PAIRS[name].slope(*q, p) == pytest.approx(slope, rel=1e-6, abs=1e-6)
+        assert ACTIVATION_MOMENTS[name].pair(*q, p)[0] == pytest.approx(value, rel=1e-6, abs=1e-6)
+        assert ACTIVATION_MOMENTS[name].pair(*q, p)[1] == pytest.approx(slope, rel=1e-6, abs=1e-6)
 
 
 def test_the_quadrant_of_relu_is_that_of_sheppard() -> None:
     """P(z1 > 0, z2 > 0) = 1/4 + asin(c)/(2 pi), Sheppard 1899; 1.5 q at c = 1, 0 at c = -1."""
     for c in COSINES:
         quadrant = 0.25 + math.asin(c) / (2 * math.pi)
-        assert PAIRS["relu"].slope(2.0, 3.0, c * math.sqrt(6.0)) == pytest.approx(quadrant)
-    assert PAIRS["relu"].value(3.0, 3.0, 3.0) == pytest.approx(1.5)
-    assert PAIRS["relu"].value(3.0, 3.0, -3.0) == pytest.approx(0.0, abs=1e-12)
+        assert ACTIVATION_MOMENTS["relu"].pair(2.0, 3.0, c * math.sqrt(6.0))[1] == pytest.approx(
+            quadrant
+        )
+    assert ACTIVATION_MOMENTS["relu"].pair(3.0, 3.0, 3.0)[0] == pytest.approx(1.5)
+    assert ACTIVATION_MOMENTS["relu"].pair(3.0, 3.0, -3.0)[0] == pytest.approx(0.0, abs=1e-12)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -136,18 +137,22 @@ def test_the_slope_kernel_is_the_derivative_of_the_value(name: str) -> None:
     q1, q2, step = 1.3, 2.1, 1e-4
     for c in COSINES:
         p = c * math.sqrt(q1 * q2)
-        up, down = (PAIRS[name].value(q1, q2, p + side) for side in (step, -step))
-        assert PAIRS[name].slope(q1, q2, p) == pytest.approx((up - down) / (2 * step), rel=1e-5)
+        up, down = (ACTIVATION_MOMENTS[name].pair(q1, q2, p + side)[0] for side in (step, -step))
+        assert ACTIVATION_MOMENTS[name].pair(q1, q2, p)[1] == pytest.approx(
+            (up - down) / (2 * step), rel=1e-5
+        )
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_kernels_of_matrices_are_those_of_their_entries(name: str) -> None:
     q = np.array([0.5, 1.0, 2.0])
     p = np.array([[0.5, 0.3, -0.2], [0.3, 1.0, 0.8], [-0.2, 0.8, 2.0]])
-    for kernel in (PAIRS[name].value, PAIRS[name].slope):
-        got = kernel(q[:, None], q[None, :], p)
+    pair = ACTIVATION_MOMENTS[name].pair
+    for kernel in (0, 1):
+        got = pair(q[:, None], q[None, :], p)[kernel]
         want = [
-            [kernel(float(q[i]), float(q[j]), float(p[i, j])) for j in range(3)] for i in range(3)
+            [pair(float(q[i]), float(q[j]), float(p[i, j]))[kernel] for j in range(3)]
+            for i in range(3)
         ]
         off = ~np.eye(3, dtype=bool)
         assert np.asarray(got)[off] == pytest.approx(np.asarray(want)[off], rel=1e-6)
@@ -156,13 +161,19 @@ def test_kernels_of_matrices_are_those_of_their_entries(name: str) -> None:
 
 # Kedia et al. 2024, s^2 = 1.5.
 COMPONENTS: list[tuple[Callable[[], object], float]] = [
-    (lambda: ACTIVATIONS["relu"].mean(1.5), 0.489),
-    (lambda: ACTIVATIONS["relu"].square(1.5) - ACTIVATIONS["relu"].mean(1.5) ** 2, 0.511),
-    (lambda: ACTIVATIONS["gelu"].mean(1.5), 0.379),
-    (lambda: ACTIVATIONS["gelu"].square(1.5) - ACTIVATIONS["gelu"].mean(1.5) ** 2, 0.529),
-    (lambda: ACTIVATIONS["gelu"].slope_square(1.5), 0.478),
+    (lambda: ACTIVATION_MOMENTS["relu"].mean(1.5), 0.489),
+    (
+        lambda: ACTIVATION_MOMENTS["relu"].square(1.5) - ACTIVATION_MOMENTS["relu"].mean(1.5) ** 2,
+        0.511,
+    ),
+    (lambda: ACTIVATION_MOMENTS["gelu"].mean(1.5), 0.379),
+    (
+        lambda: ACTIVATION_MOMENTS["gelu"].square(1.5) - ACTIVATION_MOMENTS["gelu"].mean(1.5) ** 2,
+        0.529,
+    ),
+    (lambda: ACTIVATION_MOMENTS["gelu"].slope_square(1.5), 0.478),
     # E phi' phi' r_g / E phi'^2 at r = 0.3, r_g = 0.25.
-    (lambda: PAIRS["relu"].slope(1.5, 1.5, 0.45) / 0.5 * 0.25, 0.149),
+    (lambda: ACTIVATION_MOMENTS["relu"].pair(1.5, 1.5, 0.45)[1] / 0.5 * 0.25, 0.149),
 ]
 
 

@@ -17,15 +17,15 @@ from gradflow.specs.stack import StackSpec
 from gradflow.theory import (
     Head,
     Prediction,
-    Shape,
     Stack,
-    Unit,
-    Weights,
+    StreamShape,
+    TemplateUnit,
+    WeightMoments,
     predict,
     predict_stack,
     total_decades,
 )
-from gradflow.theory.mean_field.branches import BRANCHES
+from gradflow.theory.mean_field.branches import BRANCH_MOMENTS
 from gradflow.theory.mean_field.layouts import Exchangeable
 from gradflow.theory.mean_field.norms import Stream
 
@@ -129,14 +129,16 @@ def test_a_gated_prenorm_net_is_a_steeper_power_law() -> None:
 @pytest.mark.parametrize("cosine", [0.0, 0.6])
 def test_the_moments_of_a_gated_ffn_are_those_of_a_sample(activation: str, cosine: float) -> None:
     """x' = x + W_out (phi(W_gate x) * W_in x) of two rows, both passes, by 10^6 neurons."""
-    shape = Shape(domain="tokens", width=WIDE, batch=1, tokens=2, hidden=WIDE)
-    gate, up = Weights(1.3, 0.1), Weights(0.7, 0.2)
-    unit = Unit(kind="ffn", activation=activation, w_in=up, w_gate=gate, w_out=Weights(0.5))
+    shape = StreamShape(domain="tokens", width=WIDE, batch=1, tokens=2, hidden=WIDE)
+    gate, up = WeightMoments(1.3, 0.1), WeightMoments(0.7, 0.2)
+    unit = TemplateUnit(
+        kind="ffn", activation=activation, w_in=up, w_gate=gate, w_out=WeightMoments(0.5)
+    )
     layout = Exchangeable(shape)
-    f, tape = BRANCHES["ffn"](unit, Stream((1.0, cosine)), layout)
+    f, tape = BRANCH_MOMENTS["ffn"](unit, Stream((1.0, cosine)), layout)
     source = np.random.default_rng(0)
 
-    def rows(weights: Weights) -> np.ndarray:
+    def rows(weights: WeightMoments) -> np.ndarray:
         q, p = (weights.scale * x + weights.bias for x in (1.0, cosine))
         return np.linalg.cholesky([[q, p], [p, q]]) @ source.standard_normal((2, 1_000_000))
 
@@ -155,14 +157,14 @@ def test_the_moments_of_a_gated_ffn_are_those_of_a_sample(activation: str, cosin
 @pytest.mark.parametrize(("alpha", "depth", "decades"), [(0.5, 50, 1.851), (1.0, 200, 6.588)])
 def test_dyt_is_a_stretched_exponential(alpha: float, depth: int, decades: float) -> None:
     """the exact recursion of x' = x + W2 W1 tanh(alpha x)."""
-    unit = Unit(kind="ffn", activation="linear", norm_in="dyt", alpha=alpha)
+    unit = TemplateUnit(kind="ffn", activation="linear", norm_in="dyt", alpha=alpha)
     found = vectors((unit,) * depth)
     assert total_squared(found) == pytest.approx(decades, abs=2e-3)
 
 
 def test_dyt_with_narrow_slopes() -> None:
     """11.85 at alpha = 2; Gauss-Hermite predicted 27 decades."""
-    unit = Unit(kind="ffn", activation="linear", norm_in="dyt", alpha=2.0)
+    unit = TemplateUnit(kind="ffn", activation="linear", norm_in="dyt", alpha=2.0)
     assert total_squared(vectors((unit,) * 200)) == pytest.approx(11.85, abs=5e-3)
 
 
@@ -188,8 +190,10 @@ def test_batchnorm_has_its_law() -> None:
 @pytest.mark.parametrize("batch", [16, 32, 64])
 def test_a_linear_batchnorm_net_has_its_law(batch: int) -> None:
     """(B - 2)/(B - 3) a layer."""
-    unit = Unit(kind="mlp", activation="linear", norm_out="batchnorm", a=0.0)
-    found = predict_stack(Stack(Shape(domain="vectors", width=100_000, batch=batch), (unit,) * 6))
+    unit = TemplateUnit(kind="mlp", activation="linear", norm_out="batchnorm", a=0.0)
+    found = predict_stack(
+        Stack(StreamShape(domain="vectors", width=100_000, batch=batch), (unit,) * 6)
+    )
     assert found.log10_grad_norm is not None
     growth = 10 ** (2 * (found.log10_grad_norm[1] - found.log10_grad_norm[5]) / 4)
     assert growth == pytest.approx((batch - 2) / (batch - 3), rel=2e-3)
@@ -198,16 +202,16 @@ def test_a_linear_batchnorm_net_has_its_law(batch: int) -> None:
 # The full-block predictor: 24 blocks, 64 tokens, relu ffn.
 
 BLOCKS = 24
-SHAPE = Shape(domain="tokens", width=WIDE, batch=8, tokens=64, hidden=4 * WIDE, heads=4)
-ATTENTION = Unit(kind="attention", w_query=Weights(1.0), w_key=Weights(1.0))
-FFN = Unit(kind="ffn", activation="relu", w_in=Weights(2.0))
-Change = Callable[[Unit, int], Unit]
+SHAPE = StreamShape(domain="tokens", width=WIDE, batch=8, tokens=64, hidden=4 * WIDE, heads=4)
+ATTENTION = TemplateUnit(kind="attention", w_query=WeightMoments(1.0), w_key=WeightMoments(1.0))
+FFN = TemplateUnit(kind="ffn", activation="relu", w_in=WeightMoments(2.0))
+Change = Callable[[TemplateUnit, int], TemplateUnit]
 
 
-def scaled(unit: Unit, factor: float, *, values: bool = True) -> Unit:
+def scaled(unit: TemplateUnit, factor: float, *, values: bool = True) -> TemplateUnit:
     """With the output projection's variance times a factor, and the values' (first matrix's)."""
-    w_in = Weights(unit.w_in.scale * (factor if values else 1.0))
-    return replace(unit, w_in=w_in, w_out=Weights(unit.w_out.scale * factor))
+    w_in = WeightMoments(unit.w_in.scale * (factor if values else 1.0))
+    return replace(unit, w_in=w_in, w_out=WeightMoments(unit.w_out.scale * factor))
 
 
 def transformer(change: Change, **shape: Any) -> Prediction:
@@ -215,8 +219,10 @@ def transformer(change: Change, **shape: Any) -> Prediction:
     return predict_stack(Stack(replace(SHAPE, **shape), tuple(units)))
 
 
-def vectors(units: tuple[Unit, ...]) -> Prediction:
-    return predict_stack(Stack(Shape(domain="vectors", width=WIDE, batch=64, hidden=WIDE), units))
+def vectors(units: tuple[TemplateUnit, ...]) -> Prediction:
+    return predict_stack(
+        Stack(StreamShape(domain="vectors", width=WIDE, batch=64, hidden=WIDE), units)
+    )
 
 
 def total_squared(found: Prediction) -> float:
@@ -224,34 +230,34 @@ def total_squared(found: Prediction) -> float:
     return 2 * found.log10_grad_norm[0]
 
 
-def pre(unit: Unit, _: int = 0) -> Unit:
+def pre(unit: TemplateUnit, _: int = 0) -> TemplateUnit:
     return replace(unit, norm_in=LN)
 
 
-def post(unit: Unit, _: int = 0) -> Unit:
+def post(unit: TemplateUnit, _: int = 0) -> TemplateUnit:
     return replace(unit, norm_out=LN)
 
 
-def peri(unit: Unit, _: int = 0) -> Unit:
+def peri(unit: TemplateUnit, _: int = 0) -> TemplateUnit:
     return replace(unit, norm_in=LN, norm_branch=LN)
 
 
-def deepnorm(unit: Unit, _: int = 0) -> Unit:
+def deepnorm(unit: TemplateUnit, _: int = 0) -> TemplateUnit:
     return scaled(replace(post(unit), a=(2 * BLOCKS) ** 0.25), (8 * BLOCKS) ** -0.5)
 
 
-def sub_ln(unit: Unit, _: int = 0) -> Unit:
+def sub_ln(unit: TemplateUnit, _: int = 0) -> TemplateUnit:
     return scaled(replace(pre(unit), norm_mid=LN), math.log(2 * BLOCKS))
 
 
-def softer(unit: Unit, factor: float) -> Unit:
+def softer(unit: TemplateUnit, factor: float) -> TemplateUnit:
     """With the variance of the queries times a factor: the logits' is, too."""
     w = unit.w_query
-    return replace(unit, w_query=Weights(factor * w.scale, factor * w.bias))
+    return replace(unit, w_query=WeightMoments(factor * w.scale, factor * w.bias))
 
 
-def biased(unit: Unit, _: int = 0) -> Unit:
-    query, key = Weights(1.2, 0.3), Weights(1.1, 0.2)
+def biased(unit: TemplateUnit, _: int = 0) -> TemplateUnit:
+    query, key = WeightMoments(1.2, 0.3), WeightMoments(1.1, 0.2)
     return replace(pre(unit), w_query=query, w_key=key) if unit.kind == "attention" else pre(unit)
 
 
@@ -269,7 +275,7 @@ def test_logits_over_another_power_are_those_of_other_queries(causal: bool) -> N
 def test_normalised_queries_may_have_other_logits(causal: bool) -> None:
     """Where queries and keys have mean square 1, so do the logits, times the factor."""
 
-    def normed(unit: Unit, _: int = 0) -> Unit:
+    def normed(unit: TemplateUnit, _: int = 0) -> TemplateUnit:
         return replace(biased(unit), qk_norm=True)
 
     half = transformer(lambda u, _: replace(normed(u), logits=0.5), causal=causal)
@@ -348,7 +354,7 @@ def test_uniform_attention_collapses_the_rank(depth: int, rho: float) -> None:
 
 
 def uniform(depth: int, b: float) -> Prediction:
-    unit = Unit(kind="attention", w_query=Weights(0.0), b=b)
+    unit = TemplateUnit(kind="attention", w_query=WeightMoments(0.0), b=b)
     return predict_stack(Stack(SHAPE, (unit,) * depth))
 
 
@@ -376,8 +382,8 @@ def test_causal_kernels_of_ffns_are_those_of_exchangeable_tokens() -> None:
 @pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])
 def test_a_norm_forgets_the_scale(kind: str) -> None:
     """Inputs ten times as large shift the profile of a plain net by 1 decade, at y_0 only."""
-    unit = Unit(kind="mlp", activation="tanh", norm_in=kind, a=0.0)
-    shape = Shape(domain="vectors", width=WIDE, batch=64)
+    unit = TemplateUnit(kind="mlp", activation="tanh", norm_in=kind, a=0.0)
+    shape = StreamShape(domain="vectors", width=WIDE, batch=64)
     one, ten = (predict_stack(Stack(shape, (unit,) * 5, square)) for square in (1.0, 100.0))
     assert one.log10_grad_norm is not None
     assert ten.log10_grad_norm is not None
@@ -408,7 +414,7 @@ def test_a_head_of_many_classes_is_a_cotangent() -> None:
     """With logits of variance 0 the softmax shares nothing between tokens."""
     units = tuple(pre(u) for u in (ATTENTION, FFN))
     plain_stack = predict_stack(Stack(SHAPE, units))
-    headed = predict_stack(Stack(SHAPE, units, head=Head(1000, Weights(1e-6))))
+    headed = predict_stack(Stack(SHAPE, units, head=Head(1000, WeightMoments(1e-6))))
     assert headed.log10_grad_norm == pytest.approx(plain_stack.log10_grad_norm, abs=1e-3)
 
 

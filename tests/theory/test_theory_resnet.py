@@ -12,11 +12,19 @@ from numpy.typing import NDArray
 from theory_profiles import profiles, worst
 
 from gradflow.specs.stack import StackSpec
-from gradflow.theory import Prediction, Shape, Stack, Unit, Weights, predict, predict_stack
+from gradflow.theory import (
+    Prediction,
+    Stack,
+    StreamShape,
+    TemplateUnit,
+    WeightMoments,
+    predict,
+    predict_stack,
+)
 
 Array = NDArray[np.float64]
-HE = Weights(2.0)
-BLOCK = Unit(
+HE = WeightMoments(2.0)
+BLOCK = TemplateUnit(
     kind="resnet",
     activation="relu",
     w_in=HE,
@@ -35,7 +43,7 @@ def squared(found: Prediction) -> float:
 @pytest.mark.parametrize("depth", [10, 100])
 def test_away_from_the_border_the_gradient_is_a_power_law(depth: int) -> None:
     """prod (1 + r/V_l), V_l = 1 + l/r and r = 1/(1 - 1/pi): an exponent of r^2 = 2.152."""
-    endless = Shape(domain="vectors", width=2**30, batch=2**30)  # each row its own image
+    endless = StreamShape(domain="vectors", width=2**30, batch=2**30)  # each row its own image
     r = 1 / (1 - 1 / math.pi)
     want = sum(math.log10(1 + r / (1 + layer / r)) for layer in range(depth))
     assert squared(predict_stack(Stack(endless, (BLOCK,) * depth))) == pytest.approx(want, rel=1e-4)
@@ -83,7 +91,7 @@ def test_the_moments_of_a_stack_are_those_of_sampled_features() -> None:
     for one, first, two, second in reversed(tape):
         inner = pulled(2 * convolved(g), two, second)
         g = g + pulled(2 * convolved(inner), one, first)
-    shape = Shape(domain="images", width=2**20, batch=SAMPLES, side=SIDE)
+    shape = StreamShape(domain="images", width=2**20, batch=SAMPLES, side=SIDE)
     found = predict_stack(Stack(shape, (BLOCK,) * 2))
     assert squared(found) == pytest.approx(math.log10(np.trace(g) / ROWS), abs=0.02)
     assert found.act_rms[-1] ** 2 == pytest.approx(np.trace(k) / ROWS, rel=0.02)
@@ -130,7 +138,7 @@ def test_one_convolution_for_two_is_told_apart() -> None:
     """Taking the middle norm out, or the common part of the pixels by their sizes alone."""
     spec = StackSpec(scheme="he-v2", **SMALL)
     measured = profiles(spec, range(3))
-    shape = Shape(domain="images", width=64, batch=16, side=8)
+    shape = StreamShape(domain="images", width=64, batch=16, side=8)
     without = predict_stack(Stack(shape, (replace(BLOCK, norm_mid=None),) * 8))
     assert worst(measured, predict(spec)) < 1 < worst(measured, without)
 

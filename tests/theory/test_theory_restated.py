@@ -12,7 +12,7 @@ import pytest
 from gradflow.networks.units.ngpt import ALPHA
 from gradflow.schemes import SCHEMES
 from gradflow.specs.stack import StackSpec
-from gradflow.theory import NoTheoryError, Unit, describe, predict, total_decades
+from gradflow.theory import NoTheoryError, TemplateUnit, describe_stack, predict, total_decades
 from gradflow.theory.as_template import NGPT_ALPHA, RESTATED
 from gradflow.theory.predict import layout_of
 from gradflow.theory.streams.admin_weights import with_omegas
@@ -43,7 +43,7 @@ def test_pb_relax_is_peri_ln_whose_eps_never_counts() -> None:
 def test_the_omegas_of_admin_are_the_stream_of_pre_ln() -> None:
     """omega_i^2 = E x_(i-1)^2 of Pre-LN, for attention and ffn alike."""
     spec = StackSpec(scheme="admin", block="transformer", depth=DEPTH)
-    stack = describe(spec)
+    stack = describe_stack(spec)
     told = [unit.a for unit in with_omegas(stack, layout_of(stack)).units]
     plain = predict(replace(spec, scheme="pre-ln"))
     assert told == pytest.approx(plain.act_rms[:-1], rel=1e-4)
@@ -88,7 +88,7 @@ def test_admin_beside_other_units_or_norms_is_refused(monkeypatch: pytest.Monkey
 
 
 def test_only_norms_of_rows_on_both_sides_restate_pb_relax() -> None:
-    bare = Unit(kind="ffn", norm_in="layernorm")
+    bare = TemplateUnit(kind="ffn", norm_in="layernorm")
     with pytest.raises(NoTheoryError, match="in and out"):
         RESTATED["pb-relax"](bare, None, None)
     unit = RESTATED["pb-relax"](replace(bare, norm_branch="rmsnorm"), None, None)

@@ -16,14 +16,14 @@ from gradflow.engine.walk import loss_gradient, vjp
 from gradflow.networks.units import depth_mixing
 from gradflow.schemes import SCHEMES
 from gradflow.specs.stack import StackSpec
-from gradflow.theory import Shape, Stack, Unit, Weights, predict_stack
+from gradflow.theory import Stack, StreamShape, TemplateUnit, WeightMoments, predict_stack
 from gradflow.theory.mean_field.layouts import CausalTokens, Exchangeable, Layout
 from gradflow.theory.mean_field.norms import Stream
-from gradflow.theory.mean_field.recursion import Passes, run
+from gradflow.theory.mean_field.recursion import MomentPasses, run_units
 from gradflow.theory.streams import unit_steps
 from gradflow.theory.streams.moments import Branch, Mix, Norm
 from gradflow.theory.streams.preln_equivalents import state_answers, state_levels
-from gradflow.theory.streams.recursion import run_several
+from gradflow.theory.streams.recursion import run_streams
 from gradflow.theory.template import State
 
 Rows = NDArray[np.float64]
@@ -102,22 +102,26 @@ def test_on_average_these_sums_have_no_cross_terms() -> None:
 
 # Two engines: the template's, and that of bundles.
 
-SHAPE = Shape(domain="tokens", width=ENDLESS, batch=8, tokens=TOKENS, hidden=ENDLESS, heads=4)
-ATTENTION = Unit(kind="attention", w_in=Weights(0.9, 0.1), w_query=Weights(0.8), norm_in=LN)
-FFN = Unit(kind="ffn", activation="gelu", w_in=Weights(1.3, 0.1), norm_in=LN)
+SHAPE = StreamShape(domain="tokens", width=ENDLESS, batch=8, tokens=TOKENS, hidden=ENDLESS, heads=4)
+ATTENTION = TemplateUnit(
+    kind="attention", w_in=WeightMoments(0.9, 0.1), w_query=WeightMoments(0.8), norm_in=LN
+)
+FFN = TemplateUnit(kind="ffn", activation="gelu", w_in=WeightMoments(1.3, 0.1), norm_in=LN)
 PRE = (ATTENTION, FFN) * 5
 LAYOUTS = [Exchangeable(SHAPE), CausalTokens(replace(SHAPE, causal=True))]
 
 
-def post(unit: Unit) -> Unit:
+def post(unit: TemplateUnit) -> TemplateUnit:
     return replace(unit, norm_in=None, norm_out=LN, a=1.3)
 
 
-def passes(units: tuple[Unit, ...], layout: Layout, state: State | None = None) -> Passes:
+def passes(
+    units: tuple[TemplateUnit, ...], layout: Layout, state: State | None = None
+) -> MomentPasses:
     start = Stream(layout.start(1.0))
     if state is None:
-        return run(units, start, lambda _: layout.start(1.0), layout)
-    return run_several(units, state, start, lambda _: layout.start(1.0), layout)
+        return run_units(units, start, lambda _: layout.start(1.0), layout)
+    return run_streams(units, state, start, lambda _: layout.start(1.0), layout)
 
 
 @pytest.mark.parametrize("kind", ["hyper-connections", "mhc", "attnres", "denseformer"])
@@ -130,7 +134,9 @@ def test_states_answer_to_pre_ln_as_their_levels_do(kind: str) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["full", "causal"])
 @pytest.mark.parametrize("units", [PRE, tuple(map(post, PRE))], ids=["pre", "post"])
-def test_one_stream_in_a_bundle_is_the_template(units: tuple[Unit, ...], layout: Layout) -> None:
+def test_one_stream_in_a_bundle_is_the_template(
+    units: tuple[TemplateUnit, ...], layout: Layout
+) -> None:
     one, two = passes(units, layout), passes(units, layout, State("template"))
     assert two.levels == pytest.approx(one.levels, rel=1e-9)
     assert two.shares == pytest.approx(one.shares, rel=1e-6)
@@ -145,7 +151,7 @@ def test_values_of_their_own_input_are_plain_attention(
 ) -> None:
     """Projected, mixed and pulled apart from queries and keys, then together again."""
 
-    def apart(unit: Unit, *_: Any) -> tuple[Any, ...]:
+    def apart(unit: TemplateUnit, *_: Any) -> tuple[Any, ...]:
         if unit.kind == "ffn":
             return (Branch(0, replace(unit, a=0.0)), Mix(((1, 1),)))
         steps = (unit_steps.TWICE, Norm(1, LN), unit_steps.Project(1, unit.w_in))
@@ -160,7 +166,7 @@ def copied(read: list[float], mix: Rows, write: float) -> Any:
     """n copies, f of sum_s read_s H_s, and mix H + write f."""
     n = len(read)
 
-    def steps(unit: Unit, _: State, first: bool) -> tuple[Any, ...]:
+    def steps(unit: TemplateUnit, _: State, first: bool) -> tuple[Any, ...]:
         start = (Mix(((1,),) * n),) if first else ()
         gather = Mix((*map(tuple, np.eye(n)), tuple(read)))
         join = Mix(tuple((*row, 0, write) for row in mix))
@@ -195,7 +201,7 @@ def test_rows_of_attention_over_depth_are_those_of_a_growing_bundle(
     layout, units = LAYOUTS[0], PRE[:6]
     number = iter(range(1, len(units) + 1))
 
-    def grown(unit: Unit, *_: Any) -> tuple[Any, ...]:
+    def grown(unit: TemplateUnit, *_: Any) -> tuple[Any, ...]:
         n = next(number)
         mean = Mix((*map(tuple, np.eye(n)), (1 / n,) * n))
         drop = Mix(tuple(tuple(row) for row in np.delete(np.eye(n + 2), n, axis=0)))
@@ -213,12 +219,12 @@ def test_rows_of_attention_over_depth_are_those_of_a_growing_bundle(
 
 # Recursions by hand: uniform attention, W_v = W_o = 1, and a ReLU ffn that keeps the mean square.
 
-UNIFORM = Unit(kind="attention", w_query=Weights(0.0))
-RELU = Unit(kind="ffn", activation="relu", w_in=Weights(2.0))
+UNIFORM = TemplateUnit(kind="attention", w_query=WeightMoments(0.0))
+RELU = TemplateUnit(kind="ffn", activation="relu", w_in=WeightMoments(2.0))
 DEPTH = 6
 
 
-def told(units: tuple[Unit, ...], kind: str, **state: Any) -> Rows:
+def told(units: tuple[TemplateUnit, ...], kind: str, **state: Any) -> Rows:
     """|g_u|^2 / |g_D|^2 at endless width."""
     found = predict_stack(Stack(SHAPE, units, state=State(kind, **state)))
     assert found.log10_grad_norm is not None, found.reason

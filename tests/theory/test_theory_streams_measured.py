@@ -17,7 +17,7 @@ from gradflow.schemes import SCHEMES
 from gradflow.schemes.scheme import Scheme
 from gradflow.schemes.wiring import Place, Wiring
 from gradflow.specs.stack import StackSpec
-from gradflow.theory import describe, predict
+from gradflow.theory import describe_stack, predict
 from gradflow.theory.predict import layout_of
 from gradflow.theory.streams.admin_weights import with_omegas
 from gradflow.theory.streams.states import READOUT_OF
@@ -185,7 +185,7 @@ def test_pb_relax_of_pointwise_norms_is_refused(kind: str) -> None:
 
 def test_omegas_are_those_that_the_profile_measures() -> None:
     spec = spec_of("admin", width=256)
-    stack = describe(spec)
+    stack = describe_stack(spec)
     told = [unit.a for unit in with_omegas(stack, layout_of(stack)).units]
     measured = [
         float(u.omega.weight.detach()[0]) for block in network(spec).blocks for u in block.units

@@ -1,6 +1,6 @@
 """How far one seed may lie from the prediction: the variance of ln |g|^2 at finite width.
 
-Unit by unit, in nats^2, for a branch that takes the share w of |g|^2:
+TemplateUnit by unit, in nats^2, for a branch that takes the share w of |g|^2:
 
 - by probe: 4 w (1 - w)/n where shortcut and branch add, and w^2 (2/n per matrix + 2 (m4 - 1)/n),
   m4 = E phi'^4/(E phi'^2)^2. Averaged over the N independent probes of a batch.
@@ -28,11 +28,11 @@ from gradflow.theory.finite_width.gradient import gradient_variance, moved, part
 from gradflow.theory.finite_width.slopes import log_slope, slope_noise
 from gradflow.theory.finite_width.stream import stream_steps
 from gradflow.theory.maths import Array
+from gradflow.theory.mean_field.activations import ACTIVATION_MOMENTS
 from gradflow.theory.mean_field.layouts import Layout
-from gradflow.theory.mean_field.moments import ACTIVATIONS
-from gradflow.theory.mean_field.norms import POINTWISE, ROW_NORMS
-from gradflow.theory.mean_field.recursion import Passes
-from gradflow.theory.template import Unit
+from gradflow.theory.mean_field.norms import POINTWISE_PHI, ROW_NORMS
+from gradflow.theory.mean_field.recursion import MomentPasses
+from gradflow.theory.template import TemplateUnit
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,8 @@ class Noise:
 
 
 def finite_width(
-    units: Sequence[Unit],
-    passes: Passes,
+    units: Sequence[TemplateUnit],
+    passes: MomentPasses,
     layout: Layout,
     few: float = 0.0,
     *,
@@ -115,16 +115,16 @@ def finite_width(
     return Noise(variance + _to_output(sizes), -0.5 * variance, drift)
 
 
-def _has_tokens_noise(units: Sequence[Unit], layout: Layout) -> bool:
+def _has_tokens_noise(units: Sequence[TemplateUnit], layout: Layout) -> bool:
     """Whether `_of_tokens` describes it: attention, and after shortcuts no function of elements.
 
     Such a function answers to the stream's errors by its slopes, which `stream_noise` leaves out.
     """
     attends = layout.shape.tokens > 1 and any(unit.kind == "attention" for unit in units)
-    return attends and not any(unit.norm_out in POINTWISE for unit in units)
+    return attends and not any(unit.norm_out in POINTWISE_PHI for unit in units)
 
 
-def _alike(units: Sequence[Unit]) -> list[npt.NDArray[np.int64]]:
+def _alike(units: Sequence[TemplateUnit]) -> list[npt.NDArray[np.int64]]:
     """The places of units that share their formulas."""
     groups: dict[tuple[object, ...], list[int]] = {}
     for place, unit in enumerate(units):
@@ -135,7 +135,7 @@ def _alike(units: Sequence[Unit]) -> list[npt.NDArray[np.int64]]:
 
 
 def _of_tokens(
-    units: Sequence[Unit], passes: Passes, layout: Layout, found: _Found, few: float
+    units: Sequence[TemplateUnit], passes: MomentPasses, layout: Layout, found: _Found, few: float
 ) -> Array:
     """What probes and sizes bring where attention gathers the tokens' mean gradient.
 
@@ -175,7 +175,9 @@ def _averaged(alone: Array, probes: Array) -> Array:
     return np.asarray(np.log1p(np.expm1(np.minimum(one, 50.0)) * over))
 
 
-def _gather(units: Sequence[Unit], passes: Passes, layout: Layout, few: float) -> _Found:
+def _gather(
+    units: Sequence[TemplateUnit], passes: MomentPasses, layout: Layout, few: float
+) -> _Found:
     tokens, rows, none = layout.shape.tokens, layout.shape.rows, np.zeros(len(units))
     same = layout.cosines(passes.gradients[1:]) if layout.shape.domain == "tokens" else none
     probes = (1 + (tokens - 1) * same * same) / rows
@@ -189,7 +191,9 @@ def _gather(units: Sequence[Unit], passes: Passes, layout: Layout, few: float) -
     return _Found(np.array(passes.shares), q, alike, each, fresh, settled)
 
 
-def _renewed(units: Sequence[Unit], passes: Passes, layout: Layout) -> tuple[Array, Array]:
+def _renewed(
+    units: Sequence[TemplateUnit], passes: MomentPasses, layout: Layout
+) -> tuple[Array, Array]:
     """`fresh` and `settled`."""
     fresh, settled = np.zeros(len(units)), np.zeros(len(units))
     after = {
@@ -206,12 +210,12 @@ def _renewed(units: Sequence[Unit], passes: Passes, layout: Layout) -> tuple[Arr
     return fresh, settled
 
 
-def _inner(unit: Unit, layout: Layout) -> int:
+def _inner(unit: TemplateUnit, layout: Layout) -> int:
     """Neurons of one activation layer."""
     return layout.shape.hidden if unit.kind == "ffn" else layout.shape.width
 
 
-def _by_probe(unit: Unit, found: _Found, layout: Layout) -> Array:
+def _by_probe(unit: TemplateUnit, found: _Found, layout: Layout) -> Array:
     """(4 w (1 - w) + w^2 (2 per matrix + 2 (m4 - 1)))/n, of a single probe."""
     n, w = layout.shape.width, found.share
     matrices = 2 / n + (0.0 if unit.is_single else 2 / _inner(unit, layout))
@@ -222,11 +226,11 @@ def _by_probe(unit: Unit, found: _Found, layout: Layout) -> Array:
     return np.asarray(4 * w * (1 - w) / n + w * w * (matrices + slopes))
 
 
-def _shared(unit: Unit, found: _Found, layout: Layout, size: Array | None) -> Array:
+def _shared(unit: TemplateUnit, found: _Found, layout: Layout, size: Array | None) -> Array:
     """w^2 Var(phi'^2/E + A phi^2/E)/n, averaged over the rows as far as these differ."""
     if unit.kind == "attention":
         return np.zeros_like(found.q)
-    shape, phi = layout.shape, ACTIVATIONS[unit.activation]
+    shape, phi = layout.shape, ACTIVATION_MOMENTS[unit.activation]
     alike = found.alike**2 if phi.odd else 2 / np.pi * np.arcsin(np.minimum(found.alike, 1.0))
     alike = alike + (1 - alike) / shape.rows
     noise = slope_noise(unit, found.q, size) / _inner(unit, layout)
@@ -244,19 +248,19 @@ def _rescaling(found: _Found, layout: Layout) -> Array:
     return np.asarray((4 * s * (1 - s) + 2 * s * s) / layout.shape.width * c * c)
 
 
-def _size(unit: Unit, found: _Found) -> Array | None:
+def _size(unit: TemplateUnit, found: _Found) -> Array | None:
     """A of a plain unit: -1 where a norm divides the stream's size out, row by row."""
     return np.full_like(found.q, -1.0) if set(unit.norms) & set(ROW_NORMS) else None
 
 
-def _later_slopes(unit: Unit, found: _Found, layout: Layout) -> tuple[Array, Array, float]:
+def _later_slopes(unit: TemplateUnit, found: _Found, layout: Layout) -> tuple[Array, Array, float]:
     """A of a plain net without norms: what a larger output does to ln E phi'^2 of later units.
 
     A_l = f (e + t A_{l+1}), e and t the derivatives of ln E phi'^2 and ln E phi^2 by ln q at l+1,
     f the share of q there that came through the weights. Also the variance that the size of each
     unit's own output brings to the ratio from there on, and the drift.
     """
-    phi, q = ACTIVATIONS[unit.activation], found.q
+    phi, q = ACTIVATION_MOMENTS[unit.activation], found.q
     e, t = (log_slope(f, q) for f in (phi.slope_square, phi.square))
     gain = unit.w_in.scale * (unit.w_out.scale if unit.kind == "ffn" else 1.0)
     f = np.minimum(gain * np.asarray(phi.square(q))[:-1] / q[1:], 1.0)

@@ -17,7 +17,7 @@ import numpy as np
 from gradflow.theory.finite_width.stream import Errors, StreamStep, stream_errors
 from gradflow.theory.maths import Array
 from gradflow.theory.mean_field.layouts import Layout
-from gradflow.theory.mean_field.recursion import Passes
+from gradflow.theory.mean_field.recursion import MomentPasses
 
 _LEAST = 1e-12
 
@@ -37,7 +37,7 @@ class Parts:
     rest: Array
 
 
-def parts_of(passes: Passes, layout: Layout) -> Parts:
+def parts_of(passes: MomentPasses, layout: Layout) -> Parts:
     """R = (1 + (T - 1) c)/T, c the cosine between tokens; a shortcut hands both parts on alike."""
     tokens = layout.shape.tokens
     level = (1 + (tokens - 1) * layout.cosines(passes.gradients)) / tokens

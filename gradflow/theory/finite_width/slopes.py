@@ -5,22 +5,22 @@ from __future__ import annotations
 import numpy as np
 
 from gradflow.theory.maths import Array
-from gradflow.theory.mean_field.moments import ACTIVATIONS, Moment
-from gradflow.theory.mean_field.norms import CENTRED
-from gradflow.theory.template import Unit, Weights
+from gradflow.theory.mean_field.activations import ACTIVATION_MOMENTS, Moment
+from gradflow.theory.mean_field.norms import CENTRED_NORMS
+from gradflow.theory.template import TemplateUnit, WeightMoments
 
 _STEP = 1e-4  # for derivatives by ln q
 
 
-def slope_noise(unit: Unit, q: Array, size: Array | None) -> Array:
+def slope_noise(unit: TemplateUnit, q: Array, size: Array | None) -> Array:
     """Var(phi'^2/E phi'^2 + A (phi - m)^2/E (phi - m)^2) with A = `size`, m = 0 or the mean."""
     if unit.w_gate is not None:
         return _gated_noise(unit, unit.w_gate, q)
-    phi = ACTIVATIONS[unit.activation]
+    phi = ACTIVATION_MOMENTS[unit.activation]
     keys = np.round(np.stack([np.log(q), np.zeros_like(q) if size is None else size]), 6)
     (log_q, weight), back = np.unique(keys, axis=1, return_inverse=True)
     q = np.exp(log_q)
-    centred = bool(set(unit.norms) & set(CENTRED))
+    centred = bool(set(unit.norms) & set(CENTRED_NORMS))
     mean = np.asarray(phi.mean(q))[:, None] if centred else np.zeros_like(q)[:, None]
     variance = np.asarray(phi.square(q))[:, None] - mean**2
     slope = np.asarray(phi.slope_square(q))[:, None]
@@ -33,9 +33,9 @@ def slope_noise(unit: Unit, q: Array, size: Array | None) -> Array:
     return np.asarray(noise[back.ravel()])
 
 
-def _gated_noise(unit: Unit, gate: Weights, q: Array) -> Array:
+def _gated_noise(unit: TemplateUnit, gate: WeightMoments, q: Array) -> Array:
     """Var(z)/(E z)^2 of z = s_in phi^2 + s_gate (phi' h)^2, h ~ N(0, r) the other factor."""
-    phi = ACTIVATIONS[unit.activation]
+    phi = ACTIVATION_MOMENTS[unit.activation]
     keys, back = np.unique(np.round(np.log(q), 6), return_inverse=True)
     q = np.exp(keys)
     r = (unit.w_in.scale * (q - gate.bias) / gate.scale + unit.w_in.bias)[:, None]

@@ -17,11 +17,11 @@ from typing import NamedTuple
 import numpy as np
 
 from gradflow.theory.maths import Array
-from gradflow.theory.mean_field.kernels import PAIRS
+from gradflow.theory.mean_field.activations import ACTIVATION_MOMENTS
 from gradflow.theory.mean_field.layouts import Layout
 from gradflow.theory.mean_field.norms import ROW_NORMS
-from gradflow.theory.mean_field.recursion import Passes
-from gradflow.theory.template import Unit
+from gradflow.theory.mean_field.recursion import MomentPasses
+from gradflow.theory.template import TemplateUnit
 
 _POINTS = 256  # of a table
 _LEAST = 1e-12
@@ -95,7 +95,9 @@ def _after(step: StreamStep, e: float, em: float, m: float) -> Errors:
     return 0.0, 0.0, m - 2 * c * em + c * c * e
 
 
-def stream_steps(units: Sequence[Unit], passes: Passes, layout: Layout) -> list[StreamStep]:
+def stream_steps(
+    units: Sequence[TemplateUnit], passes: MomentPasses, layout: Layout
+) -> list[StreamStep]:
     """Of every unit."""
     shape, added = layout.shape, _added(units, passes, layout)
     attends = np.array([unit.kind == "attention" for unit in units])
@@ -126,7 +128,7 @@ def _by_rows(norm: str | None) -> bool:
     return norm in ROW_NORMS
 
 
-def _added(units: Sequence[Unit], passes: Passes, layout: Layout) -> _Added:
+def _added(units: Sequence[TemplateUnit], passes: MomentPasses, layout: Layout) -> _Added:
     cosines = np.clip(layout.cosines([x.s for x in passes.streams]), 0.0, 1.0)
     squares, a = np.array(passes.squares), np.array([unit.a for unit in units])
     afters = [tape.after for tape in passes.tapes]
@@ -137,7 +139,7 @@ def _added(units: Sequence[Unit], passes: Passes, layout: Layout) -> _Added:
 
 
 def _cosines(
-    units: Sequence[Unit], passes: Passes, added: _Added, layout: Layout
+    units: Sequence[TemplateUnit], passes: MomentPasses, added: _Added, layout: Layout
 ) -> tuple[Array, Array, Array, Array]:
     """Of samples, in the stream and in f; of tokens, in f, where x is all they share; its slope.
 
@@ -165,7 +167,9 @@ def _cosines(
 def _table(activation: str, gated: bool, log_q: float) -> tuple[list[float], list[float]]:
     """E phi phi/E phi^2 and its derivative by the cosine of the arguments."""
     q, c = math.exp(log_q), np.linspace(0.0, 1.0, _POINTS + 1)
-    value, slope = (np.asarray(x, dtype=float) for x in PAIRS[activation].both(q, q, q * c))
+    value, slope = (
+        np.asarray(x, dtype=float) for x in ACTIVATION_MOMENTS[activation].pair(q, q, q * c)
+    )
     slope = slope * q
     if gated:  # times a factor without an activation
         value, slope = value * c, slope * c + value

@@ -14,16 +14,16 @@ import numpy as np
 from scipy.special import expit
 
 from gradflow.theory.maths import Array, Number
-from gradflow.theory.mean_field.kernels import Kernel, hermite_kernel
-from gradflow.theory.mean_field.layouts import Layout
-from gradflow.theory.mean_field.moment_sums import Moments
-from gradflow.theory.mean_field.moments import (
-    ACTIVATIONS,
-    Activation,
+from gradflow.theory.mean_field.activations import (
+    ACTIVATION_MOMENTS,
+    ActivationMoments,
     Function,
+    Kernel,
     gaussian_mean,
     gaussian_nodes,
+    hermite_kernel,
 )
+from gradflow.theory.mean_field.layouts import Layout, Moments
 
 _HIGHEST = 4
 
@@ -78,7 +78,7 @@ def branch_moments(activation: str, variance: Number, share: Number = 1.0) -> Br
         variance: of z.
         share: r.
     """
-    phi = ACTIVATIONS[activation]
+    phi = ACTIVATION_MOMENTS[activation]
     values, squares, firsts, second = _rectified(variance) if phi.kinked else _smooth(phi, variance)
     return BranchMoments(
         values, squares, share * firsts, _of_weights(squares[0], second, variance, share)
@@ -105,7 +105,7 @@ def _powers(x: Array) -> Array:
     return np.stack([x**k for k in range(_HIGHEST + 1)])
 
 
-def _smooth(phi: Activation, variance: Number) -> tuple[Array, Array, Array, Number]:
+def _smooth(phi: ActivationMoments, variance: Number) -> tuple[Array, Array, Array, Number]:
     z, weight = gaussian_nodes(variance)
     h, d = _powers(phi.phi(z)), phi.slope(z)
     values, squares, firsts = (

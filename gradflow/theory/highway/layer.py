@@ -12,9 +12,8 @@ import numpy as np
 
 from gradflow.theory.highway.gate_moments import BranchMoments, GateMoments, gate_pair
 from gradflow.theory.maths import Array, Number
-from gradflow.theory.mean_field.layouts import Layout
-from gradflow.theory.mean_field.moment_sums import Moments
-from gradflow.theory.template import Unit
+from gradflow.theory.mean_field.layouts import Layout, Moments
+from gradflow.theory.template import TemplateUnit
 
 
 class Step(NamedTuple):
@@ -28,7 +27,7 @@ class Step(NamedTuple):
         gate: moments of t, `branch` of h.
     """
 
-    unit: Unit
+    unit: TemplateUnit
     x: tuple[Number, ...]
     q: Number
     shares: tuple[Number, ...]

@@ -42,11 +42,10 @@ from gradflow.theory.highway.layer import (
 )
 from gradflow.theory.maths import Array, Number
 from gradflow.theory.mean_field.branches import BranchTape
-from gradflow.theory.mean_field.layouts import Layout
-from gradflow.theory.mean_field.moment_sums import through
+from gradflow.theory.mean_field.layouts import Layout, through_weights
 from gradflow.theory.mean_field.norms import Stream
-from gradflow.theory.mean_field.recursion import Passes, Tape, check_range
-from gradflow.theory.template import Unit
+from gradflow.theory.mean_field.recursion import MomentPasses, UnitTape, check_range
+from gradflow.theory.template import TemplateUnit
 
 
 class Gradient(NamedTuple):
@@ -72,7 +71,7 @@ class Pulled(NamedTuple):
     growth: float
 
 
-def run(units: Sequence[Unit], square: float, layout: Layout) -> Passes:
+def run(units: Sequence[TemplateUnit], square: float, layout: Layout) -> MomentPasses:
     """Forward, then backward, as `passes.run`.
 
     Args:
@@ -99,7 +98,7 @@ def run(units: Sequence[Unit], square: float, layout: Layout) -> Passes:
         held.append(_one_over_count(each))
         g = Gradient(g.own / size, g.shared / size)
         gradients.append((g.own + gathered / size, 0.0 * g.own))
-    return Passes(
+    return MomentPasses(
         streams,
         [layout.mean_square(x.s) for x in streams],
         gradients[::-1],
@@ -167,13 +166,13 @@ def neighbour_modes(layout: Layout) -> Array:
     return np.multiply.outer(line, line).ravel()
 
 
-def _tape(step: Step, x: Stream, layout: Layout) -> Tape:
-    hidden = through(step.unit.w_in, tuple([layout.mix_pixels(entry) for entry in x.s]))
-    return Tape(x.s, None, BranchTape(hidden, ()), None, None)
+def _tape(step: Step, x: Stream, layout: Layout) -> UnitTape:
+    hidden = through_weights(step.unit.w_in, tuple([layout.mix_pixels(entry) for entry in x.s]))
+    return UnitTape(x.s, None, BranchTape(hidden, ()), None, None)
 
 
 def _forward(
-    units: Sequence[Unit], square: float, layout: Layout
+    units: Sequence[TemplateUnit], square: float, layout: Layout
 ) -> tuple[list[Step], list[Stream]]:
     q, p = layout.start(square)
     x: tuple[Number, ...] = (q / q, 0.0 * q, q, 0.0 * q, 3 * q * q)
@@ -182,7 +181,7 @@ def _forward(
         seen = layout.mix_pixels(x[2]), layout.mix_pixels(p)
         assert unit.w_transform is not None
         both = unit.w_in, unit.w_transform
-        hidden, opened = (through(weights, seen) for weights in both)
+        hidden, opened = (through_weights(weights, seen) for weights in both)
         pairs = zip(both, (hidden, opened), strict=True)
         shares = tuple(1 - weights.bias / each[0] for weights, each in pairs)
         branch = branch_moments(unit.activation, hidden[0], shares[0])

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from gradflow.theory.mean_field.layouts import Layout
 from gradflow.theory.mean_field.norms import Stream
-from gradflow.theory.mean_field.recursion import forward
+from gradflow.theory.mean_field.recursion import unit_forward
 from gradflow.theory.template import Stack
 
 
@@ -19,8 +19,8 @@ def with_omegas(stack: Stack, layout: Layout) -> Stack:
     """The stack with the weights of its shortcuts in place, of one stream."""
     x, square, units = Stream(layout.start(stack.input_square)), 1.0, []
     for unit in stack.units:
-        f, _ = forward(replace(unit, a=0.0, norm_out=None), x, layout)
+        f, _ = unit_forward(replace(unit, a=0.0, norm_out=None), x, layout)
         units.append(replace(unit, a=math.sqrt(square)))
         square += layout.mean_square(f.s)
-        x, _ = forward(units[-1], x, layout)
+        x, _ = unit_forward(units[-1], x, layout)
     return replace(stack, units=tuple(units), state=None)

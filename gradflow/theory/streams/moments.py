@@ -16,12 +16,11 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from gradflow.theory.maths import Array
-from gradflow.theory.mean_field.attention_values import attend, pull_attend
-from gradflow.theory.mean_field.layouts import Layout
-from gradflow.theory.mean_field.moment_sums import Moments, through
+from gradflow.theory.mean_field.attention import attend, pull_attend
+from gradflow.theory.mean_field.layouts import Layout, Moments, through_weights
 from gradflow.theory.mean_field.norms import ROW_NORMS, NormTape, Stream, normalise
-from gradflow.theory.mean_field.recursion import Tape, backward, forward
-from gradflow.theory.template import NoTheoryError, Unit, Weights
+from gradflow.theory.mean_field.recursion import UnitTape, unit_backward, unit_forward
+from gradflow.theory.template import NoTheoryError, TemplateUnit, WeightMoments
 
 
 class Bundle(NamedTuple):
@@ -167,17 +166,17 @@ class Branch:
     """Adds f(c Ni(x_i)) as a stream; the unit has no shortcut."""
 
     stream: int
-    unit: Unit
+    unit: TemplateUnit
 
     def ahead(self, x: Bundle, /) -> tuple[Bundle, BranchBack]:
         """f is uncorrelated with all streams."""
-        f, tape = forward(self.unit, Stream(x.of(self.stream)), x.layout)
+        f, tape = unit_forward(self.unit, Stream(x.of(self.stream)), x.layout)
         return x.joined_by(f.s), BranchBack(tape, x.layout)
 
     def back(self, tape: BranchBack, g: Array, /) -> Array:
         """J^T g on the gradient of x_i."""
-        branch: Tape = tape.tape
-        pulled = backward(self.unit, branch, to_moments(g[-1, -1]), tape.layout)[0]
+        branch: UnitTape = tape.tape
+        pulled = unit_backward(self.unit, branch, to_moments(g[-1, -1]), tape.layout)[0]
         return _given(g, (self.stream, pulled))
 
 
@@ -194,11 +193,11 @@ class Project:
     """Adds W x_i + b as a stream."""
 
     stream: int
-    weights: Weights
+    weights: WeightMoments
 
     def ahead(self, x: Bundle, /) -> tuple[Bundle, None]:
         """Uncorrelated with all streams."""
-        return x.joined_by(through(self.weights, x.of(self.stream))), None
+        return x.joined_by(through_weights(self.weights, x.of(self.stream))), None
 
     def back(self, _: None, g: Array, /) -> Array:
         """W^T g."""
@@ -211,7 +210,7 @@ class Attend:
 
     stream: int
     values: int
-    unit: Unit
+    unit: TemplateUnit
 
     def ahead(self, x: Bundle, /) -> tuple[Bundle, BranchBack]:
         """Uncorrelated with all streams."""

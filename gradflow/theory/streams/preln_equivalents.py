@@ -1,20 +1,21 @@
-"""Schemes whose streams are Pre-LN's at initialisation: what their rows hold of it.
+"""Schemes whose streams are Pre-LN's at initialisation: the gradient they carry, by Pre-LN's.
 
-R_u = |g_u|^2 / |g_D|^2 of Pre-LN, u = 0 the input and D the last unit; k streams in a state. Its
-stream x_u is the sum of the input and of all branches' outputs so far, and a branch's gradient is
-uncorrelated with what passes it by. The gradient of the state of several streams over that of the
-last state, squared:
+x_u is Pre-LN's stream after unit u, the input and all branches' outputs so far, g_u its gradient,
+R_u = |g_u|^2/|g_D|^2, D the last unit. A branch of these schemes reads a multiple of x_(u-1)
+through a norm, so it gives what Pre-LN's gives; g_(u-1) - g_u, which comes through it, is
+uncorrelated with g_u at infinite width. So |gradient of all streams|^2 over that at the output is
 
-- `denseformer`: one stream alone is read on. R_u.
-- `attnres`: h = x_u / (u + 1) is the mean of the u + 1 streams, so that each has the gradient of
-  x_u: R_u (u + 1)/(D + 1).
-- `mhc`: n equal streams, doubly stochastic mixing, so that each has 1/n of the gradient of their
-  mean: R_u; but the input, of which they are copies, has it whole: n R_0.
-- `hyper-connections`: n equal streams that do not mix. Unit m reads one of them, and its gradient
-  n (g_(m-1) - g_m) goes there alone, on top of g_D, which all have: (n + n^2 (R_u - 1))/n; and the
-  copied input n R_0.
+- `denseformer`: the last stream alone is read on, at weight 1: R_u.
+- `attnres`: h = x_u/(u + 1) is the mean of u + 1 streams. Later units see these through their sum
+  alone, so each has the gradient of x_u: R_u (u + 1)/(D + 1).
+- `mhc`: n equal streams, read and mixed by equal or doubly stochastic weights, so that each has
+  g_u/n: R_u. The input, of which they are copies, has the sum g_0: n R_0.
+- `hyper-connections`: n equal streams that do not mix; their sum is the output, so each has g_D at
+  the end. Unit m writes to all, whose gradients sum to n g_m, and reads one, which gets
+  n (g_(m-1) - g_m): [n + n^2 (R_u - 1)]/n. The copied input has the sum n g_0: n R_0.
 
-Derived here; the streams of `schemes.streams` are the oracle (tests/test_theory_streams.py).
+Exact at infinite width, the norms' eps apart. The streams of `schemes.streams` are the oracle
+(tests/theory/test_theory_streams.py).
 """
 
 from __future__ import annotations
@@ -25,8 +26,7 @@ from itertools import pairwise
 import numpy as np
 
 from gradflow.theory.maths import Array
-from gradflow.theory.mean_field.layouts import Layout
-from gradflow.theory.mean_field.moment_sums import Moments
+from gradflow.theory.mean_field.layouts import Layout, Moments
 from gradflow.theory.mean_field.norms import Stream
 from gradflow.theory.template import State
 

@@ -10,10 +10,9 @@ import numpy as np
 
 from gradflow.theory.maths import Array
 from gradflow.theory.mean_field.branches import BranchTape
-from gradflow.theory.mean_field.layouts import Layout
-from gradflow.theory.mean_field.moment_sums import Moments
+from gradflow.theory.mean_field.layouts import Layout, Moments
 from gradflow.theory.mean_field.norms import NormTape, Stream
-from gradflow.theory.mean_field.recursion import Passes, Tape, check_range
+from gradflow.theory.mean_field.recursion import MomentPasses, UnitTape, check_range
 from gradflow.theory.streams.moments import (
     Branch,
     Bundle,
@@ -25,16 +24,16 @@ from gradflow.theory.streams.moments import (
     without_branches,
 )
 from gradflow.theory.streams.unit_steps import Steps, program, readout
-from gradflow.theory.template import State, Unit
+from gradflow.theory.template import State, TemplateUnit
 
 
-def run_several(
-    units: Sequence[Unit],
+def run_streams(
+    units: Sequence[TemplateUnit],
     state: State,
     x: Stream,
     g_last: Callable[[Stream], Moments],
     layout: Layout,
-) -> Passes:
+) -> MomentPasses:
     """Forward, then backward, as `passes.run`; |g|^2 and the streams are of the state.
 
     Args:
@@ -63,15 +62,17 @@ def run_several(
             g, carried = g / size, carried + math.log(size)
         gradients.append(_summed(g))
     squares = [layout.mean_square(x.s) for x in ahead.streams]
-    return Passes(ahead.streams, squares, gradients[::-1], levels[::-1], ahead.tapes, shares[::-1])
+    return MomentPasses(
+        ahead.streams, squares, gradients[::-1], levels[::-1], ahead.tapes, shares[::-1]
+    )
 
 
 class _Ahead(NamedTuple):
-    """The pass forward: the last bundle; as `Passes` has them; and what every step has kept."""
+    """The pass forward: the last bundle, `MomentPasses.streams` and `.tapes`, each step's tapes."""
 
     bundle: Bundle
     streams: list[Stream]
-    tapes: list[Tape]
+    tapes: list[UnitTape]
     kept: list[list[Any]]
 
 
@@ -105,7 +106,7 @@ def _together(s: Array, layout: Layout) -> Stream:
     return Stream(to_moments(alike * (sum(squares) / len(s) ** 2)))
 
 
-def _tape(steps: Steps, tapes: Sequence[Any], square: float, layout: Layout) -> Tape:
+def _tape(steps: Steps, tapes: Sequence[Any], square: float, layout: Layout) -> UnitTape:
     """The unit as `limits` and `spread` look at it: its branch, and a norm of the first stream.
 
     Args:
@@ -115,14 +116,14 @@ def _tape(steps: Steps, tapes: Sequence[Any], square: float, layout: Layout) -> 
         layout: of the moments.
     """
     ones = layout.start(1.0)
-    norm, branch = None, Tape(ones, None, BranchTape(ones), None, None)
+    norm, branch = None, UnitTape(ones, None, BranchTape(ones), None, None)
     for step, tape in zip(steps, tapes, strict=True):
         if isinstance(step, Branch):
             branch = tape.tape
         if isinstance(step, Norm) and step.stream == 0 and norm is None:
             norm = tape.norm
     after = None if norm is None else _as_after(norm, square, layout)
-    return Tape(branch.u, branch.before, branch.inside, branch.branch, after)
+    return UnitTape(branch.u, branch.before, branch.inside, branch.branch, after)
 
 
 def _as_after(norm: NormTape, square: float, layout: Layout) -> NormTape:

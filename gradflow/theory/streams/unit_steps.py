@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import lru_cache
 
 from gradflow.theory.streams.moments import Attend, Branch, Mix, Norm, Project, Step
-from gradflow.theory.template import NoTheoryError, State, Unit
+from gradflow.theory.template import NoTheoryError, State, TemplateUnit
 
 Steps = tuple[Step, ...]
 
@@ -19,12 +19,12 @@ TWICE = Mix(((1.0,), (1.0,)))
 
 
 @lru_cache(maxsize=4096)
-def _f(unit: Unit) -> Unit:
+def _f(unit: TemplateUnit) -> TemplateUnit:
     """The branch alone: c Ni(x) through f."""
     return replace(unit, a=0.0, b=1.0, norm_out=None, norm_value=None, norm_shared=None)
 
 
-def _b2t(unit: Unit) -> Steps:
+def _b2t(unit: TemplateUnit) -> Steps:
     """(x) to (LN(x + f(x)), x), and (h, x) to LN(x + h + f(h))."""
     norm = Norm(0, str(unit.norm_out))
     if unit.kind == "attention":
@@ -32,14 +32,14 @@ def _b2t(unit: Unit) -> Steps:
     return (Branch(0, _f(unit)), Mix(((1, 1, 1),)), norm)
 
 
-def _dual(unit: Unit, *, first: bool) -> Steps:
+def _dual(unit: TemplateUnit, *, first: bool) -> Steps:
     """(p, r) to (LN(p + f(p)), r + f(p))."""
     start = (TWICE,) if first else ()
     add = Mix(((1, 0, 1), (0, 1, 1)))
     return (*start, Branch(0, _f(unit)), add, Norm(0, str(unit.norm_out)))
 
 
-def _siamese(unit: Unit, norm: str, *, first: bool) -> Steps:
+def _siamese(unit: TemplateUnit, norm: str, *, first: bool) -> Steps:
     """(p, y): q = LN(p), z = f(LN(q + LN(y))), to (q + b z, y + z)."""
     start = (TWICE,) if first else ()
     norms = (Norm(0, norm), Mix(((1, 0), (0, 1), (0, 1))), Norm(2, norm))
@@ -48,7 +48,7 @@ def _siamese(unit: Unit, norm: str, *, first: bool) -> Steps:
     return (*start, *norms, read, Branch(2, _f(unit)), write)
 
 
-def _value_residual(unit: Unit, *, first: bool) -> Steps:
+def _value_residual(unit: TemplateUnit, *, first: bool) -> Steps:
     """(x, V) to (x + f(x), V), attention on the mean of V and its own values; V those at first."""
     if unit.kind != "attention":
         return (Branch(0, _f(unit)), Mix(((1, 0, 1), (0, 1, 0))))
@@ -62,7 +62,7 @@ def _value_residual(unit: Unit, *, first: bool) -> Steps:
     return (*read, mean, Attend(2, 3, unit), Mix(((1, 0, 0, 0, 1), (0, 1, 0, 0, 0))))
 
 
-def _template(unit: Unit, head_size: int) -> Steps:
+def _template(unit: TemplateUnit, head_size: int) -> Steps:
     """Np(a N(x) + b f(N(x))), N the shared norm; values normalised where the unit has it so."""
     before = (Norm(0, unit.norm_shared),) if unit.norm_shared else ()
     after = (Norm(0, unit.norm_out),) if unit.norm_out else ()
@@ -72,7 +72,7 @@ def _template(unit: Unit, head_size: int) -> Steps:
     return (*before, *_own_values(unit, head_size), join, *after)
 
 
-def _own_values(unit: Unit, head_size: int) -> Steps:
+def _own_values(unit: TemplateUnit, head_size: int) -> Steps:
     if unit.c != 1 or unit.norm_branch or unit.norm_mid:
         raise NoTheoryError("no formula for a norm of the values beside one of the branch")
     before = (Norm(1, unit.norm_in),) if unit.norm_in else ()
@@ -81,7 +81,7 @@ def _own_values(unit: Unit, head_size: int) -> Steps:
 
 
 # Kinds of state with the steps of a unit.
-PROGRAMS: dict[str, Callable[[Unit, State, bool], Steps]] = {
+PROGRAMS: dict[str, Callable[[TemplateUnit, State, bool], Steps]] = {
     "b2t": lambda unit, state, first: _b2t(unit),
     "residual-dual": lambda unit, state, first: _dual(unit, first=first),
     "siamesenorm": lambda unit, state, first: _siamese(unit, state.norm, first=first),
@@ -90,7 +90,7 @@ PROGRAMS: dict[str, Callable[[Unit, State, bool], Steps]] = {
 }
 
 
-def program(units: Sequence[Unit], state: State) -> list[Steps]:
+def program(units: Sequence[TemplateUnit], state: State) -> list[Steps]:
     """The steps of every unit."""
     make = lru_cache(maxsize=None)(PROGRAMS[state.kind])
     return [make(unit, state, place == 0) for place, unit in enumerate(units)]
