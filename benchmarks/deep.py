@@ -32,7 +32,7 @@ WORKER = """
 import json, resource, sys, time
 import torch
 torch.set_num_threads(1)
-import gradflow.cli.run, gradflow.measuring.stack, gradflow.showing.terminal.run_tables
+import gradflow.cli.run, gradflow.measuring.stack, gradflow.showing.terminal.one_run
 import rich.console, plotext
 from gradflow.cli.app import run_app
 run_app(["run", "--depth", "2", "--no-timing", "--quiet", "--out", sys.argv[1] + "/warm-up"])

@@ -1,4 +1,4 @@
-"""Values as text: numbers in human units, tables as Markdown and CSV, foreign text made harmless.
+"""Values as text: human units, Markdown, CSV, JSON, foreign text made harmless, ASCII drawings.
 
 Everything inside the package is SI and full precision; this module is the edge where it is read.
 """
@@ -18,6 +18,28 @@ from typing import Any
 WIDEST = 7
 LONGEST_TEXT = 400
 _BYTES_LOG2 = {"B": 0, "KiB": 10, "MiB": 20, "GiB": 30, "TiB": 40}
+
+BARS = "▁▂▃▄▅▆▇█"
+ASCII_BARS = " .:-=+*#"
+_BRAILLE = 0x2800
+_SUPERSCRIPTS = "⁰¹²³⁴⁵⁶⁷⁸⁹⁻"
+# All but ± keep their width, so that what stands in columns stays there.
+_ASCII = str.maketrans(
+    {
+        **dict(zip(BARS, ASCII_BARS, strict=True)),
+        **dict.fromkeys(map(chr, range(_BRAILLE + 1, _BRAILLE + 256)), "*"),
+        chr(_BRAILLE): " ",
+        **dict.fromkeys("┌┐└┘├┤┬┴┼", "+"),
+        "─": "-",
+        "│": "|",
+        "·": "'",
+        "…": ":",
+        "▲": "^",
+        "▼": "v",
+        "±": "+/-",
+        **dict(zip(_SUPERSCRIPTS, "0123456789-", strict=True)),
+    }
+)
 
 
 def gib(amount: int) -> str:
@@ -125,18 +147,46 @@ def _markdown_row(cells: Sequence[str]) -> str:
 
 
 def csv_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Dictionaries with the same keys as CSV, the keys on the first line; None is an empty cell."""
+    """Dictionaries as CSV, all their keys on the first line; a missing value is an empty cell."""
+    columns = dict.fromkeys(key for row in rows for key in row)
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer = csv.DictWriter(text, list(columns), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
 
 
-def json_text(content: Any) -> str:
+def json_text(content: Any, *, ascii_only: bool = True) -> str:
     """Content as indented JSON that ends with a line break.
+
+    Args:
+        content: what `json.dumps` takes.
+        ascii_only: with escapes in place of all other characters.
 
     Raises:
         ValueError: a number is NaN or infinite, which JSON does not have.
     """
-    return json.dumps(content, indent=2, allow_nan=False) + "\n"
+    return json.dumps(content, indent=2, allow_nan=False, ensure_ascii=ascii_only) + "\n"
+
+
+def can_draw(encoding: str | None) -> bool:
+    """Whether an encoding has the characters that profiles and bars are drawn with."""
+    try:
+        (BARS + "⣿±│┤").encode(encoding or "utf-8")
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
+
+
+def in_ascii(text: str) -> str:
+    """The text with ASCII in place of every character that gradflow draws with.
+
+    A character that an encoding lacks would become a question mark. Bars are ` .:-=+*#` from low
+    to high, ± is `+/-`, 10⁷ is `10^7`; all other characters stay as they are.
+    """
+    return re.sub(f"[{_SUPERSCRIPTS}]+", r"^\g<0>", text).translate(_ASCII)
+
+
+def in_superscript(amount: int) -> str:
+    """A whole number in superscript digits: `⁻¹²`."""
+    return str(amount).translate(str.maketrans("0123456789-", _SUPERSCRIPTS))

@@ -9,7 +9,7 @@ import altair as alt
 import polars as pl
 
 from claims.predicted import Held
-from gradflow.showing.page.chart_theme import themed
+from gradflow.showing.page.chart_parts import themed
 
 COLUMNS, WIDTH, HEIGHT = 6, 100, 80
 TITLE = "Gradient by layer, measured and predicted, for every scheme with a theory"

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from gradflow.errors import UsageError
+from gradflow.text import can_draw, in_ascii
 
 Out = Annotated[Path, typer.Option(help="folder that runs are stored in")]
 Json = Annotated[
@@ -79,8 +80,6 @@ def write_text(target: str, text: str) -> None:
         UsageError: the file cannot be written.
     """
     if target == "-":
-        from gradflow.showing.terminal.printing import can_draw, in_ascii
-
         sys.stdout.write(text if can_draw(sys.stdout.encoding) else in_ascii(text))
         return
     try:

@@ -29,7 +29,7 @@ from gradflow.errors import MeasurementError, RunFolderError, UsageError
 from gradflow.specs.fields import check_choice
 from gradflow.specs.grid import DEFAULT_GRID, EXECUTORS, Cell, Grid, expand
 from gradflow.specs.parse_request import MODEL_FIELDS, STACK_FIELDS
-from gradflow.text import count
+from gradflow.text import can_draw, count
 
 if TYPE_CHECKING:
     from gradflow.judging.comparison import Comparison
@@ -266,19 +266,19 @@ def write_files(result: Comparison, targets: Targets) -> None:
     Raises:
         UsageError: a file cannot be written.
     """
-    from gradflow.showing import compare_formats
+    from gradflow.showing.formats import COMPARISON_FORMATS
 
     for name, target in targets.items():
         if target is not None:
-            write_text(target, getattr(compare_formats, f"as_{name}")(result))
+            write_text(target, COMPARISON_FORMATS[name](result))
 
 
 def show(result: Comparison) -> None:
     """The tables on stdout."""
     from rich.console import Console
 
-    from gradflow.showing.terminal.compare_tables import comparison_view
-    from gradflow.showing.terminal.printing import can_draw, print_view
+    from gradflow.showing.terminal.many_runs import comparison_view
+    from gradflow.showing.terminal.printing import print_view
 
     console = Console(highlight=False)
     print_view(comparison_view(result, drawn=can_draw(console.encoding)), console)

@@ -30,7 +30,6 @@ def report(
     quiet: Quiet = False,
 ) -> None:
     """Make one page of the stored runs: verdicts, charts, environment; measures nothing."""
-    from gradflow.judging import overview
     from gradflow.runs.reading import NothingToReadError, read_results
     from gradflow.showing.page import report
 
@@ -48,14 +47,17 @@ def report(
         if folder is not None:
             report.write_pictures(found, folder, kind)
     if markdown is not None:
-        write_text(markdown, overview.runs_as_markdown(found))
+        from gradflow.showing.formats import results_markdown
+
+        write_text(markdown, results_markdown(found))
     if markdown != "-" and not quiet:
         from rich.console import Console
 
+        from gradflow.showing.terminal.many_runs import results_view
         from gradflow.showing.terminal.printing import print_view
 
         console = Console()
-        print_view(overview.summary_view(found), console)
+        print_view(results_view(found), console)
         console.print(f"page: {page}", soft_wrap=True, markup=False, highlight=False)
 
 

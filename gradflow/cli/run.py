@@ -70,8 +70,8 @@ def show(found: Run) -> None:
     """Table, profile and verdict on stdout."""
     from rich.console import Console
 
+    from gradflow.showing.terminal.one_run import run_view
     from gradflow.showing.terminal.printing import print_view
-    from gradflow.showing.terminal.run_tables import run_view
 
     console = Console()
     print_view(run_view(found), console)

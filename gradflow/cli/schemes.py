@@ -22,10 +22,10 @@ def schemes(name: Name = None, *, depth: Depth = None, json: Json = None) -> Non
     check_target(json)
     if depth is not None and depth < 1:
         raise UsageError("--depth is a whole number of at least 1", depth, "use --depth 1 or more")
-    from gradflow.showing.terminal import scheme_pages as pages
+    from gradflow.showing.terminal import schemes as pages
 
-    depths = pages.DEPTHS if depth is None else (depth,)
-    found = None if name is None else pages.look_up(name)
+    depths = pages.CONSTANT_DEPTHS if depth is None else (depth,)
+    found = None if name is None else pages.find_scheme(name)
     if json is not None:
         text = pages.zoo_json() if found is None else pages.scheme_json(*found, depths)
         write_text(json, text)

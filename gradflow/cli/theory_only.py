@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any
 
 import typer
@@ -22,27 +21,28 @@ TheoryOnly = Annotated[
 def predict_run(given: dict[str, Any], target: str | None, *, quiet: bool) -> None:
     """What `run --theory-only` does."""
     from gradflow.judging.outlook import outlook
-    from gradflow.showing.terminal import outlook_tables
+    from gradflow.showing.formats import prediction_json
+    from gradflow.showing.terminal.predictions import prediction_view
 
-    found = outlook(*_stack(*specification(given)))
+    predicted = outlook(*_stack(*specification(given)))
     if target is not None:
-        text = json.dumps(outlook_tables.about(found), indent=2, allow_nan=False)
-        write_text(target, text + "\n")
+        write_text(target, prediction_json(predicted))
     if target != "-" and not quiet:
-        _show(outlook_tables.outlook_view(found))
+        _show(prediction_view(predicted))
 
 
 def predict_grid(grid: Grid, targets: Targets, *, quiet: bool) -> None:
     """What `compare --theory-only` does."""
     from gradflow.judging.outlook import outlook
-    from gradflow.showing.terminal import outlook_tables
+    from gradflow.showing.formats import PREDICTION_FORMATS
+    from gradflow.showing.terminal.predictions import predictions_view
 
-    found = [outlook(*_stack(cell.spec, cell.options)) for cell in grid.cells]
+    predicted = [outlook(*_stack(cell.spec, cell.options)) for cell in grid.cells]
     for name, target in targets.items():
         if target is not None:
-            write_text(target, getattr(outlook_tables, f"as_{name}")(found))
+            write_text(target, PREDICTION_FORMATS[name](predicted))
     if not quiet and "-" not in targets.values():
-        _show(outlook_tables.outlooks_view(found))
+        _show(predictions_view(predicted))
 
 
 def _stack(asked: Asked, options: RunOptions) -> tuple[StackSpec, RunOptions]:

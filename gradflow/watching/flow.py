@@ -19,8 +19,8 @@ from torch.distributed import ProcessGroup
 from gradflow.errors import UsageError
 from gradflow.runs import store
 from gradflow.runs.records import Run
+from gradflow.showing.terminal.one_run import run_view
 from gradflow.showing.terminal.printing import print_view
-from gradflow.showing.terminal.run_tables import run_view
 from gradflow.specs.run_options import RunOptions
 from gradflow.watching import graph_pool
 from gradflow.watching.calls import Pass

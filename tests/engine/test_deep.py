@@ -23,7 +23,7 @@ from gradflow.runs import store
 from gradflow.runs.disk_rows import Spool
 from gradflow.runs.records import Run
 from gradflow.runs.staging import STAGING
-from gradflow.showing.terminal.run_tables import end_rows, run_view
+from gradflow.showing.terminal.one_run import end_rows, run_view
 from gradflow.specs.run_options import RunOptions
 from gradflow.specs.stack import StackSpec
 

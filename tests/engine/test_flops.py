@@ -23,7 +23,7 @@ from gradflow.engine.timing import CpuClock, FakeClock, timed_pass
 from gradflow.measuring.cost_columns import with_times
 from gradflow.runs.records import TimeRecord, Timing
 from gradflow.runs.summary import Summary
-from gradflow.showing.terminal.run_tables import speed_lines
+from gradflow.showing.terminal.one_run import speed_lines
 from gradflow.specs.grid import Cell
 from gradflow.specs.run_options import RunOptions
 from gradflow.specs.stack import StackSpec

@@ -13,21 +13,20 @@ from records import layer_rows, run_of, spec_of
 from rich.console import Console
 
 from gradflow.judging.comparison import compare
-from gradflow.judging.overview import in_order, runs_as_markdown
 from gradflow.judging.training_outcome import combine, judge, running_mean, summary_of
 from gradflow.judging.verdict import summarise
 from gradflow.runs import store
 from gradflow.runs.reading import read_results
 from gradflow.runs.records import LayerRecord, Run, StepRecord
-from gradflow.showing.compare_formats import as_markdown
-from gradflow.showing.page.chart_rows import tables
-from gradflow.showing.page.chart_theme import picture_of
-from gradflow.showing.page.charts import CHARTS
+from gradflow.showing.formats import comparison_markdown, results_markdown
+from gradflow.showing.page.chart_parts import picture_of
+from gradflow.showing.page.chart_tables import chart_tables
+from gradflow.showing.page.charts import CHARTS, TRAINING_CHARTS
 from gradflow.showing.page.html_page import charts_of
 from gradflow.showing.page.report import page
-from gradflow.showing.page.training_charts import TRAINING_CHARTS
-from gradflow.showing.terminal.compare_tables import comparison_view
-from gradflow.showing.terminal.run_tables import run_view
+from gradflow.showing.sentences import design_by_design
+from gradflow.showing.terminal.many_runs import comparison_view
+from gradflow.showing.terminal.one_run import run_view
 from gradflow.specs.run_options import RunOptions
 
 # Floor 1 and chance 3: the gap is 2, so 1.2 closes nine tenths of it and 2.8 one tenth.
@@ -179,7 +178,7 @@ def test_the_report_tells_and_draws_training_where_there_was_some(tmp_path: Path
     text = page(both)
     assert 'id="training"' in text
     assert "Training converged at step 2: the loss ends at 1.100" in text
-    assert "Training converged at step 2" in runs_as_markdown(both)
+    assert "Training converged at step 2" in results_markdown(both)
     losses = both.losses.filter(pl.col("loss").is_not_null())
     assert losses["loss"].to_list() == [3.0, 2.0, 1.1]
     assert set(losses["loss_floor"]) == {FLOOR}
@@ -205,7 +204,7 @@ def test_damaged_steps_are_named(tmp_path: Path) -> None:
 def test_both_charts_can_be_drawn(tmp_path: Path) -> None:
     store.save(trained_run(seeds=2), tmp_path)
     results = read_results(tmp_path)
-    found = tables(results, in_order(results))
+    found = chart_tables(results, design_by_design(results))
     for name, drawing in TRAINING_CHARTS.items():
         spec = picture_of(drawing, found[drawing.table]).to_dict()
         drawn = vl_convert.vegalite_to_svg(spec)
@@ -224,5 +223,5 @@ def test_a_comparison_has_outcome_and_final_loss() -> None:
     assert "converged at step 2" in text
     assert "diverged at step 2" in text
     assert max(map(len, text.splitlines())) <= 80
-    assert "| converged at step 2 |" in as_markdown(found)
+    assert "| converged at step 2 |" in comparison_markdown(found)
     assert "outcome" not in text_of(comparison_view(compare([run_of()], run_of())))

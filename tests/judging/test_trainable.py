@@ -18,8 +18,13 @@ from gradflow.judging.theory_words import NOT_FINITE
 from gradflow.judging.trainable import TrainableDepth, trainable_depths
 from gradflow.measuring.theory_columns import TRAINED, with_theory
 from gradflow.runs.records import LayerRecord, Run
-from gradflow.showing.compare_formats import as_csv, as_json, as_markdown, rows_as_data
-from gradflow.showing.terminal.compare_tables import depth_lines
+from gradflow.showing.formats import (
+    comparison_csv,
+    comparison_json,
+    comparison_markdown,
+    comparison_rows,
+)
+from gradflow.showing.terminal.many_runs import depth_lines
 from gradflow.specs.run_options import RunOptions
 from gradflow.specs.stack import StackSpec
 from gradflow.theory import predict, total_decades
@@ -154,27 +159,27 @@ def test_every_output_shows_it() -> None:
     shown = judged(exponential(20), exponential(40), exponential(80))
     line = "about 30, between 20 and 40"
     assert line in depth_lines(shown)[0]
-    assert line in as_markdown(shown)
-    (stored,) = json.loads(as_json(shown))["trainable_depths"]
+    assert line in comparison_markdown(shown)
+    (stored,) = json.loads(comparison_json(shown))["trainable_depths"]
     assert (stored["healthy"], stored["lost"]) == (20, 40)
-    assert "trainable_depth,predicted_trainable_depth" in as_csv(shown)
-    (row, *_) = rows_as_data(shown)
+    assert "trainable_depth,predicted_trainable_depth" in comparison_csv(shown)
+    (row, *_) = comparison_rows(shown)
     assert row["trainable_depth"] == pytest.approx(30)
     assert row["predicted_trainable_depth"] is None
-    assert "Trainable" not in as_markdown(judged(exponential(20)))
+    assert "Trainable" not in comparison_markdown(judged(exponential(20)))
 
 
 def test_every_output_shows_the_prediction_beside_it() -> None:
     specs = [replace(plain_linear(0.5), depth=depth) for depth in (10, 20)]
     shown = judged(*(with_theory(run_of(spec, rows_by_theory(spec))) for spec in specs))
     assert depth_lines(shown)[0].endswith("; by theory 19")
-    assert "; by theory 19" in as_markdown(shown)
-    content = json.loads(as_json(shown))
+    assert "; by theory 19" in comparison_markdown(shown)
+    content = json.loads(comparison_json(shown))
     assert content["trainable_depths"][0]["predicted"] == 19
     for row in content["rows"]:
         assert row["predicted_trainable_depth"] == 19
         assert row["predicted_trainable_depth_at_least"] is False
-    first, *_ = csv.DictReader(io.StringIO(as_csv(shown)))
+    first, *_ = csv.DictReader(io.StringIO(comparison_csv(shown)))
     assert first["predicted_trainable_depth"] == "19"
 
 

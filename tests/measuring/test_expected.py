@@ -17,13 +17,13 @@ from records import layer_rows, run_of, spec_of
 
 from gradflow import measure, save
 from gradflow.judging.outlook import DEEPEST, NO_THEORY, Reach, healthy_reach, outlook
-from gradflow.judging.overview import sentence
 from gradflow.judging.theory_words import NOT_FINITE, agrees, theory_cell, theory_sentence
 from gradflow.measuring.theory_columns import with_theory
 from gradflow.runs.records import LayerRecord, Run
 from gradflow.runs.store import load
 from gradflow.runs.summary import Summary
-from gradflow.showing.terminal.run_tables import profile, verdict_lines
+from gradflow.showing.sentences import run_sentence
+from gradflow.showing.terminal.one_run import profile, verdict_lines
 from gradflow.specs.run_options import RunOptions
 from gradflow.specs.stack import StackSpec
 from gradflow.theory import predict, total_decades
@@ -152,7 +152,7 @@ def test_the_report_and_the_terminal_say_it() -> None:
     run = run_off_by(0.9)
     said = theory_sentence(run.summary)
     assert said.startswith("Not as theory predicts: 0.90 decades above it")
-    assert sentence(run).endswith(said)  # type: ignore[arg-type]
+    assert run_sentence(run).endswith(said)  # type: ignore[arg-type]
     assert said in [str(line) for line in verdict_lines(run.summary)]
 
 

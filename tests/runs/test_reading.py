@@ -22,12 +22,14 @@ from torch import nn
 
 import gradflow
 from gradflow.errors import RunFolderError, UsageError
-from gradflow.judging.overview import in_order, runs_as_markdown, summary_view
 from gradflow.runs import profiles, store
 from gradflow.runs.consistency import FINITE, NUMBERS, contradiction, first_broken, same_network
 from gradflow.runs.reading import read_results
 from gradflow.runs.records import LayerRecord, Run
-from gradflow.showing.page.chart_rows import ends, tables
+from gradflow.showing.formats import results_markdown
+from gradflow.showing.page.chart_tables import axis_ends, chart_tables
+from gradflow.showing.sentences import design_by_design
+from gradflow.showing.terminal.many_runs import results_view
 from gradflow.specs.run_options import RunOptions
 from gradflow.specs.stack import StackSpec
 from gradflow.text import LONGEST_TEXT, printable
@@ -382,7 +384,7 @@ def test_two_runs_of_one_key_are_both_read(tmp_path: Path) -> None:
     for width in (8, 128, 128):
         saved(tmp_path, run_of(spec_of(width=width)))
     results = read_results(tmp_path)
-    assert [name.copy for _, name in in_order(results)] == [1, 2, 1]
+    assert [name.copy for _, name in design_by_design(results)] == [1, 2, 1]
     _, first, second = sorted(results.runs, key=lambda run: run.spec.width)
     key = store.folder_key(first.path)
     assert results.notes == (
@@ -410,7 +412,7 @@ def test_many_runs_of_one_key_are_counted() -> None:
 def test_unknown_verdicts_are_read(tmp_path: Path) -> None:
     run = run_of()
     saved(tmp_path, replace(run, summary=replace(run.summary, verdict="chaotic")))
-    assert "chaotic" in runs_as_markdown(read_results(tmp_path))
+    assert "chaotic" in results_markdown(read_results(tmp_path))
 
 
 @pytest.fixture(scope="module")
@@ -425,10 +427,10 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def touch_everything(folder: Path) -> None:
     """Whatever a report does with runs, but for Altair."""
     results = read_results(folder)
-    runs_as_markdown(results)
-    summary_view(results)
-    found = tables(results, in_order(results))
-    ends(found["units"], ["log10_grad_norm", "low", "high"], 12, (-0.5, 0.5))
+    results_markdown(results)
+    results_view(results)
+    found = chart_tables(results, design_by_design(results))
+    axis_ends(found["units"], ["log10_grad_norm", "low", "high"], 12, (-0.5, 0.5))
     json.dumps([table.to_dict(as_series=False) for table in found.values()], allow_nan=False)
 
 

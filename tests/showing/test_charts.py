@@ -19,14 +19,20 @@ from hypothesis import strategies as st
 from PIL import Image
 from records import layer_rows, run_of, spec_of
 
-from gradflow.judging.overview import in_order
 from gradflow.runs import store
 from gradflow.runs.reading import read_results
 from gradflow.runs.records import LayerRecord
-from gradflow.showing.page.chart_parts import power_of_ten
-from gradflow.showing.page.chart_rows import FAR, ends, tables
-from gradflow.showing.page.chart_theme import DARK, LIGHT, SHAPES, WIDTH
-from gradflow.showing.page.charts import CHARTS, picture
+from gradflow.showing.page.chart_parts import (
+    CHART_WIDTH,
+    DARK,
+    LIGHT,
+    MARK_SHAPES,
+    picture_of,
+    power_of_ten,
+)
+from gradflow.showing.page.chart_tables import FAR, axis_ends, chart_tables
+from gradflow.showing.page.charts import CHARTS
+from gradflow.showing.sentences import design_by_design
 from gradflow.specs.run_options import RunOptions
 from gradflow.specs.stack import StackSpec
 
@@ -50,7 +56,7 @@ def found_tables(out: Path, *specs: tuple[StackSpec, float], **columns: Any) -> 
         given = {"act_cos": 0.5, "grad_cos": 0.1, **TIMES} | columns
         store.save(run_of(spec, rows(spec, slope, **given), options=RunOptions(seeds=2)), out)
     results = read_results(out)
-    return tables(results, in_order(results))
+    return chart_tables(results, design_by_design(results))
 
 
 @pytest.fixture
@@ -66,7 +72,7 @@ def drawn(tmp_path: Path) -> dict[str, pl.DataFrame]:
 
 
 def pixels(name: str, table: pl.DataFrame) -> np.ndarray:
-    png = vl_convert.vegalite_to_png(picture(name, table).to_json())
+    png = vl_convert.vegalite_to_png(picture_of(CHARTS[name], table).to_json())
     return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
 
 
@@ -87,13 +93,13 @@ def test_a_chart_draws_every_design_in_its_colour(
     colours = LIGHT[:2] if name == "time" else LIGHT[:3]
     for colour in colours:
         assert share_of(image, colour) > 50, colour
-    assert image.shape[1] > WIDTH
+    assert image.shape[1] > CHART_WIDTH
 
 
 @pytest.mark.parametrize("name", CHARTS)
 def test_a_chart_of_one_point_is_valid(name: str, tmp_path: Path) -> None:
     found = found_tables(tmp_path, (spec_of(depth=1), 0.0))
-    spec = picture(name, found[CHARTS[name].table]).to_dict()
+    spec = picture_of(CHARTS[name], found[CHARTS[name].table]).to_dict()
     assert spec["title"]["text"] == CHARTS[name].title
 
 
@@ -101,11 +107,11 @@ def test_a_chart_of_one_point_is_valid(name: str, tmp_path: Path) -> None:
 def test_a_chart_without_values_is_valid(name: str, tmp_path: Path) -> None:
     empty = dict.fromkeys(("act_rms", "act_cos", "grad_cos", "skip_gain", *TIMES), None)
     found = found_tables(tmp_path, (spec_of(), math.nan), **empty)
-    vl_convert.vegalite_to_vega(picture(name, found[CHARTS[name].table]).to_dict())
+    vl_convert.vegalite_to_vega(picture_of(CHARTS[name], found[CHARTS[name].table]).to_dict())
 
 
 def test_the_band_spans_the_seeds_and_theory_is_dashed(drawn: dict[str, pl.DataFrame]) -> None:
-    layers = picture("gradient", drawn["units"]).to_dict()["layer"]
+    layers = picture_of(CHARTS["gradient"], drawn["units"]).to_dict()["layer"]
     expected, band, theory, line, _ = layers
     assert (band["encoding"]["y"]["field"], band["encoding"]["y2"]["field"]) == ("low", "high")
     ends = [expected["encoding"][axis]["field"] for axis in ("y", "y2")]
@@ -116,7 +122,7 @@ def test_the_band_spans_the_seeds_and_theory_is_dashed(drawn: dict[str, pl.DataF
 
 
 def test_a_line_is_a_run_and_its_colour_a_design(drawn: dict[str, pl.DataFrame]) -> None:
-    *_, line, points = picture("gradient", drawn["units"]).to_dict()["layer"]
+    *_, line, points = picture_of(CHARTS["gradient"], drawn["units"]).to_dict()["layer"]
     assert line["encoding"]["detail"]["field"] == "run"
     for channel in ("color", "shape"):
         assert points["encoding"][channel]["field"] == "design"
@@ -125,7 +131,7 @@ def test_a_line_is_a_run_and_its_colour_a_design(drawn: dict[str, pl.DataFrame])
 
 
 def test_attention_and_ffn_have_dashes_of_their_own(drawn: dict[str, pl.DataFrame]) -> None:
-    line = picture("branch-gain", drawn["units"]).to_dict()["layer"][0]
+    line = picture_of(CHARTS["branch-gain"], drawn["units"]).to_dict()["layer"][0]
     dashes = line["encoding"]["strokeDash"]
     assert dashes["legend"]["values"] == ["attention", "ffn"]
     by_unit = dict(zip(dashes["scale"]["domain"], dashes["scale"]["range"], strict=True))
@@ -134,7 +140,7 @@ def test_attention_and_ffn_have_dashes_of_their_own(drawn: dict[str, pl.DataFram
 
 def test_stacks_of_one_unit_have_no_legend_of_units(tmp_path: Path) -> None:
     units = found_tables(tmp_path, (spec_of(), 0.0))["units"]
-    line = picture("skip-gain", units).to_dict()["layer"][0]
+    line = picture_of(CHARTS["skip-gain"], units).to_dict()["layer"][0]
     assert line["encoding"]["strokeDash"]["legend"] is None
 
 
@@ -170,22 +176,22 @@ def spread(*reaches: float) -> pl.DataFrame:
 
 
 def test_far_out_runs_are_left_outside() -> None:
-    assert ends(spread(1, -2, 3, 400), ["y"], 12, (-0.5, 0.5)) == (-2, 3)
-    assert ends(spread(1, -2, 3, 400), ["y"], None, (-0.5, 0.5)) == (-2, 400)
+    assert axis_ends(spread(1, -2, 3, 400), ["y"], 12, (-0.5, 0.5)) == (-2, 3)
+    assert axis_ends(spread(1, -2, 3, 400), ["y"], None, (-0.5, 0.5)) == (-2, 400)
 
 
 def test_what_is_near_is_never_far_out() -> None:
-    assert ends(spread(0.1, 0.1, 0.1, 11.9), ["y"], 12, (0, 1)) == (0, 11.9)
+    assert axis_ends(spread(0.1, 0.1, 0.1, 11.9), ["y"], 12, (0, 1)) == (0, 11.9)
 
 
 def test_where_all_are_far_out_none_is() -> None:
-    assert ends(spread(400, 500), ["y"], 12, (-0.5, 0.5)) == (-0.5, 500)
-    assert ends(spread(), ["y"], 12, (-0.5, 0.5)) == (-0.5, 0.5)
+    assert axis_ends(spread(400, 500), ["y"], 12, (-0.5, 0.5)) == (-0.5, 500)
+    assert axis_ends(spread(), ["y"], 12, (-0.5, 0.5)) == (-0.5, 0.5)
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=30), st.floats(0.1, 100))
 def test_at_least_half_of_the_runs_are_in_the_picture(values: list[float], near: float) -> None:
-    low, high = ends(spread(*values), ["y"], near, (0, 1))
+    low, high = axis_ends(spread(*values), ["y"], near, (0, 1))
     assert low <= 0 < 1 <= high
     assert 2 * sum(low <= value <= high for value in values) >= len(values)
     inner = [value for value in values if abs(value) <= near]
@@ -268,7 +274,7 @@ def test_lines_can_be_told_apart(palette: Sequence[str], sight: str) -> None:
 
 
 def test_colour_and_shape_together_tell_many_designs_apart() -> None:
-    many = len(LIGHT) * len(SHAPES)
-    pairs = {(LIGHT[i % len(LIGHT)], SHAPES[i % len(SHAPES)]) for i in range(many)}
+    many = len(LIGHT) * len(MARK_SHAPES)
+    pairs = {(LIGHT[i % len(LIGHT)], MARK_SHAPES[i % len(MARK_SHAPES)]) for i in range(many)}
     assert len(pairs) == many
     assert len(LIGHT) == len(DARK)

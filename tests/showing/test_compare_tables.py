@@ -16,15 +16,20 @@ from records import layer_rows, run_of, spec_of
 from rich.console import Console
 
 from gradflow.judging.comparison import Comparison, Ratio, compare
-from gradflow.showing.compare_formats import as_csv, as_json, as_markdown, rows_as_data
-from gradflow.showing.terminal.compare_columns import (
+from gradflow.showing.formats import (
+    comparison_csv,
+    comparison_json,
+    comparison_markdown,
+    comparison_rows,
+)
+from gradflow.showing.terminal.many_runs import (
+    comparison_view,
     cost_columns,
+    design_table,
     gradient_columns,
     ratio_cell,
     sparkline,
 )
-from gradflow.showing.terminal.compare_layout import table
-from gradflow.showing.terminal.compare_tables import comparison_view
 from gradflow.specs.stack import StackSpec
 
 
@@ -69,8 +74,8 @@ def test_theory_has_a_column_where_any_run_has_one() -> None:
     assert "+0.05 " in rows[0]
     assert "-0.50! " in rows[1]
     assert "theory: decades above what theory predicts" in " ".join(shown(result).split())
-    assert "| theory |" in as_markdown(result)
-    assert [row["theory_deviation"] for row in rows_as_data(result)] == [0.05, -0.5, None]
+    assert "| theory |" in comparison_markdown(result)
+    assert [row["theory_deviation"] for row in comparison_rows(result)] == [0.05, -0.5, None]
     bare = compare(runs[2:], runs[2])
     assert "theory" not in shown(bare)
 
@@ -96,12 +101,12 @@ def test_long_names_stand_above_their_rows() -> None:
 @given(result=comparisons())
 def test_80_columns_whatever_the_numbers_are(result: Comparison) -> None:
     for columns in (gradient_columns(result)[0], cost_columns(0.01)):
-        lines = table(result, columns).plain.split("\n")
+        lines = design_table(result, columns).plain.split("\n")
         assert max(map(len, lines)) <= 80
     shown(result)
-    as_csv(result)
-    as_markdown(result)
-    json.loads(as_json(result), parse_constant=pytest.fail)
+    comparison_csv(result)
+    comparison_markdown(result)
+    json.loads(comparison_json(result), parse_constant=pytest.fail)
 
 
 def test_the_middle_of_200_rows_is_counted() -> None:
@@ -149,7 +154,7 @@ def test_the_reference_and_the_noise_are_named() -> None:
 def test_the_star_is_explained_without_times_too() -> None:
     result = compare([run_of(spec_of(depth=2))], run_of())
     name = "the reference: residual, pre-norm, depth 3."
-    for text, star in ((shown(result), "*"), (as_markdown(result), "\\*")):
+    for text, star in ((shown(result), "*"), (comparison_markdown(result), "\\*")):
         words = " ".join(text.split())
         assert f"3{star} " in words
         assert words.count(f"{star} {name}") == 1
@@ -187,7 +192,7 @@ def test_profiles_have_at_most_eight_cells(profile: list[float]) -> None:
 
 
 def test_csv_has_a_row_for_each_run_and_misses_what_is_missing() -> None:
-    rows = list(csv.DictReader(io.StringIO(as_csv(seed_grid()))))
+    rows = list(csv.DictReader(io.StringIO(comparison_csv(seed_grid()))))
     assert len(rows) == 18
     assert rows[0]["norm"] == "post" or rows[0]["norm"] == "pre"
     assert rows[0]["loss"] == "cotangent"
@@ -198,28 +203,28 @@ def test_csv_has_a_row_for_each_run_and_misses_what_is_missing() -> None:
 
 def test_json_is_json_and_has_the_same_rows() -> None:
     result = seed_grid()
-    content = json.loads(as_json(result))
+    content = json.loads(comparison_json(result))
     assert [row["design"] for row in content["rows"]] == [row.design for row in result.rows]
     assert content["failures"] == []
 
 
 def test_json_has_the_failures() -> None:
     result = compare([], run_of(), failures=["a: out of memory"])
-    assert json.loads(as_json(result))["failures"] == ["a: out of memory"]
+    assert json.loads(comparison_json(result))["failures"] == ["a: out of memory"]
 
 
 def test_numbers_that_json_has_no_word_for_become_null() -> None:
     spec = spec_of(depth=1)
     lost = run_of(spec, list(layer_rows(spec, [math.nan, 0.0], nonfinite=1)))
     lost = replace(lost, summary=replace(lost.summary, total_log10_gain=math.nan))
-    text = as_json(compare([lost], lost))
+    text = comparison_json(compare([lost], lost))
     assert json.loads(text)["rows"][0]["total_log10_gain"] is None
     assert "NaN" not in text
 
 
 def test_markdown_has_the_answer_and_all_rows() -> None:
     runs = [timed_run(spec_of(depth=d), -0.1) for d in range(2, 52)]
-    lines = as_markdown(compare(runs, runs[0])).splitlines()
+    lines = comparison_markdown(compare(runs, runs[0])).splitlines()
     assert lines[0].startswith("In ")
     assert sum(line.startswith("| residual, pre-norm") for line in lines) == 100
     bars = {line.count("|") for line in lines if line.startswith("|")}

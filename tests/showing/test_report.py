@@ -24,18 +24,25 @@ from rich.console import Console
 
 from gradflow.cli.app import run_app
 from gradflow.errors import UsageError
-from gradflow.judging import overview
 from gradflow.judging.naming import names, shared
-from gradflow.judging.overview import answer, designs_through, in_order, sentence, times
 from gradflow.runs import store
 from gradflow.runs.reading import Results, read_results
 from gradflow.runs.summary import Summary
+from gradflow.showing.formats import results_markdown
 from gradflow.showing.page import html_page, report
-from gradflow.showing.page.chart_rows import Runs, tables
-from gradflow.showing.page.chart_theme import WIDTH
+from gradflow.showing.page.chart_parts import CHART_WIDTH
+from gradflow.showing.page.chart_tables import NamedRuns, chart_tables
 from gradflow.showing.page.charts import CHARTS
-from gradflow.showing.page.html_page import Shown, words
-from gradflow.showing.page.report import Limits, pick, selection
+from gradflow.showing.page.html_page import ShownRuns, words
+from gradflow.showing.page.report import PageLimits, pick, selection
+from gradflow.showing.sentences import (
+    answer,
+    design_by_design,
+    designs_through,
+    factor_in_words,
+    run_sentence,
+)
+from gradflow.showing.terminal.many_runs import results_view
 from gradflow.specs.run_options import RunOptions
 
 NASTY = "</script><script>alert(1)</script><!-- \"'&]]> ünï ∂ \u2028 \U0001f600"
@@ -164,7 +171,7 @@ def summary(verdict: str, decades: float | None = None, **fields: Any) -> Summar
 )
 def test_a_run_in_a_sentence(tmp_path: Path, found: Summary, told: str) -> None:
     store.save(replace(run_of(), summary=found), tmp_path)
-    assert sentence(read_results(tmp_path).runs[0]) == told
+    assert run_sentence(read_results(tmp_path).runs[0]) == told
 
 
 @pytest.mark.parametrize(
@@ -180,7 +187,7 @@ def test_a_run_in_a_sentence(tmp_path: Path, found: Summary, told: str) -> None:
     ],
 )
 def test_factors_in_words(decades: float, told: str) -> None:
-    assert times(decades) == told
+    assert factor_in_words(decades) == told
 
 
 def test_the_answer_comes_first(results: Results) -> None:
@@ -209,14 +216,14 @@ def test_the_shorter_list_of_designs_is_given(results: Results) -> None:
 
 
 def test_names_say_only_what_differs(results: Results) -> None:
-    designs = {name.design for _, name in in_order(results)}
+    designs = {name.design for _, name in design_by_design(results)}
     assert designs == {"residual, pre-norm", "residual, no norm", "plain, no norm"}
     assert "width 128" in shared(results.runs)
 
 
 def test_the_summary_fits_80_columns(results: Results) -> None:
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(overview.summary_view(results))
+    console.print(results_view(results))
     text = console.export_text()
     assert "In 3 of 6 runs" in text
     assert max(map(len, text.splitlines())) <= 80
@@ -232,7 +239,7 @@ def many(results: Results, count: int) -> Results:
 
 def test_a_long_summary_is_cut_in_the_middle(results: Results) -> None:
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(overview.summary_view(many(results, 1_000)))
+    console.print(results_view(many(results, 1_000)))
     text = console.export_text()
     assert "970 more" in text
     assert len(text.splitlines()) < 60
@@ -241,7 +248,7 @@ def test_a_long_summary_is_cut_in_the_middle(results: Results) -> None:
 def test_markdown_is_a_table_in_which_nothing_is_markup(results: Results) -> None:
     nasty = replace(results.runs[0].summary, verdict="a|b<c>", advice="d\\|e `f`")
     changed = replace(results, runs=(replace(results.runs[0], summary=nasty),))
-    lines = overview.runs_as_markdown(changed).splitlines()
+    lines = results_markdown(changed).splitlines()
     row = lines[-1]
     assert len(re.findall(r"(?<!\\)\|", row)) == len(re.findall(r"\|", lines[-2]))
     assert "<c>" not in row
@@ -252,7 +259,7 @@ def test_markdown_is_a_table_in_which_nothing_is_markup(results: Results) -> Non
 
 
 def test_every_design_and_verdict_comes_in_turn(results: Results) -> None:
-    runs = in_order(many(results, 600))
+    runs = design_by_design(many(results, 600))
     chosen = pick(runs, 8)
     kinds = [(run.summary.verdict, name.design) for run, name in chosen]
     assert len(set(kinds)) == 4
@@ -268,7 +275,7 @@ def test_rare_verdicts_and_all_kinds_of_designs_are_shown(results: Results) -> N
         replace(run, spec=replace(run.spec, width=8 + run.number // 6)) for run in found.runs
     ]
     changed[311] = replace(changed[311], summary=summary("dead"))
-    chosen = pick(in_order(replace(found, runs=tuple(changed))), 24)
+    chosen = pick(design_by_design(replace(found, runs=tuple(changed))), 24)
     assert len(chosen) == 24
     assert {run.summary.verdict for run, _ in chosen} == {
         "healthy",
@@ -280,7 +287,7 @@ def test_rare_verdicts_and_all_kinds_of_designs_are_shown(results: Results) -> N
     assert len({run.spec.width for run, _ in chosen}) > 12
 
 
-def in_same_order(chosen: Runs, runs: Runs) -> bool:
+def in_same_order(chosen: NamedRuns, runs: NamedRuns) -> bool:
     places = [runs.index(pair) for pair in chosen]
     return places == sorted(places)
 
@@ -288,23 +295,23 @@ def in_same_order(chosen: Runs, runs: Runs) -> bool:
 def test_runs_with_times_are_chosen_before_their_equals(results: Results) -> None:
     without = results.runs[0]
     timed = replace(without, number=1, summary=replace(without.summary, forward_s=1.0))
-    runs = in_order(replace(results, runs=(without, timed)))
+    runs = design_by_design(replace(results, runs=(without, timed)))
     assert [run.number for run, _ in pick(runs, 1)] == [1]
 
 
 def test_what_is_left_out_is_said(results: Results) -> None:
-    shown = selection(many(results, 3_000), Limits(listed=1_500, charted=100, drawn=24))
+    shown = selection(many(results, 3_000), PageLimits(listed=1_500, charted=100, drawn=24))
     lines = words(many(results, 3_000), shown)["left_out"]
     assert "lists 1,500 of 3,000 runs" in lines[0]
     assert "hold 100 of 3,000 runs" in lines[1]
     assert "24 of 100 runs" in lines[2]
-    assert words(results, selection(results, Limits()))["left_out"] == []
+    assert words(results, selection(results, PageLimits()))["left_out"] == []
 
 
 def test_thinned_layers_are_said(tmp_path: Path) -> None:
     save(tmp_path, depth=300)
     found = read_results(tmp_path)
-    lines = words(found, selection(found, Limits()))["left_out"]
+    lines = words(found, selection(found, PageLimits()))["left_out"]
     assert lines == [
         (
             "Of stacks deeper than 120 layers, lines show about 120: evenly spaced, and those with "
@@ -315,9 +322,9 @@ def test_thinned_layers_are_said(tmp_path: Path) -> None:
 
 
 def test_the_page_shrinks_until_it_fits(results: Results, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Shown] = []
+    seen: list[ShownRuns] = []
 
-    def render(_: Results, shown: Shown) -> str:
+    def render(_: Results, shown: ShownRuns) -> str:
         seen.append(shown)
         return "x" * 100 * len(shown.listed)
 
@@ -412,8 +419,8 @@ def test_missing_numbers_are_empty_and_no_number_is_lost(tmp_path: Path) -> None
     rows = list(layer_rows(spec_of(), [float("nan"), 1.0, 0.5, 0.0]))
     store.save(run_of(layers=rows), tmp_path)
     found = read_results(tmp_path)
-    shown = selection(found, Limits())
-    table = tables(found, shown.charted)["units"].to_dict(as_series=False)
+    shown = selection(found, PageLimits())
+    table = chart_tables(found, shown.charted)["units"].to_dict(as_series=False)
     assert table["log10_grad_norm"] == [None, 1.0, 0.5, 0.0]
     assert words(found, shown)["rows"][0]["cells"][1] == ("", None)
     json.dumps(table, allow_nan=False)
@@ -423,7 +430,7 @@ def test_environments_are_grouped(tmp_path: Path) -> None:
     for i, torch in enumerate(["2.12", "2.13", "2.13"]):
         spec = spec_of(width=8 + i)
         store.save(run_of(spec, environment=ENVIRONMENT | {"torch": torch}), tmp_path)
-    found = words(read_results(tmp_path), Shown((), (), ()))["environments"]
+    found = words(read_results(tmp_path), ShownRuns((), (), ()))["environments"]
     assert found["counts"] == ["2 runs", "1 run"]
     assert ("torch", ["2.13", "2.12"]) in found["rows"]
     assert ("threads", ["1", "1"]) in found["rows"]
@@ -543,7 +550,7 @@ def test_markdown_on_stdout_is_nothing_but_markdown(
     save_grid(tmp_path)
     assert command("--results", tmp_path, "--markdown", "-") == 0
     out = capsys.readouterr().out
-    assert out == overview.runs_as_markdown(read_results(tmp_path))
+    assert out == results_markdown(read_results(tmp_path))
 
 
 @pytest.mark.usefixtures("short_page")
@@ -564,7 +571,7 @@ def test_every_output_has_a_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_pictures_are_twice_as_fine_as_the_screen(tmp_path: Path, results: Results) -> None:
     for file in report.write_pictures(results, tmp_path, "png"):
         with Image.open(file) as image:
-            assert image.width > 2 * WIDTH, file
+            assert image.width > 2 * CHART_WIDTH, file
 
 
 @pytest.mark.parametrize("made", [True, False])
@@ -625,5 +632,5 @@ def test_help_imports_nothing_that_only_a_report_needs() -> None:
 def test_options_are_kept(tmp_path: Path) -> None:
     store.save(run_of(options=RunOptions(vanishing=2.0)), tmp_path)
     found = read_results(tmp_path)
-    table = tables(found, in_order(found))["depths"]
+    table = chart_tables(found, design_by_design(found))["depths"]
     assert table["vanishing", "exploding"].rows() == [(-2.0, 3.0)]

@@ -14,7 +14,7 @@ from user_files import scheme_file
 
 from gradflow.runs.store import load, run_folders
 from gradflow.schemes import SCHEMES
-from gradflow.showing.terminal.scheme_pages import constants
+from gradflow.showing.terminal.schemes import scheme_constants
 from gradflow.specs.block_kinds import BLOCKS
 
 README = (Path(__file__).parent.parent.parent / "README.md").read_text(encoding="utf-8")
@@ -120,7 +120,7 @@ def test_attnres_says_how_closely_it_is_pre_ln(cli: CommandLine) -> None:
 
 
 def test_a_scheme_without_constants_has_no_table() -> None:
-    assert all(not row.values for row in constants(SCHEMES["pre-ln"], (12,)))
+    assert all(not row.values for row in scheme_constants(SCHEMES["pre-ln"], (12,)))
 
 
 def test_json_is_the_zoo_and_nothing_else(cli: CommandLine, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from rich.cells import cell_len
 from rich.console import Console, RenderableType
 
 from gradflow.runs.records import LayerRecord, Run, TimeRecord
-from gradflow.showing.terminal.run_tables import (
+from gradflow.showing.terminal.one_run import (
     cost_lines,
     layer_table,
     mean_rows,

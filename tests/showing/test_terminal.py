@@ -17,15 +17,21 @@ import gradflow
 from gradflow.cli.common import write_text
 from gradflow.judging.comparison import Comparison
 from gradflow.runs import store
-from gradflow.showing.compare_formats import as_markdown
-from gradflow.showing.terminal.compare_columns import ascii_columns, cost_columns, gradient_columns
-from gradflow.showing.terminal.compare_layout import table
-from gradflow.showing.terminal.compare_tables import comparison_view
-from gradflow.showing.terminal.printing import ASCII_BARS, BARS, can_draw, in_ascii, print_view
-from gradflow.showing.terminal.run_tables import run_view
+from gradflow.showing.formats import comparison_markdown
+from gradflow.showing.terminal.many_runs import (
+    ascii_columns,
+    comparison_view,
+    cost_columns,
+    design_table,
+    gradient_columns,
+)
+from gradflow.showing.terminal.one_run import run_view
+from gradflow.showing.terminal.printing import print_view
+from gradflow.text import ASCII_BARS, BARS, can_draw, in_ascii
 
 DRAWN = sorted(Path(gradflow.__file__).parent.glob("showing/**/*.py"))
-SAYING = sorted(Path(gradflow.__file__).parent.glob("judging/*.py"))
+PACKAGE = Path(gradflow.__file__).parent
+SAYING = [*sorted(PACKAGE.glob("judging/*.py")), PACKAGE / "text.py"]
 
 
 def console_of(encoding: str) -> Console:
@@ -95,7 +101,7 @@ def test_a_comparison_is_drawn_in_ascii_and_its_columns_stay() -> None:
 @given(result=comparisons())
 def test_80_columns_in_ascii_whatever_the_numbers_are(result: Comparison) -> None:
     for columns in (gradient_columns(result)[0], cost_columns(0.01)):
-        text = table(result, ascii_columns(columns)).plain
+        text = design_table(result, ascii_columns(columns)).plain
         assert max(map(len, text.split("\n"))) <= 80
         assert text.isascii()
 
@@ -112,6 +118,6 @@ def test_the_commands_draw_in_ascii(tmp_path: Path) -> None:
 def test_markdown_on_such_a_stdout_is_ascii(monkeypatch: pytest.MonkeyPatch) -> None:
     stdout = console_of("ascii").file
     monkeypatch.setattr(sys, "stdout", stdout)
-    write_text("-", as_markdown(seed_grid()))
+    write_text("-", comparison_markdown(seed_grid()))
     stdout.seek(0)
     assert "+/-" in stdout.read()

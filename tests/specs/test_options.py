@@ -17,7 +17,7 @@ from gradflow.judging.gate import against_baseline
 from gradflow.judging.naming import names, shared
 from gradflow.runs.records import Run
 from gradflow.runs.store import save
-from gradflow.showing.compare_formats import as_csv
+from gradflow.showing.formats import comparison_csv
 from gradflow.specs.fields import deciding, options_of
 from gradflow.specs.grid import Cell
 from gradflow.specs.model_request import ModelRequest
@@ -69,7 +69,7 @@ def test_an_option_that_decides_numbers_is_heard_everywhere(name: str) -> None:
     assert first.design != second.design
     with pytest.raises(BaselineError, match=f"another network: {name} "):
         against_baseline(run, other, 0.1)
-    rows = list(csv.DictReader(io.StringIO(as_csv(compare([run, other], run)))))
+    rows = list(csv.DictReader(io.StringIO(comparison_csv(compare([run, other], run)))))
     assert rows[0][name] != rows[1][name]
     cell = Cell(spec_of(), other.options)
     assert _same_numbers(other, cell, ENVIRONMENT)
@@ -105,7 +105,7 @@ def test_a_stack_beside_a_model_has_words_names_and_a_table(tmp_path: Path) -> N
         assert len({name.run for name in names(runs)}) == 2
         assert "seed 0" in shared(runs)
         saved = [save(run, tmp_path) for run in runs]
-        text = as_csv(compare(saved, saved[0]))
+        text = comparison_csv(compare(saved, saved[0]))
         rows = list(csv.DictReader(io.StringIO(text)))
         assert sorted((row["model"], row["block"]) for row in rows) == [
             ("", "mlp"),

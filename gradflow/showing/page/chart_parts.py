@@ -1,4 +1,4 @@
-"""What charts have in common: a table and words, axes, legends, and what a page steers them by.
+"""What charts have in common: axes, legends, colours, and the parameters a page steers them by.
 
 A page steers a chart by three parameters: `listed`, the designs in the legend; `bottom` and `top`,
 the ends of the vertical axis, or null.
@@ -14,14 +14,28 @@ from typing import Any
 import altair as alt
 import polars as pl
 
-from gradflow.showing.page.chart_rows import ends
+from gradflow.showing.page.chart_tables import axis_ends
 
-FADED = 0.06
-
+# Six hues that dichromats can tell apart, each at least 3:1 against its background. Shapes repeat
+# what colours say and go on where these come round again: 6 and 7 have no common divisor.
+LIGHT = ("#0072b2", "#d55e00", "#009e73", "#8a2be2", "#6d0a1f", "#14145a")
+DARK = ("#2aa7e8", "#d56400", "#009e73", "#b066ff", "#ffcdd6", "#d9e35a")
+MARK_SHAPES = (
+    "circle",
+    "square",
+    "triangle-up",
+    "diamond",
+    "cross",
+    "triangle-down",
+    "triangle-right",
+)
+_INK, _PAPER = "#24292f", "white"
+CHART_WIDTH, CHART_HEIGHT, BAR = 720, 320, 20
+_FONT = "system-ui, 'DejaVu Sans', sans-serif"
+DASHED = [5, 4]
+_FADED = 0.06
 # Pixels of a legend entry, and of a letter in it.
-ENTRY, LETTER = 40, 6
-
-Table = pl.DataFrame
+_ENTRY, _LETTER = 40, 6
 
 
 @dataclass(frozen=True)
@@ -34,7 +48,7 @@ class Drawing:
         table: `units`, `depths` or `times`.
         columns: those it draws, the first one on the vertical axis, with their headings.
         draw: makes the chart of that table.
-        near, seen: of the vertical axis, see `chart_rows.ends`.
+        near, seen: of the vertical axis, see `chart_tables.axis_ends`.
         bars: it has a line of text for each value of the column `bar`, and grows with them.
     """
 
@@ -42,7 +56,7 @@ class Drawing:
     text: str
     table: str
     columns: dict[str, str]
-    draw: Callable[[Table], alt.LayerChart]
+    draw: Callable[[pl.DataFrame], alt.LayerChart]
     near: float | None = None
     seen: tuple[float, float] = (0, 1.05)
     bars: bool = False
@@ -74,16 +88,16 @@ def zoom() -> alt.Parameter:
     return alt.selection_interval(name="zoom", bind="scales", zoom="wheel![event.ctrlKey]")
 
 
-def steering(table: Table, drawing: Drawing) -> list[alt.Parameter]:
+def steering(table: pl.DataFrame, drawing: Drawing) -> list[alt.Parameter]:
     """The parameters by which a page steers a chart."""
-    bottom, top = ends(table, drawing.span, drawing.near, drawing.seen)
+    bottom, top = axis_ends(table, drawing.span, drawing.near, drawing.seen)
     axis = [alt.param(name="bottom", value=bottom), alt.param(name="top", value=top)]
     return [alt.param(name="listed", value=_designs(table)), *axis]
 
 
 def faded(opacity: float) -> Any:
     """This opacity for what is chosen."""
-    return alt.when(chosen()).then(alt.value(opacity)).otherwise(alt.value(FADED))
+    return alt.when(chosen()).then(alt.value(opacity)).otherwise(alt.value(_FADED))
 
 
 def layer_axis() -> alt.X:
@@ -93,27 +107,27 @@ def layer_axis() -> alt.X:
     return alt.X("x:Q", title="layer (0 is the input)", axis=axis, scale=alt.Scale(nice=False))
 
 
-def _designs(table: Table) -> list[str]:
+def _designs(table: pl.DataFrame) -> list[str]:
     return table["design"].unique(maintain_order=True).to_list()
 
 
-def design_colour(table: Table) -> alt.Color:
+def design_colour(table: pl.DataFrame) -> alt.Color:
     """A colour for each design, with its legend."""
     # The same domain for colour and shape makes one legend of the two.
     return alt.Color("design:N", title=None, scale=_scale(table), legend=_legend(table))
 
 
-def design_shape(table: Table) -> alt.Shape:
+def design_shape(table: pl.DataFrame) -> alt.Shape:
     """A shape for each design, in the same legend."""
     return alt.Shape("design:N", title=None, scale=_scale(table), legend=_legend(table))
 
 
-def _scale(table: Table) -> alt.Scale:
+def _scale(table: pl.DataFrame) -> alt.Scale:
     return alt.Scale(domain=_designs(table))
 
 
-def _legend(table: Table) -> alt.Legend:
-    entry = ENTRY + LETTER * max(map(len, _designs(table)), default=0)
+def _legend(table: pl.DataFrame) -> alt.Legend:
+    entry = _ENTRY + _LETTER * max(map(len, _designs(table)), default=0)
     columns = alt.ExprRef(f"max(1, floor(width / {entry}))")
     return alt.Legend(values=alt.ExprRef("listed"), columns=columns)
 
@@ -144,3 +158,49 @@ def power_of_ten(exponent: str) -> str:
     )
     plain = f"abs({exponent}) < 4 && {exponent} % 1 != 0"
     return f"{plain} ? format(pow(10, {exponent}), '.2~g') : '10' + {high}"
+
+
+def themed(
+    chart: alt.LayerChart, ink: str = _INK, paper: str = _PAPER, colours: tuple[str, ...] = LIGHT
+) -> alt.LayerChart:
+    """The same chart in these colours."""
+    text: dict[str, Any] = {"labelColor": ink, "titleColor": ink, "titleFontWeight": "normal"}
+    axis = alt.AxisConfig(
+        **text,
+        labelFontSize=12,
+        titleFontSize=12,
+        gridColor=ink,
+        gridOpacity=0.12,
+        domainColor=ink,
+        tickColor=ink,
+    )
+    legend = alt.LegendConfig(
+        **text,
+        labelFontSize=12,
+        labelLimit=330,
+        orient="bottom",
+        columnPadding=16,
+        symbolOpacity=1,
+        symbolLimit=0,
+    )
+    # In one go: every configure_... of Altair copies the chart.
+    return chart.configure(
+        background=paper,
+        font=_FONT,
+        aria=False,
+        range=alt.RangeConfig(category=list(colours), symbol=list(MARK_SHAPES)),
+        axis=axis,
+        legend=legend,
+        title=alt.TitleConfig(color=ink, subtitleColor=ink, anchor="start", fontSize=16),
+        rule=alt.MarkConfig(color=ink),
+        view=alt.ViewConfig(stroke=None),
+    )
+
+
+def picture_of(drawing: Drawing, table: pl.DataFrame) -> alt.LayerChart:
+    """The same for a chart of any kind."""
+    title = alt.TitleParams(drawing.title, subtitle=drawing.text.split(". ")[0], limit=CHART_WIDTH)
+    chart = drawing.draw(table).properties(title=title, width=CHART_WIDTH)
+    if not drawing.bars:
+        chart = chart.properties(height=CHART_HEIGHT)
+    return themed(chart)

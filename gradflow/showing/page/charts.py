@@ -1,6 +1,6 @@
 """Charts of many runs: a data frame in, an Altair chart out; nothing is drawn or written here.
 
-Every chart takes one of the tables of `chart_rows`, all of which have the columns `run` and
+Every chart takes one of the tables of `chart_tables`, all of which have the columns `run` and
 `design`, so that a page can exchange the rows of all charts at once. A design has one colour and
 one shape; runs of one design differ in depth, and that is where their lines end.
 """
@@ -10,10 +10,12 @@ from __future__ import annotations
 from typing import Any
 
 import altair as alt
+import polars as pl
 
 from gradflow.showing.page.chart_parts import (
+    BAR,
+    DASHED,
     Drawing,
-    Table,
     chosen,
     design_colour,
     design_shape,
@@ -26,10 +28,12 @@ from gradflow.showing.page.chart_parts import (
     steering,
     zoom,
 )
-from gradflow.showing.page.chart_theme import BAR, DASH, picture_of
+
+# Beyond these powers of ten all are the same colour, or one dead run would hide the others.
+_COLDEST, _HOTTEST = -12, 6
 
 
-def gradient(units: Table) -> alt.LayerChart:
+def _gradient(units: pl.DataFrame) -> alt.LayerChart:
     """The gradient norm over the layers: a line per run with its seeds, theory with its band."""
     title = "gradient norm |dL/dy|"
     y = power_axis("log10_grad_norm", title)
@@ -51,35 +55,35 @@ def gradient(units: Table) -> alt.LayerChart:
     )
 
 
-def skip_gain(units: Table) -> alt.LayerChart:
+def _skip_gain(units: pl.DataFrame) -> alt.LayerChart:
     """The part of the gain that passes the shortcut: the 1 of 1 + f'."""
     return _by_unit(units, "skip-gain", "skip gain")
 
 
-def branch_gain(units: Table) -> alt.LayerChart:
+def _branch_gain(units: pl.DataFrame) -> alt.LayerChart:
     """The part of the gain that passes the branch: the f' of 1 + f'."""
     return _by_unit(units, "branch-gain", "branch gain")
 
 
-def token_cosine(units: Table) -> alt.LayerChart:
+def _token_cosine(units: pl.DataFrame) -> alt.LayerChart:
     """The mean cosine between the tokens of y: 1 where all have become the same."""
     y = number_axis("act_cos", "cosine between tokens")
     return layered(*_lines(units, y, "token-cosine"))
 
 
-def gradient_cosine(units: Table) -> alt.LayerChart:
+def _gradient_cosine(units: pl.DataFrame) -> alt.LayerChart:
     """The mean cosine between the gradients of samples: 0 where they are shattered."""
     y = number_axis("grad_cos", "cosine between gradients")
     return layered(*_lines(units, y, "gradient-cosine"))
 
 
-def activation(units: Table) -> alt.LayerChart:
+def _activation(units: pl.DataFrame) -> alt.LayerChart:
     """The size of the stream over the layers."""
     y = power_axis("log10_act_rms", "root mean square of y")
     return layered(*_lines(units, y, "activation"))
 
 
-def depth(depths: Table) -> alt.LayerChart:
+def _depth(depths: pl.DataFrame) -> alt.LayerChart:
     """The total gain against depth, a line per design; dashed lines bound what is healthy."""
     ticks = sorted(depths["depth"].unique())
     x = alt.X(
@@ -105,31 +109,36 @@ def depth(depths: Table) -> alt.LayerChart:
     return layered(*rules, line.encode(**series, opacity=faded(0.9)), steered)
 
 
-def time(times: Table) -> alt.LayerChart:
+def _time(times: pl.DataFrame) -> alt.LayerChart:
     """The time of one unit, forward and backward: the median over the layers."""
-    # On a page never more than half of its width, for the bars need some too.
-    limit = alt.ExprRef("max(140, min(420, (containerSize()[0] || 1000) * 0.45))")
-    y = alt.Y("bar:N", title=None, sort=None, axis=alt.Axis(labelLimit=limit, ticks=False))
     x = alt.X("ms:Q", title="milliseconds per unit", axis=alt.Axis(format="~g", tickCount=8))
     colour = alt.Color("pass:N", title=None, sort=["forward", "backward"])
     hints = [alt.Tooltip("bar:N", title="run"), alt.Tooltip("pass:N"), hint("ms", "ms")]
     bars = alt.Chart(times).mark_bar(height=alt.RelativeBandSize(0.7))
     order = alt.Order("pass:N", sort="descending")
-    encoded = bars.encode(x=x, y=y, color=colour, order=order, tooltip=hints)
+    encoded = bars.encode(x=x, y=_bar_axis(), color=colour, order=order, tooltip=hints)
     return layered(encoded).properties(height=BAR * times["bar"].n_unique())
 
 
-def _by_unit(units: Table, name: str, title: str) -> alt.LayerChart:
+def _bar_axis() -> alt.Y:
+    """A line of text for each bar, on a page at most about half of its width."""
+    limit = alt.ExprRef("max(140, min(420, (containerSize()[0] || 1000) * 0.45))")
+    return alt.Y("bar:N", title=None, sort=None, axis=alt.Axis(labelLimit=limit, ticks=False))
+
+
+def _by_unit(units: pl.DataFrame, name: str, title: str) -> alt.LayerChart:
     """One line per run and kind of unit: in a transformer both have gains of their own."""
     kinds = units["unit"].unique(maintain_order=True).to_list()
     two = {"attention", "ffn"} <= set(kinds)
-    scale = alt.Scale(domain=kinds, range=[DASH if two and k == "ffn" else [1, 0] for k in kinds])
+    scale = alt.Scale(domain=kinds, range=[DASHED if two and k == "ffn" else [1, 0] for k in kinds])
     legend = alt.Legend(orient="top", symbolType="stroke", values=["attention", "ffn"])
     dash = alt.StrokeDash("unit:N", title=None, scale=scale, legend=legend if two else None)
     return layered(*_lines(units, number_axis(CHARTS[name].value, title), name, strokeDash=dash))
 
 
-def _lines(units: Table, y: alt.Y, name: str, **of_lines: Any) -> tuple[alt.Chart, alt.Chart]:
+def _lines(
+    units: pl.DataFrame, y: alt.Y, name: str, **of_lines: Any
+) -> tuple[alt.Chart, alt.Chart]:
     """A line per run with a few marks on it; all its points appear under the pointer."""
     series = {"x": layer_axis(), "y": y, "color": design_colour(units)}
     line = alt.Chart(units).mark_line(strokeWidth=1.8, clip=True)
@@ -154,6 +163,45 @@ def _lines(units: Table, y: alt.Y, name: str, **of_lines: Any) -> tuple[alt.Char
     )
 
 
+def _loss(losses: pl.DataFrame) -> alt.LayerChart:
+    """The loss over the steps: a line per run, a band over its seeds, its floor dashed."""
+    drawing, title = TRAINING_CHARTS["loss"], "cross-entropy in nats"
+    x = alt.X("step:Q", title="step", axis=alt.Axis(format=",d", grid=False, tickMinStep=1))
+    series = {"x": x, "color": design_colour(losses), "detail": "run:N"}
+    band = alt.Chart(losses).mark_area(fillOpacity=0.2, clip=True)
+    floor = alt.Chart(losses).mark_line(strokeDash=DASHED, strokeWidth=1.5, clip=True)
+    line = alt.Chart(losses).mark_line(strokeWidth=1.8, clip=True)
+    hints = [hint(column, words) for column, words in drawing.columns.items()]
+    drawn = line.encode(
+        **series,
+        y=number_axis("loss", title),
+        opacity=faded(0.9),
+        tooltip=[alt.Tooltip("run:N"), alt.Tooltip("step:Q"), *hints],
+    )
+    return layered(
+        band.encode(**series, y=number_axis("low", title), y2="high:Q", opacity=faded(1)),
+        floor.encode(**series, y=number_axis("loss_floor", title), opacity=faded(0.9)),
+        drawn.add_params(chosen(), zoom(), *steering(losses, drawing)),
+    )
+
+
+def _heat(heats: pl.DataFrame) -> alt.LayerChart:
+    """The gradient norm by layer and step: a strip per run and layer."""
+    x = alt.X("step:Q", title="step", axis=alt.Axis(format=",d"), scale=alt.Scale(nice=False))
+    colour = alt.Color(
+        "shown:Q", title="log10 |dL/dy|", scale=alt.Scale(scheme="viridis"), legend=alt.Legend()
+    )
+    hints = [
+        alt.Tooltip("bar:N", title="run"),
+        alt.Tooltip("step:Q"),
+        hint("log10_grad_norm", "log10 |dL/dy|"),
+    ]
+    shown = f"clamp(datum.log10_grad_norm, {_COLDEST}, {_HOTTEST})"
+    cells = alt.Chart(heats).transform_calculate(shown=shown).mark_rect()
+    encoded = cells.encode(x=x, x2="until:Q", y=_bar_axis(), color=colour, tooltip=hints)
+    return layered(encoded).properties(height=BAR * heats["bar"].n_unique())
+
+
 CHARTS: dict[str, Drawing] = {
     "gradient": Drawing(
         "Gradient norm over the layers",
@@ -167,7 +215,7 @@ CHARTS: dict[str, Drawing] = {
             "high": "highest seed",
             "theory_log10_grad_norm": "theory",
         },
-        gradient,
+        _gradient,
         near=12,
         seen=(-0.5, 0.5),
     ),
@@ -177,7 +225,7 @@ CHARTS: dict[str, Drawing] = {
         "identity and 0 without a shortcut.",
         "units",
         {"skip_gain": "skip gain"},
-        skip_gain,
+        _skip_gain,
         near=4,
     ),
     "branch-gain": Drawing(
@@ -186,7 +234,7 @@ CHARTS: dict[str, Drawing] = {
         "it has to stay well below 1.",
         "units",
         {"branch_gain": "branch gain"},
-        branch_gain,
+        _branch_gain,
         near=4,
     ),
     "depth": Drawing(
@@ -195,7 +243,7 @@ CHARTS: dict[str, Drawing] = {
         "fall or rise is exponential in depth; dashed lines bound the healthy range.",
         "depths",
         {"total_log10_gain": "log10 of the total gain"},
-        depth,
+        _depth,
         near=12,
         seen=(-0.5, 0.5),
     ),
@@ -205,7 +253,7 @@ CHARTS: dict[str, Drawing] = {
         "carry the same: the rank has collapsed.",
         "units",
         {"act_cos": "cosine between tokens"},
-        token_cosine,
+        _token_cosine,
     ),
     "gradient-cosine": Drawing(
         "Cosine between the gradients of samples",
@@ -213,7 +261,7 @@ CHARTS: dict[str, Drawing] = {
         "noise: it has shattered.",
         "units",
         {"grad_cos": "cosine between gradients"},
-        gradient_cosine,
+        _gradient_cosine,
     ),
     "activation": Drawing(
         "Growth of the activations",
@@ -221,7 +269,7 @@ CHARTS: dict[str, Drawing] = {
         "later layers and may leave the number format.",
         "units",
         {"log10_act_rms": "log10 rms of y"},
-        activation,
+        _activation,
         near=12,
         seen=(-0.5, 0.5),
     ),
@@ -231,12 +279,31 @@ CHARTS: dict[str, Drawing] = {
         "the same environment.",
         "times",
         {"ms": "milliseconds"},
-        time,
+        _time,
+        bars=True,
+    ),
+}
+TRAINING_CHARTS: dict[str, Drawing] = {
+    "loss": Drawing(
+        "Loss over the steps",
+        "Cross-entropy of batches that were not seen before, the mean over the seeds; the band "
+        "spans them. The dashed line is the smallest loss that any model can have.",
+        "losses",
+        {"loss": "loss", "low": "lowest seed", "high": "highest seed", "loss_floor": "floor"},
+        _loss,
+        near=8,
+        seen=(0, 1),
+    ),
+    "heat": Drawing(
+        "Gradient norm by layer and step",
+        "The input on top, the last layer below, steps to the right. A dark strip gets little "
+        "gradient. Gaps are gradients that are zero or not finite.",
+        "heats",
+        {"log10_grad_norm": "log10 |dL/dy|"},
+        _heat,
         bars=True,
     ),
 }
 
-
-def picture(name: str, table: Table) -> alt.LayerChart:
-    """The chart as it stands alone: with its title, on paper, far-out runs left out."""
-    return picture_of(CHARTS[name], table)
+# A chart of training is shown only where there was a training.
+ALL_CHARTS = CHARTS | TRAINING_CHARTS

@@ -24,19 +24,23 @@ from markupsafe import Markup
 
 import gradflow
 from gradflow.judging.naming import names, shared
-from gradflow.judging.overview import HEALTHY, SAYINGS, answer, designs_through, sentence
 from gradflow.runs.reading import Results, StoredRun
-from gradflow.showing.page.chart_parts import Drawing
-from gradflow.showing.page.chart_rows import FAR, Runs, tables
-from gradflow.showing.page.chart_theme import BAR, DARK, HEIGHT, LIGHT, themed
-from gradflow.showing.page.charts import CHARTS
-from gradflow.showing.page.training_charts import ALL_CHARTS
+from gradflow.showing.page.chart_parts import BAR, CHART_HEIGHT, DARK, LIGHT, Drawing, themed
+from gradflow.showing.page.chart_tables import FAR, NamedRuns, chart_tables
+from gradflow.showing.page.charts import ALL_CHARTS, CHARTS
+from gradflow.showing.sentences import (
+    HEALTHY,
+    SAYINGS,
+    answer,
+    designs_through,
+    run_sentence,
+)
 from gradflow.text import count, milliseconds, number, printable, signed
 
-WARNINGS_SHOWN = 2
-SKIPPED_SHOWN = 20
-ENVIRONMENTS_SHOWN = 6
-ENVIRONMENT = {
+_WARNINGS_SHOWN = 2
+_SKIPPED_SHOWN = 20
+_ENVIRONMENTS_SHOWN = 6
+_ENVIRONMENT = {
     "device_name": "device",
     "device": "kind",
     "threads": "threads",
@@ -53,16 +57,16 @@ ENVIRONMENT = {
 
 
 @dataclass(frozen=True)
-class Shown:
+class ShownRuns:
     """The runs that a page lists, those whose charts it holds, and those it draws at first."""
 
-    listed: Runs
-    charted: Runs
-    drawn: Runs
+    listed: NamedRuns
+    charted: NamedRuns
+    drawn: NamedRuns
 
 
-def render(results: Results, shown: Shown) -> str:
-    """The page."""
+def render(results: Results, shown: ShownRuns) -> str:
+    """The page as HTML, with its scripts, styles and data inside."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     template = environment.from_string(_file("report.html"))
     scripts = [_script(vega()), _script(_file("report.js"))]
@@ -73,17 +77,17 @@ def render(results: Results, shown: Shown) -> str:
         style=Markup(_file("report.css")),
         palettes=(LIGHT, DARK),
         charts=charts_of(results),
-        data=_json(chart_data(results, shown)),
+        data=_json(_chart_data(results, shown)),
         **words(results, shown),
     )
 
 
 def charts_of(results: Results) -> dict[str, Drawing]:
-    """Those that the runs have something for: of training only where there was some."""
+    """The charts that the runs have something for; charts of training only where there was one."""
     return ALL_CHARTS if len(results.losses) else CHARTS
 
 
-def words(results: Results, shown: Shown) -> dict[str, Any]:
+def words(results: Results, shown: ShownRuns) -> dict[str, Any]:
     """Everything on the page that is text."""
     runs = results.runs
     often = Counter(run.summary.verdict for run in runs)
@@ -93,22 +97,22 @@ def words(results: Results, shown: Shown) -> dict[str, Any]:
         "answer": answer(runs),
         "through": designs_through(runs, names(runs)),
         "shared": shared(runs),
-        "measured": measured(runs),
+        "measured": _measured(runs),
         "verdicts": [(verdict, often[verdict]) for verdict in order if often[verdict]],
         "known": tuple(SAYINGS),
         "healthy": HEALTHY,
-        "rows": list(table_rows(shown)),
+        "rows": list(_table_rows(shown)),
         "timed": any(run.summary.forward_s_per_layer is not None for run in runs),
-        "environments": environments(runs),
-        "left_out": list(left_out(results, shown)),
-        "skipped": results.skipped[:SKIPPED_SHOWN],
-        "more_skipped": len(results.skipped) - SKIPPED_SHOWN,
-        "notes": results.notes[:SKIPPED_SHOWN],
-        "more_notes": len(results.notes) - SKIPPED_SHOWN,
+        "environments": _environments(runs),
+        "left_out": list(_left_out(results, shown)),
+        "skipped": results.skipped[:_SKIPPED_SHOWN],
+        "more_skipped": len(results.skipped) - _SKIPPED_SHOWN,
+        "notes": results.notes[:_SKIPPED_SHOWN],
+        "more_notes": len(results.notes) - _SKIPPED_SHOWN,
     }
 
 
-def table_rows(shown: Shown) -> Iterator[dict[str, Any]]:
+def _table_rows(shown: ShownRuns) -> Iterator[dict[str, Any]]:
     """One dictionary per row of the table of runs; numbers both as text and to sort by."""
     charted = {run.number for run, _ in shown.charted}
     drawn = {run.number for run, _ in shown.drawn}
@@ -118,8 +122,8 @@ def table_rows(shown: Shown) -> Iterator[dict[str, Any]]:
             "name": name.without_depth,
             "folder": run.name,
             "verdict": run.summary.verdict,
-            "sentence": sentence(run),
-            "warnings": run.warnings[:WARNINGS_SHOWN],
+            "sentence": run_sentence(run),
+            "warnings": run.warnings[:_WARNINGS_SHOWN],
             "charted": run.number in charted,
             "drawn": run.number in drawn,
             "cells": list(_numbers(run)),
@@ -142,7 +146,7 @@ def _layers(amount: float | None) -> str:
     return number(amount, ".3g") if amount is None or amount < 100 else f"{amount:,.0f}"
 
 
-def measured(runs: tuple[StoredRun, ...]) -> str:
+def _measured(runs: tuple[StoredRun, ...]) -> str:
     """The days on which the runs were made, in words; empty if nobody knows."""
     days = sorted({day for run in runs if (day := _day(run.environment.get("start_utc")))})
     if not days:
@@ -158,11 +162,11 @@ def _day(text: object) -> datetime | None:
         return None
 
 
-def environments(runs: tuple[StoredRun, ...]) -> dict[str, Any]:
+def _environments(runs: tuple[StoredRun, ...]) -> dict[str, Any]:
     """The different environments, the most frequent first, and in how many runs each occurs."""
     often = Counter(tuple(_known(run.environment)) for run in runs)
-    common = often.most_common(ENVIRONMENTS_SHOWN)
-    lines = zip(ENVIRONMENT.values(), *(values for values, _ in common), strict=True)
+    common = often.most_common(_ENVIRONMENTS_SHOWN)
+    lines = zip(_ENVIRONMENT.values(), *(values for values, _ in common), strict=True)
     return {
         "counts": [count(n, "run") for _, n in common],
         "rows": [(title, values) for title, *values in lines],
@@ -171,7 +175,7 @@ def environments(runs: tuple[StoredRun, ...]) -> dict[str, Any]:
 
 
 def _known(environment: dict[str, Any]) -> Iterator[str]:
-    for name in ENVIRONMENT:
+    for name in _ENVIRONMENT:
         value = environment.get(name)
         if name == "git" and isinstance(value, dict):
             changed = " with changes" if value.get("dirty") else ""
@@ -186,7 +190,7 @@ def _plain(value: object) -> str:
     return printable(value) if not isinstance(value, bool) else "yes" if value else "no"
 
 
-def left_out(results: Results, shown: Shown) -> Iterator[str]:
+def _left_out(results: Results, shown: ShownRuns) -> Iterator[str]:
     """What the page does not show, and where it can be seen."""
     total, listed, charted = len(results.runs), len(shown.listed), len(shown.charted)
     drawn, layers = len(shown.drawn), results.layers_kept
@@ -210,9 +214,9 @@ def left_out(results: Results, shown: Shown) -> Iterator[str]:
         )
 
 
-def chart_data(results: Results, shown: Shown) -> dict[str, Any]:
+def _chart_data(results: Results, shown: ShownRuns) -> dict[str, Any]:
     """What the page's script works on: runs, tables by column, and a specification per chart."""
-    found = tables(results, shown.charted)
+    tables = chart_tables(results, shown.charted)
     return {
         "runs": [
             {"number": run.number, "run": name.run, "design": name.design}
@@ -222,16 +226,16 @@ def chart_data(results: Results, shown: Shown) -> dict[str, Any]:
         "bar": BAR,
         "tables": {
             name: table.drop("run", "design").to_dict(as_series=False)
-            for name, table in found.items()
+            for name, table in tables.items()
         },
         "charts": {
-            name: chart_spec(name, _sample(found[drawing.table], shown))
+            name: _chart_spec(name, _sample(tables[drawing.table], shown))
             for name, drawing in charts_of(results).items()
         },
     }
 
 
-def _sample(table: pl.DataFrame, shown: Shown) -> pl.DataFrame:
+def _sample(table: pl.DataFrame, shown: ShownRuns) -> pl.DataFrame:
     """One row of each kind that charts ask for, drawn designs first: theirs is the best colour."""
     kinds = [name for name in ("design", "unit", "depth") if name in table.columns]
     drawn = pl.col("design").is_in(list({name.design for _, name in shown.drawn}))
@@ -239,7 +243,7 @@ def _sample(table: pl.DataFrame, shown: Shown) -> pl.DataFrame:
     return few.sort(drawn, descending=True, maintain_order=True)
 
 
-def chart_spec(name: str, sample: pl.DataFrame) -> dict[str, Any]:
+def _chart_spec(name: str, sample: pl.DataFrame) -> dict[str, Any]:
     """A chart without its rows, in colours that the page's style sheet sets."""
     drawing = ALL_CHARTS[name]
     colours = tuple(f"var(--line-{i})" for i in range(len(LIGHT)))
@@ -248,7 +252,7 @@ def chart_spec(name: str, sample: pl.DataFrame) -> dict[str, Any]:
     spec.pop("datasets")
     spec |= {"data": {"name": drawing.table}, "autosize": {"type": "fit-x", "contains": "padding"}}
     if not drawing.bars:
-        spec["height"] = HEIGHT
+        spec["height"] = CHART_HEIGHT
     return {
         "spec": spec,
         "table": drawing.table,

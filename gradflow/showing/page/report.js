@@ -33,7 +33,7 @@
     return rows[chart.table].filter((row) => wanted(row) && (chart.table === "units" || row[chart.value] !== null));
   }
 
-  // The ends of the vertical axis, and the runs that they leave outside: chart_rows.ends here.
+  // The ends of the vertical axis, and the runs that they leave outside: chart_tables.axis_ends here.
   function ends(shown, chart) {
     const spans = new Map();
     for (const row of shown) {

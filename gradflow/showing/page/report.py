@@ -7,44 +7,44 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gradflow.errors import UsageError
-from gradflow.judging.overview import in_order
 from gradflow.runs.reading import Results
-from gradflow.showing.page.chart_rows import Runs, tables
-from gradflow.showing.page.chart_theme import picture_of
-from gradflow.showing.page.html_page import Shown, charts_of, render
+from gradflow.showing.page.chart_parts import picture_of
+from gradflow.showing.page.chart_tables import NamedRuns, chart_tables
+from gradflow.showing.page.html_page import ShownRuns, charts_of, render
+from gradflow.showing.sentences import design_by_design
 
 MOST_BYTES = 5_000_000
 MARK = b'<meta name="generator" content="gradflow'
-MARK_WITHIN = 1_000
+_MARK_WITHIN = 1_000
 
 
 @dataclass(frozen=True)
-class Limits:
+class PageLimits:
     """How many runs a page lists at most, holds the charts of, and draws at first."""
 
     listed: int = 1_500
     charted: int = 100
     drawn: int = 24
 
-    def halved(self) -> Limits:
-        """Half of it."""
-        return Limits(self.listed // 2, self.charted // 2, self.drawn)
+    def halved(self) -> PageLimits:
+        """Half as many listed and charted runs, as many drawn ones."""
+        return PageLimits(self.listed // 2, self.charted // 2, self.drawn)
 
 
-def page(results: Results, limits: Limits = Limits()) -> str:
+def page(results: Results, limits: PageLimits = PageLimits()) -> str:
     """The page, below 5 MB whatever it has to show: it shows fewer runs until it fits."""
     html = render(results, selection(results, limits))
     return html if len(html.encode()) < MOST_BYTES else page(results, limits.halved())
 
 
-def selection(results: Results, limits: Limits) -> Shown:
+def selection(results: Results, limits: PageLimits) -> ShownRuns:
     """The runs that a page shows."""
-    runs = in_order(results)
+    runs = design_by_design(results)
     charted = pick(runs, limits.charted)
-    return Shown(pick(runs, limits.listed), charted, pick(charted, limits.drawn))
+    return ShownRuns(pick(runs, limits.listed), charted, pick(charted, limits.drawn))
 
 
-def pick(runs: Runs, most: int) -> Runs:
+def pick(runs: NamedRuns, most: int) -> NamedRuns:
     """At most so many runs, in the same order: of every verdict, then of every design in turn."""
     if len(runs) <= most:
         return runs
@@ -55,7 +55,7 @@ def pick(runs: Runs, most: int) -> Runs:
     return [runs[place] for place in sorted(taken)]
 
 
-def _turns(runs: Runs, *, by_design: bool) -> list[list[int]]:
+def _turns(runs: NamedRuns, *, by_design: bool) -> list[list[int]]:
     """Places of the first run of each verdict (and design), then of the second, and so on."""
     groups: dict[tuple[str, str], list[tuple[int, bool, int]]] = {}
     for place, (run, name) in enumerate(runs):
@@ -80,7 +80,7 @@ def write_page(results: Results, file: Path) -> None:
     Raises:
         UsageError: the file cannot be written, or is something else than a report.
     """
-    check_target(file)
+    _check_page_file(file)
     text = page(results)
     staged = file.with_name(f".{file.name}.{os.getpid()}")
     try:
@@ -92,7 +92,7 @@ def write_page(results: Results, file: Path) -> None:
         staged.unlink(missing_ok=True)
 
 
-def check_target(file: Path) -> None:
+def _check_page_file(file: Path) -> None:
     """Make sure, before anything is read, that a page may be written there.
 
     Raises:
@@ -111,7 +111,7 @@ def check_target(file: Path) -> None:
 
 def _start(file: Path) -> bytes:
     with file.open("rb") as stream:
-        return stream.read(MARK_WITHIN)
+        return stream.read(_MARK_WITHIN)
 
 
 def _unwritable(file: Path, error: OSError) -> UsageError:
@@ -129,12 +129,12 @@ def write_pictures(results: Results, folder: Path, kind: str) -> list[Path]:
     Raises:
         UsageError: the folder cannot be written to.
     """
-    found = tables(results, selection(results, Limits()).drawn)
+    tables = chart_tables(results, selection(results, PageLimits()).drawn)
     written = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, drawing in charts_of(results).items():
-            table = found[drawing.table]
+            table = tables[drawing.table]
             if table[drawing.value].null_count() < len(table):
                 file = folder / f"{name}.{kind}"
                 picture_of(drawing, table).save(file, ppi=144)

@@ -1,62 +1,70 @@
-"""Printing to a terminal that may lack the block characters: then the same in ASCII.
-
-A character that an encoding does not have would become a question mark, and a profile of question
-marks says nothing.
-"""
+"""What the views of the terminal share: printing, plain tables, styles, names that are cut."""
 
 from __future__ import annotations
 
-import re
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
-if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
 
-BARS = "▁▂▃▄▅▆▇█"
-ASCII_BARS = " .:-=+*#"
-_BRAILLE = 0x2800
-_SUPERSCRIPTS = "⁰¹²³⁴⁵⁶⁷⁸⁹⁻"
-# All but ± keep their width, so that what stands in columns stays there.
-_ASCII = str.maketrans(
-    {
-        **dict(zip(BARS, ASCII_BARS, strict=True)),
-        **dict.fromkeys(map(chr, range(_BRAILLE + 1, _BRAILLE + 256)), "*"),
-        chr(_BRAILLE): " ",
-        **dict.fromkeys("┌┐└┘├┤┬┴┼", "+"),
-        "─": "-",
-        "│": "|",
-        "·": "'",
-        "…": ":",
-        "▲": "^",
-        "▼": "v",
-        "±": "+/-",
-        **dict(zip(_SUPERSCRIPTS, "0123456789-", strict=True)),
-    }
-)
+from gradflow.text import can_draw, in_ascii
 
-
-def can_draw(encoding: str | None) -> bool:
-    """Whether an encoding has the characters that profiles and bars are drawn with."""
-    try:
-        (BARS + "⣿±│┤").encode(encoding or "utf-8")
-    except (UnicodeEncodeError, LookupError):
-        return False
-    return True
-
-
-def in_ascii(text: str) -> str:
-    """The same with ASCII in place of every character that is drawn here.
-
-    Bars are ` .:-=+*#` from low to high, ± is `+/-`, 10⁷ is `10^7`; other text stays as it is.
-    """
-    return re.sub(f"[{_SUPERSCRIPTS}]+", r"^\g<0>", text).translate(_ASCII)
+_COLOURS = {"healthy": "green", "converged": "green", "unstable": "yellow", "learning": "yellow"}
+# Columns that the name of a unit may be cut to.
+_LEAST = 18
 
 
 def print_view(view: RenderableType, console: Console) -> None:
-    """Print, in ASCII where the console's encoding lacks the block characters."""
+    """Print a view, in ASCII where the console's encoding lacks the block characters."""
     if can_draw(console.encoding):
         console.print(view)
         return
     with console.capture() as captured:
         console.print(view)
     console.file.write(in_ascii(captured.get()))
+
+
+def plain_table(*, gap: int = 1, header: bool = True, width: int | None = None) -> Table:
+    """A table without lines, its columns a `gap` apart; a `width` makes it fill a line."""
+    return Table(
+        box=None,
+        padding=(0, gap, 0, 0),
+        pad_edge=False,
+        show_header=header,
+        header_style="bold",
+        width=width,
+    )
+
+
+def verdict_style(verdict: str) -> str:
+    """The colour of a verdict, or of the outcome of a training; red for all that are not good."""
+    return _COLOURS.get(verdict, "red")
+
+
+@dataclass(frozen=True)
+class UnitCell:
+    """The name of a unit, cut in front: `encoder.layers.0#12` becomes `…layers.0#12`.
+
+    Its end is what tells it apart from the others.
+    """
+
+    name: str
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """The name, or as much of its end as there is room for."""
+        del console
+        room, end = options.max_width, self.name
+        if cell_len(end) > room:
+            while cell_len(end) >= room and end:
+                end = end[1:]
+            end = "…" + end
+        yield Text(end)
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        """From `_LEAST` columns, or fewer if the name is shorter, to all of it."""
+        del console
+        whole = cell_len(self.name)
+        return Measurement(min(_LEAST, whole), min(whole, options.max_width))

@@ -1,34 +1,34 @@
-"""The zoo as a person reads it, and as JSON: the list, and a page for each scheme. Torch-free."""
+"""The published schemes as a person reads them, and as JSON: the list, and a page for each."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from gradflow.errors import UsageError, closest_first
 from gradflow.schemes import SCHEMES, Scheme
 from gradflow.schemes.wiring import Place
+from gradflow.showing.terminal.printing import plain_table
 from gradflow.specs.block_kinds import NORM_KINDS
 from gradflow.specs.stack import StackSpec
 from gradflow.specs.stack_fields import block_kind
 from gradflow.specs.user_code import from_file, is_reference, shown
 from gradflow.specs.user_schemes import scheme_named
+from gradflow.text import json_text
 
 # Depths of the table of constants: those of common nets, and two beyond.
-DEPTHS = (6, 12, 24, 48, 96, 1000)
-WIDTH = 80
-# Options that papers publish as recipes too.
-NORMS = {"qk-norm": "--qk-norm", **{kind: f"--norm-kind {kind}" for kind in NORM_KINDS}}
+CONSTANT_DEPTHS = (6, 12, 24, 48, 96, 1000)
+_WIDTH = 80
+# Options that papers publish as recipes too, with the way to ask for them.
+_NORM_OPTIONS = {"qk-norm": "--qk-norm", **{kind: f"--norm-kind {kind}" for kind in NORM_KINDS}}
 
 
 @dataclass(frozen=True)
-class Constants:
+class SchemeConstants:
     """The named numbers of a scheme in one kind of unit of one layer."""
 
     depth: int
@@ -37,7 +37,7 @@ class Constants:
     values: Mapping[str, float]
 
 
-def look_up(name: str) -> tuple[str, Scheme]:
+def find_scheme(name: str) -> tuple[str, Scheme]:
     """A scheme with its name: one of the zoo, or of a user's own file.
 
     Raises:
@@ -47,47 +47,47 @@ def look_up(name: str) -> tuple[str, Scheme]:
         name = from_file(name)
         StackSpec(scheme=name)  # holds it against the interface
         return shown(name), scheme_named(name)
-    if name in NORMS:
+    if name in _NORM_OPTIONS:
         rule = "a scheme is a whole recipe; a norm is an option of any"
-        raise UsageError(rule, name, f"use --scheme pre-ln {NORMS[name]}")
+        raise UsageError(rule, name, f"use --scheme pre-ln {_NORM_OPTIONS[name]}")
     if name not in SCHEMES:
         known = ", ".join(closest_first(name, SCHEMES))
         raise UsageError("a scheme is one of the known names", name, f"use {known}")
     return name, SCHEMES[name]
 
 
-def constants(scheme: Scheme, depths: Sequence[int]) -> list[Constants]:
-    """Its numbers on the usual block, at the first and the last layer; equal ones are said once.
+def scheme_constants(scheme: Scheme, depths: Sequence[int]) -> list[SchemeConstants]:
+    """The numbers of a scheme on its usual block, at the first and the last layer of each depth.
+
+    Where they are the same in every layer, only those of the first are returned.
 
     Raises:
         UsageError: a scheme whose constants break the interface.
     """
-    found: list[Constants] = []
-    for depth in depths:
-        for layer in dict.fromkeys((1, depth)):
-            found += _of_layer(scheme, depth, layer)
-    return found if _vary_by_layer(found) else [row for row in found if row.layer == 1]
+    places = [(depth, layer) for depth in depths for layer in dict.fromkeys((1, depth))]
+    rows = [row for place in places for row in _of_layer(scheme, *place)]
+    return rows if _vary_by_layer(rows) else [row for row in rows if row.layer == 1]
 
 
-def _of_layer(scheme: Scheme, depth: int, layer: int) -> Iterator[Constants]:
+def _of_layer(scheme: Scheme, depth: int, layer: int) -> Iterator[SchemeConstants]:
     kinds = block_kind(scheme.blocks[0]).units
     places = [Place(depth, layer, unit, len(kinds), kind) for unit, kind in enumerate(kinds)]
     values = [dict(scheme.constants(place)) for place in places]
     if all(other == values[0] for other in values):
-        yield Constants(depth, layer, "", values[0])
+        yield SchemeConstants(depth, layer, "", values[0])
         return
     for place, numbers in zip(places, values, strict=True):
-        yield Constants(depth, layer, place.kind, numbers)
+        yield SchemeConstants(depth, layer, place.kind, numbers)
 
 
-def _vary_by_layer(rows: Sequence[Constants]) -> bool:
+def _vary_by_layer(rows: Sequence[SchemeConstants]) -> bool:
     known: dict[tuple[int, str], Mapping[str, float]] = {}
     return any(known.setdefault((r.depth, r.unit), r.values) != r.values for r in rows)
 
 
 def zoo_view() -> RenderableType:
     """Every scheme with its equation and its paper."""
-    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold", width=WIDTH)
+    table = plain_table(width=_WIDTH)
     table.add_column("scheme", no_wrap=True)
     table.add_column("equation", ratio=5)
     table.add_column("paper", ratio=4, style="dim")
@@ -96,14 +96,18 @@ def zoo_view() -> RenderableType:
     return Group(table, Text(), Text("gradflow schemes NAME tells more of one."))
 
 
-def scheme_view(name: str, scheme: Scheme, depths: Sequence[int] = DEPTHS) -> RenderableType:
+def scheme_view(
+    name: str, scheme: Scheme, depths: Sequence[int] = CONSTANT_DEPTHS
+) -> RenderableType:
     """All that is known of one scheme, its constants at some depths."""
-    facts = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, show_header=False, width=WIDTH)
+    facts = plain_table(header=False, width=_WIDTH)
     facts.add_column(style="dim", no_wrap=True)
     facts.add_column()
     for heading, text in _facts(scheme):
         facts.add_row(heading, Text(text))
-    return Group(Text(name, style="bold"), facts, *_constants_view(constants(scheme, depths)))
+    return Group(
+        Text(name, style="bold"), facts, *_constants_view(scheme_constants(scheme, depths))
+    )
 
 
 def _facts(scheme: Scheme) -> Iterator[tuple[str, str]]:
@@ -121,12 +125,12 @@ def _facts(scheme: Scheme) -> Iterator[tuple[str, str]]:
         yield "goes wrong", pitfall
 
 
-def _constants_view(rows: Sequence[Constants]) -> Iterator[RenderableType]:
+def _constants_view(rows: Sequence[SchemeConstants]) -> Iterator[RenderableType]:
     names = list(dict.fromkeys(name for row in rows for name in row.values))
     if not names:
         return
     shows = {"layer": _vary_by_layer(rows), "unit": any(row.unit for row in rows)}
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    table = plain_table(gap=2)
     for heading in ("depth", *(h for h, shown_too in shows.items() if shown_too), *names):
         table.add_column(heading, justify="left" if heading == "unit" else "right")
     for row in rows:
@@ -142,18 +146,18 @@ def _number(value: float | None) -> str:
 
 
 def zoo_json() -> str:
-    """The list as JSON."""
-    return _json([_about(name, scheme) for name, scheme in SCHEMES.items()])
+    """The list of schemes as JSON."""
+    return json_text([_about(name, scheme) for name, scheme in SCHEMES.items()], ascii_only=False)
 
 
-def scheme_json(name: str, scheme: Scheme, depths: Sequence[int] = DEPTHS) -> str:
+def scheme_json(name: str, scheme: Scheme, depths: Sequence[int] = CONSTANT_DEPTHS) -> str:
     """One scheme as JSON, with its constants."""
     rows = [
         {"depth": row.depth, "layer": row.layer, "unit": row.unit or None, **row.values}
-        for row in constants(scheme, depths)
+        for row in scheme_constants(scheme, depths)
         if row.values
     ]
-    return _json({**_about(name, scheme), "constants": rows})
+    return json_text({**_about(name, scheme), "constants": rows}, ascii_only=False)
 
 
 def _about(name: str, scheme: Scheme) -> dict[str, Any]:
@@ -168,7 +172,3 @@ def _about(name: str, scheme: Scheme) -> dict[str, Any]:
         "lacks": list(scheme.lacks),
         "pitfalls": list(scheme.pitfalls),
     }
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

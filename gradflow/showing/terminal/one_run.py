@@ -1,4 +1,4 @@
-"""What a person sees in the terminal: Rich renderables, returned and never printed here."""
+"""One run in the terminal: layers, profile, verdict, training and cost, returned as Rich views."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
 from operator import attrgetter
+from statistics import fmean
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -17,45 +18,54 @@ from rich.text import Text
 
 from gradflow.judging.comparison import mean_profile
 from gradflow.judging.theory_words import theory_sentence
+from gradflow.judging.training_outcome import outcome_sentence
 from gradflow.judging.words import place
-from gradflow.runs.records import LayerRecord, Run
+from gradflow.runs.records import LayerRecord, Run, StepRecord
 from gradflow.runs.summary import Summary
-from gradflow.showing.terminal.training_tables import training_lines
-from gradflow.showing.terminal.unit_cells import UnitCell
+from gradflow.showing.sentences import gain_sentence, loss_words, trend_sentence
+from gradflow.showing.terminal.printing import UnitCell, plain_table, verdict_style
 from gradflow.specs.stack import StackSpec
 from gradflow.specs.training_spec import training_line
 from gradflow.specs.user_code import shown
-from gradflow.text import count, gib, giga, milliseconds, number, signed, two_digits
+from gradflow.text import BARS, count, gib, giga, milliseconds, number
 
 # Rows shown at each end of a long table.
 ENDS = 8
-PROFILE_SIZE = (78, 14)
-DOT = "·"
-MOST_POINTS = 1000
-STYLES = {"healthy": "bold green", "unstable": "bold yellow"}
+_PROFILE_SIZE = (78, 14)
+_DOT = "·"
+_MOST_POINTS = 1000
+# Where a loss or a gradient is not finite.
+_LOST = "x"
+# Characters across the pictures of a training, and rows down; more are thinned evenly.
+_CELLS, _MOST_LAYERS, _WIDEST_CELL = 64, 13, 6
+_Curve = Sequence[tuple[float, float]]
 
 
 @dataclass(frozen=True)
-class Column:
-    """One column of the layer table: its heading, the field, and how a mean is written."""
+class _LayerColumn:
+    """One column of the table of layers: its heading, its field, and how a mean is written."""
 
     heading: str
     field: str
     digits: str
 
+    def cell(self, row: LayerRecord) -> str:
+        """The field of the row as text; seconds are written as milliseconds."""
+        value = getattr(row, self.field)
+        return number(value, self.digits) if self.digits else milliseconds(value)
 
-COLUMNS = (
-    Column("log10|g|", "log10_grad_norm", "+.3f"),
-    Column("gain", "gain", ".3f"),
-    Column("skip", "skip_gain", ".3f"),
-    Column("branch", "branch_gain", ".3f"),
-    Column("identity", "identity_share", ".3f"),
-    Column("log10|dW|", "log10_param_grad_norm", "+.2f"),
-    Column("update", "update_ratio", ".1e"),
-    Column("act rms", "act_rms", "#.3g"),
+
+_COLUMNS = (
+    _LayerColumn("log10|g|", "log10_grad_norm", "+.3f"),
+    _LayerColumn("gain", "gain", ".3f"),
+    _LayerColumn("skip", "skip_gain", ".3f"),
+    _LayerColumn("branch", "branch_gain", ".3f"),
+    _LayerColumn("identity", "identity_share", ".3f"),
+    _LayerColumn("log10|dW|", "log10_param_grad_norm", "+.2f"),
+    _LayerColumn("update", "update_ratio", ".1e"),
+    _LayerColumn("act rms", "act_rms", "#.3g"),
 )
-Curve = Sequence[tuple[float, float]]
-TIMES = (("fwd ms", "forward_s"), ("bwd ms", "backward_s"))
+_TIME_COLUMNS = (_LayerColumn("fwd ms", "forward_s", ""), _LayerColumn("bwd ms", "backward_s", ""))
 
 
 def run_view(run: Run) -> RenderableType:
@@ -92,18 +102,17 @@ def subtitle(run: Run) -> Iterator[str]:
 def layer_table(run: Run) -> Table:
     """One row per unit, the middle of a long stack left out; means over the seeds."""
     rows, hidden = end_rows(run.first_records)
-    shown = [c for c in COLUMNS if any(getattr(r, c.field) is not None for r in rows)]
-    timed = [t for t in TIMES if run.time_records]
-    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
+    columns = [c for c in _COLUMNS if any(getattr(row, c.field) is not None for row in rows)]
+    columns += _TIME_COLUMNS if run.time_records else ()
+    table = plain_table()
     table.add_column("layer", justify="right")
     table.add_column("unit")
-    for heading in [c.heading for c in shown] + [name for name, _ in timed]:
-        table.add_column(heading, justify="right")
+    for column in columns:
+        table.add_column(column.heading, justify="right")
     for i, row in enumerate(rows):
         if hidden and i == ENDS:
-            dots = ["…"] * (len(shown) + len(timed))
-            table.add_row("…", f"{hidden} more", *dots, style="dim")
-        table.add_row(*_cells(row, shown, timed))
+            table.add_row("…", f"{hidden} more", *["…"] * len(columns), style="dim")
+        table.add_row(str(row.layer), UnitCell(row.unit), *(c.cell(row) for c in columns))
     return table
 
 
@@ -119,17 +128,6 @@ def end_rows(records: Iterable[LayerRecord]) -> tuple[list[LayerRecord], int]:
         hidden = rest - ENDS if rest > 2 * ENDS else 0
         kept += first + [row for place, row in last if place > hidden]
     return mean_rows(kept), hidden
-
-
-def _cells(
-    row: LayerRecord, shown: Sequence[Column], timed: Sequence[tuple[str, str]]
-) -> Iterator[RenderableType]:
-    yield str(row.layer)
-    yield UnitCell(row.unit)
-    for column in shown:
-        yield number(getattr(row, column.field), column.digits)
-    for _, field in timed:
-        yield milliseconds(getattr(row, field))
 
 
 def mean_rows(records: Iterable[LayerRecord]) -> list[LayerRecord]:
@@ -165,29 +163,30 @@ def profile(records: Sequence[LayerRecord]) -> RenderableType:
         _curve(mean_profile(records, name), depth)
         for name in ("log10_grad_norm", "theory_log10_grad_norm")
     ]
-    return draw(curves[0], curves[1], depth)
+    return draw_profile(curves[0], curves[1], depth)
 
 
 def _curve(logs: Sequence[float], depth: int) -> list[tuple[float, float]]:
     units = (len(logs) - 1) / depth
-    return [(i / units, logs[i]) for i in telling(logs)]
+    return [(i / units, logs[i]) for i in _extremes(logs)]
 
 
-def draw(measured: Curve, theory: Curve, depth: int) -> RenderableType:
+def draw_profile(measured: _Curve, theory: _Curve, depth: int) -> RenderableType:
     """A line of braille for the measurement, over dots for theory; either may be empty."""
     if max(len(measured), len(theory)) < 2:
         return Text("no profile: fewer than two layers have a finite gradient", style="dim")
-    dots = f"; {DOT} theory" if theory else ""
+    dots = f"; {_DOT} theory" if theory else ""
     text = _plot(measured, theory, depth, f"log10 |dL/dy| over the layers (0 is the input{dots})")
     return Padding(text, (1, 0))
 
 
-def telling(values: Sequence[float]) -> list[int]:
-    """Places of finite values, no more than a drawing can tell apart.
+def _extremes(values: Sequence[float]) -> list[int]:
+    """Places of the finite values; of a long sequence only the ends of each stretch that is drawn.
 
-    Of each stretch of a long sequence the lowest and the highest.
+    A drawing cannot tell more than `_MOST_POINTS` stretches apart, so the lowest and the highest
+    value of each stand for all of it.
     """
-    stretch = math.ceil(len(values) / MOST_POINTS)
+    stretch = math.ceil(len(values) / _MOST_POINTS)
     kept: list[int] = []
     for start in range(0, len(values), stretch):
         places = range(start, min(start + stretch, len(values)))
@@ -199,16 +198,16 @@ def telling(values: Sequence[float]) -> list[int]:
     return kept
 
 
-def _plot(measured: Curve, theory: Curve, depth: int, title: str) -> Text:
+def _plot(measured: _Curve, theory: _Curve, depth: int, title: str) -> Text:
     import plotext  # 50 ms, and only `run` draws
 
     plotext.clear_figure()
     plotext.theme("clear")
-    plotext.plotsize(*PROFILE_SIZE)
+    plotext.plotsize(*_PROFILE_SIZE)
     plotext.xticks(sorted({round(depth * quarter / 4) for quarter in range(5)}))
     plotext.title(title)
     # No axis label reads -0.00. What is drawn last lies on top.
-    for curve, marker in ((theory, DOT), (measured, "braille")):
+    for curve, marker in ((theory, _DOT), (measured, "braille")):
         if curve:
             x, y = zip(*((x, round(y, 2) + 0.0) for x, y in curve), strict=True)
             plotext.plot(x, y, marker=marker)
@@ -222,15 +221,12 @@ def _plot(measured: Curve, theory: Curve, depth: int, title: str) -> Text:
 
 def verdict_lines(summary: Summary) -> Iterator[RenderableType]:
     """The verdict with its place and advice, and the numbers behind it."""
-    style = STYLES.get(summary.verdict, "bold red")
+    style = f"bold {verdict_style(summary.verdict)}"
     where = f" at {place(summary)}" if place(summary) else ""
     yield Text.assemble((summary.verdict + where, style), ". ", summary.advice)
     if summary.total_log10_gain is not None:
         yield Text(gain_sentence(summary))
-    if summary.trend in ("exponential", "power law"):
-        yield Text(trend_sentence(summary))
-    if theory := theory_sentence(summary):
-        yield Text(theory)
+    yield from map(Text, filter(None, [trend_sentence(summary), theory_sentence(summary)]))
     if summary.skip_share:
         share = f"{summary.skip_share:.1%} through the shortcuts"
         yield Text(
@@ -238,25 +234,86 @@ def verdict_lines(summary: Summary) -> Iterator[RenderableType]:
         )
 
 
-def gain_sentence(summary: Summary) -> str:
-    """Total gain, rate with interval, e-folding depth."""
-    text = f"From output to input: {signed(summary.total_log10_gain)} decades"
-    rate, high = summary.log10_gain_per_layer, summary.log10_gain_per_layer_high
-    if rate is not None:
-        text += f", {signed(rate, 4)}" + (f" ± {high - rate:.4f}" if high is not None else "")
-        text += " per layer"
-    return text + (" (95 %)." if high is not None else ".")
+def training_lines(run: Run) -> Iterator[RenderableType]:
+    """What training came to; nothing where there was none."""
+    summary = run.summary
+    if summary.outcome is None:
+        return
+    style = f"bold {verdict_style(summary.outcome)}"
+    told = outcome_sentence(summary.outcome, summary.outcome_step)
+    yield Text.assemble("\n", (told, style), ". ", str(summary.outcome_advice))
+    yield Text(f"The {loss_words(summary)}. The verdict above is that of the first step.")
+    yield from _loss_lines(run.step_records)
+    yield from _heat_lines(run.layer_records)
 
 
-def trend_sentence(summary: Summary) -> str:
-    """How the profile goes on with depth."""
-    kind = {"exponential": "exponential", "power law": "a power law"}[str(summary.trend)]
-    text = f"The profile is {kind} in depth"
-    if summary.trend == "exponential" and summary.efolding_layers is not None:
-        text += f", a factor e every {summary.efolding_layers:.3g} layers"
-    if summary.healthy_depth is None:
-        return text + "; it stays in the healthy range at any depth."
-    return text + f"; it leaves the healthy range near depth {two_digits(summary.healthy_depth)}."
+def _loss_lines(records: Sequence[StepRecord]) -> Iterator[Text]:
+    """The loss over the steps, mean over the seeds, from the floor up."""
+    by_step: dict[int, list[float]] = {}
+    for record in records:
+        by_step.setdefault(record.step, []).append(record.loss)
+    steps = _evenly(sorted(by_step), _CELLS)
+    losses = [fmean(by_step[step]) for step in steps]
+    low, high = _loss_range(records[0], losses)
+    cells = "".join(_bar(min(loss, high), low, high) for loss in losses)
+    yield Text(f"{'loss':>7} {cells}", no_wrap=True)
+
+
+def _loss_range(record: StepRecord, losses: Sequence[float]) -> tuple[float, float]:
+    """From the floor up; losses far above chance would hide what happens below it."""
+    floor, chance = record.loss_floor, record.loss_chance
+    if floor is not None and chance is not None:
+        return floor, 2 * chance - floor
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    return min(finite, default=0.0), max(finite, default=0.0)
+
+
+def _heat_lines(records: Sequence[LayerRecord]) -> Iterator[Text]:
+    """log10 of the gradient norm, layers down and steps across; nothing for a single step."""
+    heat = _heat_of(records)
+    steps = _evenly(sorted({step for step, _ in heat}), _CELLS)
+    if len(steps) < 2:
+        return
+    # An input that takes no gradient has nothing to show.
+    layers = _evenly(sorted({n for (_, n), v in heat.items() if not math.isnan(v)}), _MOST_LAYERS)
+    finite = [value for value in heat.values() if math.isfinite(value)]
+    low, high = (min(finite), max(finite)) if finite else (0.0, 0.0)
+    wide = max(1, min(_WIDEST_CELL, _CELLS // len(steps)))
+    scale = f"{BARS[0]} {low:+.2f} to {BARS[-1]} {high:+.2f}"
+    yield Text(f"log10 |dL/dy|, layers down and steps across: {scale}")
+    for layer in layers:
+        cells = "".join(_bar(heat.get((s, layer), math.nan), low, high) * wide for s in steps)
+        yield Text(f"{layer or 'input':>7} {cells}", no_wrap=True)
+    last = str(steps[-1])
+    yield Text(
+        f"{'step':>7} {steps[0]}{last:>{wide * len(steps) - len(str(steps[0]))}}", no_wrap=True
+    )
+
+
+def _heat_of(records: Sequence[LayerRecord]) -> dict[tuple[int, int], float]:
+    """log10 |dL/dy| by step and layer, at the output of the layer; means over the seeds."""
+    last: dict[tuple[int, int, int], float] = {}
+    for row in records:
+        value = math.nan if row.log10_grad_norm is None else row.log10_grad_norm
+        last[row.seed, row.step, row.layer] = value
+    groups: dict[tuple[int, int], list[float]] = {}
+    for (_, step, layer), value in last.items():
+        groups.setdefault((step, layer), []).append(value)
+    return {place: fmean(values) for place, values in groups.items()}
+
+
+def _bar(value: float, low: float, high: float) -> str:
+    if not math.isfinite(value):
+        return _LOST
+    place = (value - low) / (high - low) if high > low else 0.5
+    return BARS[max(0, min(len(BARS) - 1, int(place * len(BARS))))]
+
+
+def _evenly(values: Sequence[int], most: int) -> list[int]:
+    """At most so many of the values, evenly, the first and the last among them."""
+    if len(values) <= most:
+        return list(values)
+    return [values[round(i * (len(values) - 1) / (most - 1))] for i in range(most)]
 
 
 def speed_lines(summary: Summary) -> Iterator[Text]:

@@ -12,32 +12,32 @@ from gradflow.judging.naming import Name
 from gradflow.runs.reading import Results, StoredRun
 
 # Symbols on a line; between them it is a line only.
-MARKS = 8
-DIGITS = 5
+_MARKS = 8
+_DIGITS = 5
 # What reaches this many times farther than half of the runs do is left out of a picture.
 FAR = 4
-Runs = Sequence[tuple[StoredRun, Name]]
+NamedRuns = Sequence[tuple[StoredRun, Name]]
 
 
-def tables(results: Results, runs: Runs) -> dict[str, pl.DataFrame]:
+def chart_tables(results: Results, runs: NamedRuns) -> dict[str, pl.DataFrame]:
     """What the charts of these runs draw."""
     return {
-        "units": units(results, runs),
-        "depths": depths(runs),
-        "times": times(results, runs),
-        "losses": losses(results, runs),
-        "heats": heats(results, runs),
+        "units": _units(results, runs),
+        "depths": _depths(runs),
+        "times": _times(results, runs),
+        "losses": _losses(results, runs),
+        "heats": _heats(results, runs),
     }
 
 
-def units(results: Results, runs: Runs) -> pl.DataFrame:
+def _units(results: Results, runs: NamedRuns) -> pl.DataFrame:
     """One row per run and unit, in the order of `runs`.
 
     `mark` is where a line bears a symbol, `log10_act_rms` the logarithm of `act_rms`.
     """
     log_rms = pl.col("act_rms").log10()
     place = pl.int_range(pl.len())
-    every = (pl.len() - 1) // MARKS + 1
+    every = (pl.len() - 1) // _MARKS + 1
     return (
         _named(runs)
         .join(results.units.rename({"run": "number"}), on="number", maintain_order="left")
@@ -46,11 +46,11 @@ def units(results: Results, runs: Runs) -> pl.DataFrame:
             mark=((place % every == 0) | (place == pl.len() - 1)).over("number"),
         )
         .drop("act_rms", "forward_s", "backward_s")
-        .with_columns(pl.selectors.float().round_sig_figs(DIGITS))
+        .with_columns(pl.selectors.float().round_sig_figs(_DIGITS))
     )
 
 
-def depths(runs: Runs) -> pl.DataFrame:
+def _depths(runs: NamedRuns) -> pl.DataFrame:
     """One row per run: its depth and total gain, and the thresholds it was judged by."""
     found = [
         {
@@ -66,11 +66,11 @@ def depths(runs: Runs) -> pl.DataFrame:
     floats = ("total_log10_gain", "vanishing", "exploding")
     table = pl.DataFrame(found, schema=kinds | dict.fromkeys(floats, pl.Float64))
     return pl.concat([_named(runs), table], how="horizontal").with_columns(
-        pl.col(floats).round_sig_figs(DIGITS)
+        pl.col(floats).round_sig_figs(_DIGITS)
     )
 
 
-def times(results: Results, runs: Runs) -> pl.DataFrame:
+def _times(results: Results, runs: NamedRuns) -> pl.DataFrame:
     """One row per run, kind of unit and direction: milliseconds, the median over the layers."""
     seconds = {"forward": "forward_s", "backward": "backward_s"}
     median = (
@@ -79,7 +79,7 @@ def times(results: Results, runs: Runs) -> pl.DataFrame:
         .agg((pl.col(column).median() * 1e3).alias(name) for name, column in seconds.items())
         .unpivot(list(seconds), index=["number", "unit"], variable_name="pass", value_name="ms")
         .drop_nulls("ms")
-        .with_columns(pl.col("ms").round_sig_figs(DIGITS))
+        .with_columns(pl.col("ms").round_sig_figs(_DIGITS))
     )
     several = pl.col("unit").n_unique().over("number") > 1
     bar = pl.when(several).then(pl.format("{}: {}", "run", "unit")).otherwise("run")
@@ -87,30 +87,30 @@ def times(results: Results, runs: Runs) -> pl.DataFrame:
     return joined.with_columns(bar=bar)
 
 
-def losses(results: Results, runs: Runs) -> pl.DataFrame:
+def _losses(results: Results, runs: NamedRuns) -> pl.DataFrame:
     """One row per trained run and step."""
     found = results.losses.rename({"run": "number"})
     joined = _named(runs).join(found, on="number", maintain_order="left_right")
-    return joined.with_columns(pl.selectors.float().round_sig_figs(DIGITS))
+    return joined.with_columns(pl.selectors.float().round_sig_figs(_DIGITS))
 
 
-def heats(results: Results, runs: Runs) -> pl.DataFrame:
+def _heats(results: Results, runs: NamedRuns) -> pl.DataFrame:
     """One row per trained run, layer and measured step; `bar` names run and layer."""
     at_input = pl.when(pl.col("layer") == 0).then(pl.lit("input"))
     layer = at_input.otherwise(pl.format("layer {}", "layer"))
     found = results.heat.rename({"run": "number"})
     joined = _named(runs).join(found, on="number", maintain_order="left_right")
     with_bars = joined.with_columns(bar=pl.format("{}: {}", "run", layer))
-    return with_bars.with_columns(pl.selectors.float().round_sig_figs(DIGITS))
+    return with_bars.with_columns(pl.selectors.float().round_sig_figs(_DIGITS))
 
 
-def _named(runs: Runs) -> pl.DataFrame:
+def _named(runs: NamedRuns) -> pl.DataFrame:
     rows = [(run.number, name.run, name.design) for run, name in runs]
     schema = {"number": pl.Int64, "run": pl.String, "design": pl.String}
     return pl.DataFrame(rows, schema=schema, orient="row")
 
 
-def ends(
+def axis_ends(
     table: pl.DataFrame, columns: Sequence[str], near: float | None, seen: tuple[float, float]
 ) -> tuple[float, float]:
     """The ends of a vertical axis that leaves far-out runs outside.
