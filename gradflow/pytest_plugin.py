@@ -15,6 +15,8 @@ import pytest
 if TYPE_CHECKING:
     from torch import nn
 
+__all__ = ["Guard", "assert_gradient_flow"]
+
 FOLDER = "gradflow_baselines"
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from commandline import CommandLine
 from hypothesis import settings
 
 # Examples build networks, so their first one is slow; the same ones each time, so CI is repeatable.
@@ -18,3 +21,9 @@ torch.set_num_threads(1)
 def seeded() -> None:
     """pytest-randomly reseeds `random` and numpy, but not torch."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> CommandLine:
+    """The command line within this process; runs are stored in the test's own folder."""
+    return CommandLine(capsys, tmp_path / "runs")

@@ -19,6 +19,7 @@ from typer.core import TyperCommand, TyperGroup
 import gradflow
 from gradflow.cli.check import check
 from gradflow.cli.compare import compare
+from gradflow.cli.guide import guide
 from gradflow.cli.report import report
 from gradflow.cli.run import run
 from gradflow.cli.schemes import schemes
@@ -174,6 +175,6 @@ def root(
     """Does the gradient reach my first layer, is that normal, and what does each layer cost?"""
 
 
-for command in (run, compare, report, check, schemes):
+for command in (run, compare, report, check, schemes, guide):
     # As the short help too, which Typer would cut off.
     app.command(cls=HelpByPanel, short_help=command.__doc__)(command)

@@ -1,20 +1,23 @@
-"""What exists is documented: columns, options, commands."""
+"""What exists is documented in README and guide: options, columns, commands, exit codes."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
 from dataclasses import fields
-from pathlib import Path
 
 import pytest
-import typer
+import reference_tables
+from doc_blocks import GUIDE, REPOSITORY
+from doc_blocks import PAGES as FILES
+from reference_tables import commands
 
 import gradflow
-from gradflow.cli.app import app
+from gradflow.cli.guide import TOPICS
 from gradflow.errors import EXIT_INTERRUPTED, EXIT_OK, GradflowError
 from gradflow.runs.records import TABLES, columns
 from gradflow.runs.summary import Summary
+from gradflow.schemes import SCHEMES
 from gradflow.specs.block_kinds import BLOCKS
 from gradflow.specs.checkpoint_formats import ARCHITECTURES
 from gradflow.specs.fields import flag
@@ -22,13 +25,9 @@ from gradflow.specs.published_shapes import SHAPES
 from gradflow.specs.run_options import RunOptions
 from gradflow.specs.stack import StackSpec
 
-README = (Path(__file__).parent.parent.parent / "README.md").read_text(encoding="utf-8")
+PAGES = {file.name: file.read_text(encoding="utf-8") for file in FILES}
+TEXT = "\n".join(PAGES.values())
 COLUMNS = [(table, name) for table, record in TABLES.items() for name in columns(record)]
-
-
-def commands() -> dict[str, typer.core.TyperCommand]:
-    """Every command by name, as it is parsed."""
-    return dict(typer.main.get_command(app).commands)
 
 
 def options() -> Iterator[tuple[str, str, str]]:
@@ -76,41 +75,41 @@ def test_every_block_has_a_meaning(block: str) -> None:
     assert BLOCKS[block].meaning
 
 
-# The README: a person learns of everything from it.
+# README and guide: a person learns of everything from them.
 
 
 @pytest.mark.parametrize("command", commands())
-def test_the_readme_shows_every_command(command: str) -> None:
-    assert f"gradflow {command}" in README
+def test_the_guide_shows_every_command(command: str) -> None:
+    assert f"gradflow {command}" in TEXT
 
 
 @pytest.mark.parametrize("option", sorted({option for _, option, _ in OPTIONS}))
-def test_the_readme_names_every_option(option: str) -> None:
-    assert re.search(rf"{option}(?![\w-])", README)
-
-
-@pytest.mark.parametrize("column", sorted({column for _, column in COLUMNS}))
-def test_the_readme_names_every_column(column: str) -> None:
-    assert f"`{column}`" in README
+def test_the_guide_names_every_option(option: str) -> None:
+    assert re.search(rf"{option}(?![\w-])", TEXT)
 
 
 @pytest.mark.parametrize("field", [field.name for field in fields(Summary)])
-def test_the_readme_names_every_number_of_the_summary(field: str) -> None:
-    assert f"`{field}`" in README
+def test_the_guide_names_every_number_of_the_summary(field: str) -> None:
+    assert f"`{field}`" in PAGES["files.md"]
 
 
 @pytest.mark.parametrize("name", [*SHAPES, *ARCHITECTURES])
-def test_the_readme_names_every_shape_and_architecture(name: str) -> None:
-    assert f"`{name}`" in README
+def test_the_guide_names_every_shape_and_architecture(name: str) -> None:
+    assert f"`{name}`" in TEXT
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_the_page_of_schemes_sorts_every_one(name: str) -> None:
+    assert f"`{name}`" in PAGES["schemes.md"].partition("## Schemes of several streams")[0]
 
 
 @pytest.mark.parametrize("name", [*BLOCKS, *gradflow.__all__])
-def test_the_readme_names_every_block_and_every_name_of_the_package(name: str) -> None:
-    assert name in README
+def test_the_first_page_names_every_block_and_every_name_of_the_package(name: str) -> None:
+    assert name in PAGES["start.md"]
 
 
-def test_the_readme_names_every_exit_code_and_no_other() -> None:
-    table = README.partition("| exit code | meaning |")[2].partition("\n\n")[0]
+def test_the_guide_names_every_exit_code_and_no_other() -> None:
+    table = PAGES["guard.md"].partition("| exit code | meaning |")[2].partition("\n\n")[0]
     kinds = [GradflowError, *GradflowError.__subclasses__()]
     codes = {EXIT_OK, EXIT_INTERRUPTED, *(kind.exit_code for kind in kinds)}
     assert {int(code) for code in re.findall(r"^\| (\d+) \|", table, re.MULTILINE)} == codes
@@ -118,6 +117,51 @@ def test_the_readme_names_every_exit_code_and_no_other() -> None:
     assert "`check`: no bound is broken, but a run could not be read" in usage
 
 
-@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\((?!https?:|#)([^)#]+)", README))))
-def test_what_the_readme_links_to_is_there(link: str) -> None:
-    assert (Path(__file__).parent.parent.parent / link).exists()
+def test_the_readme_can_be_read_and_counts_the_schemes() -> None:
+    assert len(PAGES["README.md"].encode()) <= 12 * 1024
+    counts = re.findall(r"(\d+) published recipes", PAGES["README.md"])
+    assert counts
+    assert set(counts) == {str(len(SCHEMES))}
+
+
+# The reference is made from the code.
+
+
+def test_the_reference_is_what_the_code_says() -> None:
+    text = reference_tables.PAGE.read_text(encoding="utf-8")
+    again = "make the tables anew with `python tests/helpers/reference_tables.py`"
+    assert reference_tables.with_tables(text) == text, again
+
+
+def test_the_reference_has_every_table() -> None:
+    found = reference_tables.marked(reference_tables.PAGE.read_text(encoding="utf-8"))
+    assert len(found) == len(set(found))
+    assert set(found) | {"command guide"} == set(reference_tables.MAKERS)
+
+
+def test_tables_of_options_hold_every_option_of_every_command() -> None:
+    text = reference_tables.PAGE.read_text(encoding="utf-8")
+    for command, option, _ in OPTIONS:
+        assert re.search(rf"`[^`]*{option}(?![\w-])", text), (command, option)
+
+
+# Links
+
+
+def links() -> list[tuple[str, str]]:
+    """Page and target of every relative link."""
+    pattern = r"\]\((?!https?:)([^)]+)\)"
+    return sorted({(page, to) for page, text in PAGES.items() for to in re.findall(pattern, text)})
+
+
+@pytest.mark.parametrize(("page", "link"), links())
+def test_what_a_page_links_to_is_there(page: str, link: str) -> None:
+    folder = REPOSITORY if page == "README.md" else GUIDE
+    name, _, section = link.partition("#")
+    assert (folder / name).exists()
+    assert not section  # no page is so long that it needs one
+
+
+@pytest.mark.parametrize("topic", TOPICS)
+def test_the_readme_links_to_every_page_of_the_guide(topic: str) -> None:
+    assert f"| [{topic}](gradflow/guide/{topic}.md) |" in PAGES["README.md"]

@@ -1,4 +1,4 @@
-"""`gradflow schemes`: the list, the pages, what they import; and the README's examples."""
+"""`gradflow schemes`: the list, the pages, what they import."""
 
 from __future__ import annotations
 
@@ -12,12 +12,10 @@ import pytest
 from commandline import CommandLine
 from user_files import scheme_file
 
-from gradflow.runs.store import load, run_folders
 from gradflow.schemes import SCHEMES
 from gradflow.showing.terminal.schemes import scheme_constants
 from gradflow.specs.block_kinds import BLOCKS
 
-README = (Path(__file__).parent.parent.parent / "README.md").read_text(encoding="utf-8")
 HEAVY = ("torch", "pandas", "polars", "altair", "scipy")
 
 
@@ -58,7 +56,6 @@ def test_every_scheme_is_documented(name: str) -> None:
     for text in (scheme.equation, scheme.init, scheme.paper, scheme.claim):
         assert len(text.strip()) > 3, text
     assert set(scheme.blocks) <= set(BLOCKS)
-    assert f"`{name}`" in README
 
 
 def test_constants_are_those_of_the_paper_at_the_depth(cli: CommandLine) -> None:
@@ -170,47 +167,3 @@ def test_it_imports_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr.strip() == "[] [0, 0, 0]"
-
-
-# The README's files, as printed
-
-
-def examples() -> dict[str, str]:
-    """The files that the README shows, by name."""
-    return dict(re.findall(r"`(my_\w+\.py)`:\n\n```python\n(.*?)```", README, re.DOTALL))
-
-
-@pytest.fixture
-def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name, text in examples().items():
-        (tmp_path / name).write_text(text, encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-SMALL = ("--width", "8", "--seq-len", "3", "--batch-size", "2", "--no-timing", "--device", "cpu")
-
-
-def shown_commands() -> list[list[str]]:
-    """The command lines of the README that use those files."""
-    lines = re.findall(r"^gradflow (.*my_\w+\.py:.*)$", README, re.MULTILINE)
-    return [line.split() for line in lines]
-
-
-def test_the_readme_shows_two_files_and_a_scheme_takes_ten_lines() -> None:
-    assert list(examples()) == ["my_scheme.py", "my_block.py"]
-    assert len([line for line in examples()["my_scheme.py"].splitlines() if line]) <= 10
-    assert {line[0] for line in shown_commands()} == {"run", "compare"}
-
-
-@pytest.mark.parametrize("line", shown_commands(), ids=" ".join)
-def test_the_readmes_examples_work_as_printed(
-    cli: CommandLine, in_folder: Path, line: list[str]
-) -> None:
-    here = ["--executor", "serial"] if line[0] == "compare" else []
-    done = cli(*line, *SMALL, *here, "--out", str(in_folder / "runs"))
-    assert done.code == 0, done.err
-    runs = [load(folder) for folder in run_folders(in_folder / "runs")]
-    names = {str(name) for run in runs for name in (run.spec.scheme, run.spec.block)}
-    for file in set(re.findall(r"my_\w+\.py:\w+", " ".join(line))):
-        assert any(name.startswith(f"{file}@") for name in names)
