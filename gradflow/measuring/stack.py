@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from statistics import mean
 from time import perf_counter
 
 from gradflow.engine import compiled
@@ -19,13 +17,12 @@ from gradflow.engine.memory import (
 )
 from gradflow.engine.timing import Clock, clock_for
 from gradflow.errors import MeasurementError, is_out_of_memory
-from gradflow.judging.training_outcome import summary_of
-from gradflow.judging.verdict import summarise
+from gradflow.judging.assembly import Measured, assembled_run
 from gradflow.measuring.cost_columns import with_times
 from gradflow.measuring.seed_passes import Found, Passes
 from gradflow.measuring.theory_columns import with_theory
 from gradflow.progress import Progress
-from gradflow.runs.records import Run, first_step
+from gradflow.runs.records import Run
 from gradflow.specs.run_options import RunOptions
 from gradflow.specs.stack import StackSpec
 from gradflow.specs.training_spec import as_trained
@@ -98,21 +95,18 @@ def no_scratch(error: OSError) -> MeasurementError:
 def _to_run(
     spec: StackSpec, options: RunOptions, environment: dict[str, object], found: Found
 ) -> Run:
-    loss = None if spec.loss == "cotangent" else mean(found.losses)
-    layers = found.tables.layers
-    rows = first_step(layers) if options.steps else layers
-    summary = summarise(rows, spec, options, loss)
-    run = Run(
-        spec=spec,
-        options=options,
-        summary=replace(summary, peak_bytes=found.peak, **summary_of(found.steps)),
-        environment=environment,
-        overhead=None,
-        warnings=tuple(found.warnings),
-        layer_records=found.tables.layers,
-        param_records=found.tables.params,
-        time_records=(),
-        step_records=found.steps,
+    run = assembled_run(
+        Measured(
+            spec,
+            options,
+            environment,
+            layers=found.tables.layers,
+            params=found.tables.params,
+            steps=found.steps,
+            losses=() if spec.loss == "cotangent" else found.losses,
+            warnings=found.warnings,
+            peak_bytes=found.peak,
+        )
     )
     run = with_theory(run)
     return with_times(run, found.timing, found.pass_s) if found.timing else run

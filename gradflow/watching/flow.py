@@ -102,7 +102,7 @@ class Flow:
         if not self.is_first:
             return
         run = self.run
-        step, _ = verdict_step(run.spec, run.layer_records, run.options)
+        step = verdict_step(run.spec, run.layer_records, run.options)
         heading = Text(f"step {step} of {len(self._tallies)} watched", style="dim")
         notes = (Text(line, style="yellow") for line in run.warnings)
         print_view(Group(heading, run_view(of_step(run, step)), *notes), console or Console())

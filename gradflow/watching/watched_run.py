@@ -16,11 +16,10 @@ from torch import nn
 from gradflow.engine.environment import describe
 from gradflow.engine.rows import log10
 from gradflow.errors import MeasurementError
+from gradflow.judging.assembly import Measured, assembled_run
 from gradflow.judging.findings import findings
 from gradflow.judging.seed_digest import classify
-from gradflow.judging.verdict import summarise
 from gradflow.runs.records import LayerRecord, ParamRecord, Run
-from gradflow.runs.summary import Summary
 from gradflow.specs.model_spec import ModelSpec, Spec
 from gradflow.specs.run_options import RunOptions
 from gradflow.watching.discovery import Place, unit_name
@@ -102,24 +101,19 @@ def to_run(
     spec = _spec(watched, order, tallies[0])
     layers = [r for tally in tallies for r in _layer_rows(watched, order, tally, options.seed)]
     params = [r for tally in tallies for r in _param_rows(watched, order, tally, options.seed)]
-    step, summary = verdict_step(spec, layers, options)
-    device = tallies[0].device
-    return Run(
-        spec=spec,
-        options=options,
-        summary=summary,
-        environment=describe(spec, device) | when,
-        overhead=None,
-        warnings=tuple(
-            findings(
-                [row for row in layers if row.step == step],
-                [row for row in params if row.step == step],
-                spec,
-            )
-        ),
-        layer_records=layers,
-        param_records=params,
-        time_records=(),
+    step = verdict_step(spec, layers, options)
+    judged_layers = [row for row in layers if row.step == step]
+    judged_params = [row for row in params if row.step == step]
+    return assembled_run(
+        Measured(
+            spec,
+            options,
+            describe(spec, tallies[0].device) | when,
+            layers=layers,
+            params=params,
+            warnings=list(findings(judged_layers, judged_params, spec)),
+            judged_step=step,
+        )
     )
 
 
@@ -138,18 +132,14 @@ def nothing_ran(watched: Watched) -> MeasurementError:
     )
 
 
-def verdict_step(
-    spec: Spec, layers: Sequence[LayerRecord], options: RunOptions
-) -> tuple[int, Summary]:
-    """The first step in which values are lost, else the first step, and its summary."""
+def verdict_step(spec: Spec, layers: Sequence[LayerRecord], options: RunOptions) -> int:
+    """The first step in which values are lost, else the first step."""
     steps = {step: list(rows) for step, rows in groupby(layers, key=attrgetter("step"))}
-    first = next(iter(steps))
     for step, rows in steps.items():
         judged = [row for row in rows if row.layer > 0 or spec.input_has_gradient]
         if classify(judged, options).layer is not None:
-            first = step
-            break
-    return first, summarise(steps[first], spec, options)
+            return step
+    return next(iter(steps))
 
 
 def _spec(watched: Watched, order: Sequence[Key], tally: Tally) -> ModelSpec:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import user_models
+from clocks import FakeClock
 from commandline import CommandLine
 from problems import CPU, network, small
 from records import run_of
@@ -24,7 +25,7 @@ from gradflow.engine.compiled import compiled_join, use
 from gradflow.engine.flops import network_flops
 from gradflow.engine.rebuilt import RebuiltBlocks
 from gradflow.engine.tape import Network
-from gradflow.engine.timing import CpuClock, FakeClock, bare_pass, timed_pass
+from gradflow.engine.timing import CpuClock, bare_pass, timed_pass
 from gradflow.engine.walk import walk
 from gradflow.errors import MeasurementError, UsageError
 from gradflow.judging.comparison import time_ratio

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from clocks import FakeClock
 from commandline import CommandLine, finish, start
 from problems import small
 
 from gradflow.engine import collect
-from gradflow.engine.timing import FakeClock
 from gradflow.measuring.stack import measure
 from gradflow.runs import store
 from gradflow.runs.disk_rows import Spool

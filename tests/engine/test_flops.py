@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from clocks import FakeClock
 from problems import CPU, network, small
 from records import layer_rows, run_of, spec_of
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ import gradflow
 from gradflow.engine import matmul
 from gradflow.engine.flops import FlopCounter, network_flops
 from gradflow.engine.matmul import LONG_ENOUGH_S, SMALLEST, matmul_flop_per_s
-from gradflow.engine.timing import CpuClock, FakeClock, timed_pass
+from gradflow.engine.timing import CpuClock, timed_pass
 from gradflow.measuring.cost_columns import with_times
 from gradflow.runs.records import TimeRecord, Timing
 from gradflow.runs.summary import Summary

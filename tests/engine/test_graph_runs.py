@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from clocks import FakeClock
 from commandline import CommandLine
 from problems import CPU, network, small
 from recorded import FakeCapture
@@ -22,7 +23,7 @@ import gradflow
 from gradflow.engine.cuda_graphs import Graphs, graphs_on
 from gradflow.engine.memory import footprint, make_plan
 from gradflow.engine.plan import Footprint, Plan, choose, pays_as_graphs, with_graphs
-from gradflow.engine.timing import CudaClock, FakeClock, mark_bare, mark_units
+from gradflow.engine.timing import CudaClock, mark_bare, mark_units
 from gradflow.engine.walk import walk
 from gradflow.errors import MeasurementError, UsageError
 from gradflow.judging.comparison import time_ratio

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from clocks import FakeClock
 from no_sync import no_sync
 from policy_numbers import numbers
 from problems import PROBLEMS, SIZES, name, network, small, thinned
@@ -18,7 +19,7 @@ import gradflow
 from gradflow.engine.built import build_network
 from gradflow.engine.cuda_graphs import Graphs, graphs_on
 from gradflow.engine.tape import Network
-from gradflow.engine.timing import CudaClock, FakeClock, mark_bare, mark_units, stack_timer
+from gradflow.engine.timing import CudaClock, mark_bare, mark_units, stack_timer
 from gradflow.engine.walk import walk
 from gradflow.errors import MeasurementError
 from gradflow.schemes import SCHEMES

@@ -59,9 +59,10 @@ def records(walks: dict[int, Any]) -> Iterable[tuple[int, Any]]:
     return ((seed, found.records()) for seed, found in walks.items())
 
 
-# log10 of gradients that large terms leave when they cancel, as those of keys' biases; their norms
-# agree to the same tolerance of the cotangent, 1.
-ROUNDING = -8.0
+# What float64 may leave of terms that cancel, as those of the gradient of keys' biases. The terms
+# are of the size of the cotangent, whose norm is 1, and a sum of a few hundred of them rounds by a
+# few times 2.2e-16. A bound relative to what is left, however small, would say nothing of the code.
+ROUNDING = 1e-14
 
 
 def agree(ours: Records, theirs: Records, tolerance: float) -> bool:
@@ -75,11 +76,15 @@ def agree(ours: Records, theirs: Records, tolerance: float) -> bool:
 
 def same(name: str, a: object, b: object, tolerance: float) -> bool:
     if isinstance(a, float) and isinstance(b, float):
-        rounding = name.startswith("log10") and max(a, b) < ROUNDING
         unknown = math.isnan(a) and math.isnan(b)
         close = math.isclose(a, b, rel_tol=tolerance, abs_tol=tolerance)
-        return close or rounding or unknown
+        return close or unknown or (name.startswith("log10") and same_size(a, b))
     return a == b
+
+
+def same_size(log_a: float, log_b: float) -> bool:
+    """Whether the numbers with these decadic logarithms are equal up to rounding."""
+    return abs(10**log_a - 10**log_b) < ROUNDING
 
 
 def of_scheme(name: str) -> StackSpec:

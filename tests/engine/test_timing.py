@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from clocks import FakeClock
 from problems import network, small
 from records import layer_rows, run_of, spec_of
 
@@ -17,7 +18,6 @@ from gradflow.engine.tape import Network
 from gradflow.engine.timing import (
     Clock,
     CpuClock,
-    FakeClock,
     bare_pass,
     collector_paused,
     stack_timer,

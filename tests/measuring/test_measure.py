@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from clocks import FakeClock
 from problems import small
 
 import gradflow
 from gradflow.engine import environment, memory
 from gradflow.engine.built import build_network
-from gradflow.engine.timing import FakeClock
 from gradflow.errors import MeasurementError, UsageError
 from gradflow.measuring import seed_passes
 from gradflow.measuring.stack import measure

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import user_models
+from clocks import FakeClock
 from problems import small
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -17,7 +18,6 @@ import gradflow
 from gradflow.engine import flops
 from gradflow.engine.flops import aten
 from gradflow.engine.matmul import SMALLEST
-from gradflow.engine.timing import FakeClock
 from gradflow.measuring.models.run import measure_model
 from gradflow.runs.summary import Summary
 from gradflow.specs.model_request import ModelRequest

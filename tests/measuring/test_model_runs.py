@@ -15,11 +15,11 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own convention)
 import user_models
+from clocks import FakeClock
 from commandline import CommandLine
 from torch import Tensor, nn
 from zoo import WIDTH, Residual
 
-from gradflow.engine.timing import FakeClock
 from gradflow.errors import UsageError
 from gradflow.measuring.models.run import measure_model
 from gradflow.runs import store

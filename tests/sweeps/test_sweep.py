@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from clocks import FakeClock
 
 from gradflow.engine import compiled, timing
-from gradflow.engine.timing import FakeClock
 from gradflow.errors import MeasurementError, UsageError
 from gradflow.measuring.stack import measure
 from gradflow.runs import store

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from clocks import FakeClock
 from torch import Tensor, nn
 from zoo import WIDTH, Inner, LoopedStack, Recursive, Residual, Universal, chain
 
 import gradflow
-from gradflow.engine.timing import FakeClock
 from gradflow.measuring.models.run import measure_model
 from gradflow.specs.model_request import ModelRequest
 from gradflow.specs.run_options import RunOptions

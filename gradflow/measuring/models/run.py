@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import count
-from statistics import mean, median
+from statistics import median
 from time import perf_counter
 from typing import Any
 
@@ -18,8 +18,7 @@ from gradflow.engine.matmul import matmul_flop_per_s
 from gradflow.engine.memory import available_bytes, peak_bytes, reset_peak
 from gradflow.engine.timing import Clock, clock_for, take_times
 from gradflow.errors import MeasurementError, is_out_of_memory
-from gradflow.judging.training_outcome import summary_of
-from gradflow.judging.verdict import summarise
+from gradflow.judging.assembly import Measured, assembled_run
 from gradflow.measuring.cost_columns import with_times
 from gradflow.measuring.models.batches import Example
 from gradflow.measuring.models.hugging_face import resolve
@@ -27,7 +26,7 @@ from gradflow.measuring.models.one_pass import settings_kept, untouched
 from gradflow.measuring.models.subjects import Subject, backward, build_subject
 from gradflow.measuring.models.times import timer_of
 from gradflow.progress import Progress
-from gradflow.runs.records import Run, StepRecord, Timing, first_step
+from gradflow.runs.records import Run, StepRecord, Timing
 from gradflow.specs.located import users_own
 from gradflow.specs.model_request import ModelRequest, without_digest
 from gradflow.specs.model_spec import ModelSpec
@@ -213,20 +212,18 @@ def _to_run(
 ) -> Run:
     spec = _common_spec(request, found.runs)
     first = [run for run in found.runs if run.layer_records[0].step == 0]
-    layers = [row for run in found.runs for row in run.layer_records]
-    loss = None if request.loss == "cotangent" else mean(found.losses)
-    summary = summarise(first_step(layers) if options.steps else layers, spec, options, loss)
-    run = Run(
-        spec=spec,
-        options=options,
-        summary=replace(summary, peak_bytes=peak_bytes(device), **summary_of(found.steps)),
-        environment=describe(spec, device) | when,
-        overhead=None,
-        warnings=tuple(dict.fromkeys(line for run in first for line in run.warnings)),
-        layer_records=layers,
-        param_records=[row for run in found.runs for row in run.param_records],
-        time_records=(),
-        step_records=found.steps,
+    run = assembled_run(
+        Measured(
+            spec,
+            options,
+            describe(spec, device) | when,
+            layers=[row for run in found.runs for row in run.layer_records],
+            params=[row for run in found.runs for row in run.param_records],
+            steps=found.steps,
+            losses=() if request.loss == "cotangent" else found.losses,
+            warnings=list(dict.fromkeys(line for run in first for line in run.warnings)),
+            peak_bytes=peak_bytes(device),
+        )
     )
     if found.timing is None:
         return run
