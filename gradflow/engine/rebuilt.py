@@ -59,7 +59,7 @@ class RebuiltBlocks(Layers):
         self._spec, self._seed, self._device = spec, seed, device
         self._alive, self._join = alive, join
         # Profiles are passes of their own, which belong into the stream of the others.
-        self._ahead = None if spec.scheme and spec.recipe.profiled else ahead
+        self._ahead = None if spec.scheme and spec.scheme_record.profiled else ahead
         self._places = alive + (self._ahead is not None)
         self._modules: dict[Hashable, dict[int, Block]] = {}
         self._last = 0

@@ -40,7 +40,7 @@ def measure(
 
     Args:
         spec: the network, its input and its loss; where the options train it, its input and its
-            loss are those of a task, see `recipe.as_trained`.
+            loss are those of a task, see `training_spec.as_trained`.
         options: seeds, device, timing, memory; the defaults of `RunOptions` if None.
         progress: called as the work goes on.
         clock: in place of the device's own.

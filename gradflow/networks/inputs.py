@@ -53,14 +53,14 @@ def scaled_input(spec: StackSpec, x: Tensor) -> Tensor:
     """x scaled or normalised as the scheme has it."""
     if spec.scheme is None:
         return x
-    scale = spec.recipe.input_scale(spec.depth)
+    scale = spec.scheme_record.input_scale(spec.depth)
     return _normalised_input(spec, x if scale == 1 else x * scale)
 
 
 def _normalised_input(spec: StackSpec, x: Tensor) -> Tensor:
-    if spec.recipe.input_norm == "unit":
+    if spec.scheme_record.input_norm == "unit":
         return unit_norm(x)
-    if spec.recipe.input_norm is None:
+    if spec.scheme_record.input_norm is None:
         return x
     norm = norm_of_kind(spec, str(spec.norm_kind), spec.width)
     fill(list(module_slots(spec, norm)), spec, x.device, generator(x.device, 0, "input norm"))

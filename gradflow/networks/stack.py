@@ -114,7 +114,7 @@ def _set_found(block: Block, spec: StackSpec, seed: int, layer: int, device: tor
     """What no draw decides: a checkpoint, or a forward pass at initialisation."""
     if spec.weights:
         load_layer(spec.checkpoint, layer, block)
-    if spec.scheme and spec.recipe.profiled:
+    if spec.scheme and spec.scheme_record.profiled:
         _set_omegas(block, _profile(spec, seed, device).omegas(layer))
 
 

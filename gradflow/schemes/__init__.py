@@ -53,8 +53,8 @@ SCHEMES: dict[str, Scheme] = {
 }
 
 
-def find(name: str) -> Scheme:
-    """The scheme of that name.
+def published_scheme(name: str) -> Scheme:
+    """Return the published scheme of that name.
 
     Raises:
         UsageError: the name is unknown.

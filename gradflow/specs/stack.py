@@ -21,7 +21,7 @@ from gradflow.specs.stack_rules import (
     check_fit,
     check_name,
     check_numbers,
-    check_recipe,
+    check_scheme_options,
     check_stored,
     check_user_code,
 )
@@ -92,7 +92,8 @@ class StackSpec(StackFields):
         values = missing(self.like, vars(self))
         self._resolve("block", DEFAULT_BLOCK)
         check_name(self, "block")
-        own = self.recipe.defaults if self.scheme else {}  # what is given goes before the shape
+        # What a scheme brings goes before the published shape.
+        own = self.scheme_record.defaults if self.scheme else {}
         # Last the kind of norm, which queries and keys may need.
         for name, value in sorted(values.items(), key=lambda item: item[0] == "norm_kind"):
             fits = name not in BLOCK_OPTIONS or name in self.kind.options
@@ -135,10 +136,10 @@ class StackSpec(StackFields):
         elif self.is_stored(self.scheme):
             defaults = {}
         else:
-            check_recipe(self, self.recipe)
-            shortcut = "plain" if self.recipe.plain else "residual"
-            own = {"block": self.recipe.blocks[0], "shortcut": shortcut, "init": "he"}
-            defaults = own | dict(self.recipe.defaults)
+            check_scheme_options(self, self.scheme_record)
+            shortcut = "plain" if self.scheme_record.plain else "residual"
+            own = {"block": self.scheme_record.blocks[0], "shortcut": shortcut, "init": "he"}
+            defaults = own | dict(self.scheme_record.defaults)
         for name, value in defaults.items():
             self._resolve(name, value)
 
@@ -151,7 +152,7 @@ class StackSpec(StackFields):
         """Where options replace what the scheme brings: `init he in place of xavier`; or empty."""
         if self.scheme is None or self.is_stored(self.scheme):
             return ""
-        brought = dict(self.recipe.defaults)
+        brought = dict(self.scheme_record.defaults)
         if "init" in brought:  # these three change what such an init says
             brought = {"weight_var": None, "bias_var": None, "gain": 1.0} | brought
         parts = {name: (getattr(self, name), own) for name, own in brought.items()}

@@ -157,8 +157,8 @@ class StackFields:
         return self.bias != "none" and (role != "k" or bool(self.rope))
 
     @property
-    def recipe(self) -> Scheme:
-        """The scheme; only where `scheme` is not None, and a user's own once it is loaded."""
+    def scheme_record(self) -> Scheme:
+        """The record that `scheme` names; only where there is one, a user's once it is loaded."""
         return scheme_named(str(self.scheme))
 
     @property
@@ -166,17 +166,17 @@ class StackFields:
         """Whether its units have norms."""
         if self.is_stored(self.scheme):
             return self.norm_kind is not None
-        return self.norm != "none" if self.scheme is None else self.recipe.normalises
+        return self.norm != "none" if self.scheme is None else self.scheme_record.normalises
 
     @property
     def has_final_norm(self) -> bool:
         """Whether a head normalises the stream first, as nets with norms in the branch need it."""
-        return self.norm == "pre" if self.scheme is None else self.recipe.final_norm
+        return self.norm == "pre" if self.scheme is None else self.scheme_record.final_norm
 
     @property
     def readout(self) -> str | None:
         """How several streams become the output; None: there is one."""
-        return None if self.scheme is None else self.recipe.readout
+        return None if self.scheme is None else self.scheme_record.readout
 
     @property
     def has_streams(self) -> bool:
@@ -196,13 +196,13 @@ class StackFields:
 
     def streams(self, layer: int, unit: int) -> int:
         """Streams in the output of that unit."""
-        return 1 if self.scheme is None else self.recipe.streams(self.place(layer, unit))
+        return 1 if self.scheme is None else self.scheme_record.streams(self.place(layer, unit))
 
     def wiring(self, layer: int, unit: int) -> Wiring:
         """How unit number `unit` (from 0) of layer `layer` (from 1) is wired."""
         kinds = self.kind.units
         if self.scheme is not None:
-            wiring = self.recipe.wire(self.place(layer, unit))
+            wiring = self.scheme_record.wire(self.place(layer, unit))
         else:
             places = {"none": (), "pre": ("in",), "post": ("out",)}[str(self.norm)]
             wiring = Wiring(a=float(self.has_shortcut), norms=places)

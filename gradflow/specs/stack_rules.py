@@ -58,7 +58,7 @@ _BROUGHT = tuple(
 )
 
 
-def check_recipe(spec: StackFields, recipe: Scheme) -> None:
+def check_scheme_options(spec: StackFields, record: Scheme) -> None:
     """A scheme decides where units add and normalise; a block that it is not defined on fails.
 
     Raises:
@@ -66,7 +66,7 @@ def check_recipe(spec: StackFields, recipe: Scheme) -> None:
     """
     if user_code.is_user_name(spec.scheme):
         check_scheme(str(spec.scheme), _BROUGHT, BLOCKS)
-    own = {"norm": None, "shortcut": "plain" if recipe.plain else "residual"}
+    own = {"norm": None, "shortcut": "plain" if record.plain else "residual"}
     for name, value in own.items():
         given = getattr(spec, name)
         if given not in (None, value):
@@ -74,10 +74,10 @@ def check_recipe(spec: StackFields, recipe: Scheme) -> None:
             raise UsageError(rule, f"{flag(name)} {given}", f"leave out {flag(name)}, or --scheme")
     title = user_code.shown(str(spec.scheme))
     if user_code.is_user_name(spec.block):
-        domains = tuple(dict.fromkeys(BLOCKS[block].domain for block in recipe.blocks))
+        domains = tuple(dict.fromkeys(BLOCKS[block].domain for block in record.blocks))
         check_choice(f"the domain of a block for --scheme {title}", spec.kind.domain, domains)
     elif spec.block is not None:
-        check_choice(f"--block for --scheme {title}", spec.block, tuple(recipe.blocks))
+        check_choice(f"--block for --scheme {title}", spec.block, tuple(record.blocks))
 
 
 COUNTS = ("heads", "kv_heads", "head_dim", "ffn_mult", "ffn_width", "seq_len", "image_size")

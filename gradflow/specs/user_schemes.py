@@ -12,7 +12,7 @@ from numbers import Real
 from typing import Any
 
 from gradflow.errors import UsageError
-from gradflow.schemes import Scheme, find
+from gradflow.schemes import Scheme, published_scheme
 from gradflow.schemes.wiring import LEARNED, NORM_PLACES, Place, Wiring
 from gradflow.specs import user_code
 from gradflow.specs.user_units import check_kind, check_streams, check_whole, is_count, is_number
@@ -41,7 +41,7 @@ def scheme_named(name: str) -> Scheme:
         UsageError: the name is unknown, its file was not loaded, or it is no scheme.
     """
     if not user_code.is_user_name(name):
-        return find(name)
+        return published_scheme(name)
     scheme = user_code.loaded(name)
     if not isinstance(scheme, Scheme):
         rule = f"{user_code.shown(name)} is a gradflow.schemes.Scheme"

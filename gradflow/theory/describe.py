@@ -82,7 +82,7 @@ def describe_stack(spec: StackSpec) -> Stack:
         raise NoTheoryError("no formula for trained weights")
     if spec.norm_eps > NORM_EPS and spec.normalises:
         raise NoTheoryError("no formula for another epsilon of the norms")
-    scale = spec.recipe.input_scale(spec.depth) if spec.scheme else 1.0
+    scale = spec.scheme_record.input_scale(spec.depth) if spec.scheme else 1.0
     wired = _wired(spec)
     state = state_of(spec, [wiring for _, wiring in wired])
     return Stack(_shape(spec), _units(spec, wired), scale**2, _head(spec, state), state)

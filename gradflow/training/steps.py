@@ -222,7 +222,7 @@ def train_stack(
     """Train one seed of a stack on its task, and measure it on the way.
 
     Args:
-        spec: as trained, see `recipe.as_trained`.
+        spec: as trained, see `training_spec.as_trained`.
         seed: of the weights and the batches.
         device: where.
         options: the recipe, and whether to leave gradients in their raw range.

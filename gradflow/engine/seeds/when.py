@@ -70,7 +70,7 @@ def _refusal(spec: StackSpec, options: RunOptions) -> str | None:
         "a scheme of your own": user_code.is_user_name(spec.scheme or ""),
         "branches that are dropped at random": any(w.unit == "stochastic" for w in wirings),
         f"more than {MOST_SEEDS} seeds": options.seeds > MOST_SEEDS,
-        "a scheme that profiles each seed": spec.scheme is not None and spec.recipe.profiled,
+        "a scheme that profiles each seed": spec.scheme is not None and spec.scheme_record.profiled,
     }
     return next((reason for reason, is_so in against.items() if is_so), None)
 
