@@ -14,8 +14,6 @@ from gradflow.schemes.classic import FIXUP_LAST
 from gradflow.schemes.wiring import Place, Wiring
 from gradflow.specs.stack import StackSpec
 from gradflow.specs.user_code import is_user_name
-from gradflow.theory.as_template import RESTATED
-from gradflow.theory.streams.states import output_scale, state_of
 from gradflow.theory.template import (
     NORM_EPS,
     Head,
@@ -26,14 +24,15 @@ from gradflow.theory.template import (
     TemplateUnit,
     WeightMoments,
 )
+from gradflow.theory.unit_theory import UNIT_THEORY, UnitTheory
 
 RECTIFIERS = ("relu", "gelu", "gelu-tanh", "silu")
 
 
-# Never further than 5e-4 apart, far below the error of the theory.
+# An activation that theory takes for another, never further than 5e-4 apart.
 ALIKE = {"gelu-tanh": "gelu"}
 
-LEAST_VALUES = 64  # features; seeds scatter by more than the band below it
+_LEAST_VALUES = 64  # features; seeds scatter by more than the band below it
 
 
 def weights(
@@ -73,10 +72,10 @@ def _scale(spec: StackSpec, fan_in: int, fan_out: int, *, feeds: bool, output: b
 
 
 def describe_stack(spec: StackSpec) -> Stack:
-    """What theory knows of the stack.
+    """Return the stack of template units that a specification builds at initialisation.
 
     Raises:
-        NoTheoryError: a unit is wired, or made of parts, that the template does not cover.
+        NoTheoryError: a unit is wired, or made of parts, that no formula covers.
     """
     if spec.weights:
         raise NoTheoryError("no formula for trained weights")
@@ -84,8 +83,49 @@ def describe_stack(spec: StackSpec) -> Stack:
         raise NoTheoryError("no formula for another epsilon of the norms")
     scale = spec.scheme_record.input_scale(spec.depth) if spec.scheme else 1.0
     wired = _wired(spec)
-    state = state_of(spec, [wiring for _, wiring in wired])
+    state = _state(spec, [wiring for _, wiring in wired])
     return Stack(_shape(spec), _units(spec, wired), scale**2, _head(spec, state), state)
+
+
+def _state(spec: StackSpec, wirings: Sequence[Wiring]) -> State | None:
+    """Return what the units hand on in place of one stream, or None for one stream."""
+    theories = {wiring.unit: UNIT_THEORY.get(wiring.unit) for wiring in wirings}
+    norm = str(spec.norm_kind or spec.domain.norm_kind)
+    beyond = any({"value", "shared"} & set(wiring.norms) for wiring in wirings)
+    if beyond and spec.kind.domain != "tokens":
+        raise NoTheoryError("no formula for a norm of shortcut and branch alike, but of tokens")
+    if not any(theory and theory.norms is not None for theory in theories.values()):
+        return State("template", 1, norm, spec.head_size) if beyond else None
+    if len(theories) > 1:
+        kinds = " and ".join(sorted(theories))
+        raise NoTheoryError(f"no formula for units of {kinds} in one stack")
+    ((kind, theory),) = theories.items()
+    assert theory is not None
+    if spec.readout != theory.readout:
+        raise NoTheoryError(f"no formula for units of {kind} with the readout {spec.readout}")
+    for norms, scalars, weight in dict.fromkeys(map(_stream_settings, wirings)):
+        _check_streams(kind, theory, norms, scalars)
+        if weight != 0.5:
+            raise NoTheoryError("no formula for values that are not averaged evenly")
+    copies = int(wirings[0].settings.get("streams", 1))
+    return State(kind, copies, norm, spec.head_size, spec.units_per_block)
+
+
+def _stream_settings(wiring: Wiring) -> tuple[tuple[str, ...], tuple[float, float], float]:
+    """Return the norms, the scalars, and the first values' share in those of value-residual."""
+    return wiring.norms, (wiring.b, wiring.c), float(wiring.settings.get("weight", 0.5))
+
+
+def _check_streams(
+    kind: str, theory: UnitTheory, norms: tuple[str, ...], scalars: tuple[float, float]
+) -> None:
+    beyond = set(norms) - set(theory.norms or ())
+    if theory.needs_out_norm and "out" not in norms:
+        raise NoTheoryError(f"no formula for units of {kind} without the norm of their output")
+    if beyond:
+        raise NoTheoryError(f"no formula for a norm at {', '.join(sorted(beyond))} of {kind}")
+    if not theory.takes_scalars and scalars != (1.0, 1.0):
+        raise NoTheoryError(f"no formula for scaled branches of {kind}")
 
 
 def _check_parts(spec: StackSpec) -> None:
@@ -103,12 +143,12 @@ def _check_parts(spec: StackSpec) -> None:
 def _check_values(spec: StackSpec) -> None:
     """Refuse few value features in a wide stream: all tokens share how these are drawn."""
     values = (spec.kv_heads or int(spec.heads or 1)) * spec.head_size
-    if values < min(LEAST_VALUES, spec.width):
+    if values < min(_LEAST_VALUES, spec.width):
         raise NoTheoryError(f"values of {values} features are too few: theory is of infinite width")
 
 
 def _wired(spec: StackSpec) -> list[tuple[Place, Wiring]]:
-    """Every unit with its place; of a stack without a scheme, whose layers are alike, one layer."""
+    """Return every unit's place and wiring; of one layer where no scheme tells layers apart."""
     if spec.scheme is not None:
         return list(spec.wirings())
     units = range(spec.units_per_block)
@@ -116,13 +156,14 @@ def _wired(spec: StackSpec) -> list[tuple[Place, Wiring]]:
 
 
 def _units(spec: StackSpec, wired: Sequence[tuple[Place, Wiring]]) -> tuple[TemplateUnit, ...]:
-    """Units of equal wiring are one object: a deep stack is described in no time."""
+    """Return the units; those of equal wiring are one object, so that deep stacks are quick."""
     units: list[TemplateUnit] = []
     last: list[tuple[Wiring, TemplateUnit] | None] = [None] * spec.units_per_block
     for place, wiring in wired:
         own = wiring
-        restate = RESTATED.get(wiring.unit)
-        if restate:  # whose settings do not change the branch
+        theory = UNIT_THEORY.get(wiring.unit)
+        restate = theory.restate if theory else None
+        if restate:  # the settings do not change the branch
             own = replace(wiring, settings={})
         before = last[place.unit]
         unit = before[1] if before and before[0] == own else _unit(spec, own, place.kind)
@@ -135,7 +176,9 @@ def _head(spec: StackSpec, state: State | None) -> Head | None:
     if spec.loss != "ce":
         return None
     norm = str(spec.norm_kind or spec.domain.norm_kind) if spec.has_final_norm else None
-    read = output_scale(state, spec.depth * spec.units_per_block, spec.width)
+    count, read = spec.depth * spec.units_per_block, 1.0
+    if state is not None:
+        read = UNIT_THEORY[state.kind].output_scale(state, count, spec.width)
     return Head(spec.classes, weights(spec, spec.width, spec.classes), norm, read)
 
 
@@ -160,7 +203,7 @@ def _unit(spec: StackSpec, wiring: Wiring, kind: str) -> TemplateUnit:
         _check_parts(spec)
     norms: dict[str, Any] = {
         name: wiring.kinds.get("in" if kind == "resnet" else place, str(spec.norm_kind))
-        for place, name in NORMS.items()
+        for place, name in _NORM_FIELDS.items()
         if place in places
     }
     if is_silent:
@@ -184,53 +227,50 @@ def _unit(spec: StackSpec, wiring: Wiring, kind: str) -> TemplateUnit:
 
 
 def _is_silent(wiring: Wiring, kind: str) -> bool:
-    """Whether the branch gives 0 at initialisation, whatever it is: the shortcut alone is left."""
-    last = wiring.gains.get(FIXUP_LAST.get(kind, ""), 1.0) if wiring.unit == "fixup" else 1.0
+    """Tell whether the branch gives 0 at initialisation, so that the shortcut alone is left."""
+    theory = UNIT_THEORY.get(wiring.unit)
+    if theory is None or not theory.is_template:
+        return False
+    last = wiring.gains.get(FIXUP_LAST.get(kind, ""), 1.0) if theory.has_scalar_biases else 1.0
     beyond = "shared" in wiring.norms or (kind == "resnet" and "out" in wiring.norms)
-    return wiring.unit in AS_TEMPLATE and wiring.b * last == 0 and not beyond
+    return wiring.b * last == 0 and not beyond
 
 
 # Places of `wiring.NORM_PLACES` that the template has, with their names in `TemplateUnit`.
-NORMS = {
+_NORM_FIELDS = {
     **{"in": "norm_in", "branch": "norm_branch", "out": "norm_out", "mid": "norm_mid"},
     **{"value": "norm_value", "shared": "norm_shared"},
 }
 
 
-BIASED = ("attention", "ffn")  # their biases are an option
-
-# Classes of unit that are the template at initialisation, and those without a formula.
-AS_TEMPLATE = ("template", "normformer", "fixup")
-COVERED = (*AS_TEMPLATE, "highway")
-REASONS = {
-    "stochastic": "which branches are dropped is drawn from the seed",
-}
+_BIASED = ("attention", "ffn")  # kinds of branch whose biases are an option
 
 
 def _check_wiring(spec: StackSpec, wiring: Wiring, kind: str) -> None:
     if is_user_name(spec.block):
         raise NoTheoryError("no formula for a branch of your own")
-    if wiring.unit in REASONS:
-        raise NoTheoryError(REASONS[wiring.unit])
+    theory = UNIT_THEORY.get(wiring.unit)
+    if theory and theory.reason:
+        raise NoTheoryError(theory.reason)
     if kind == "resnet" and "out" in wiring.norms:
         raise NoTheoryError("phi after the addition: what the stream and a branch share adds up")
     if kind == "resnet" and (set(wiring.norms) - {"in"} or (wiring.norms and wiring.c != 1)):
         raise NoTheoryError("a resnet block places its norms itself: no formula but for pre-norm")
-    if wiring.unit not in (*COVERED, *RESTATED):
+    if theory is None:
         raise NoTheoryError(f"{spec.scheme} wires its units beyond the template")
-    beyond = set(wiring.norms) - {*NORMS, "query-key"}
+    beyond = set(wiring.norms) - {*_NORM_FIELDS, "query-key"}
     if beyond:
         raise NoTheoryError(f"no formula for a norm at {', '.join(sorted(beyond))}")
 
 
 def _matrices(spec: StackSpec, wiring: Wiring, kind: str) -> dict[str, Any]:
-    d = spec.width
+    d, theory = spec.width, UNIT_THEORY[wiring.unit]
 
     def scaled(role: str, fan_in: int, fan_out: int, **what: bool) -> WeightMoments:
         made = weights(spec, fan_in, fan_out, **what)
-        bare = wiring.unit == "fixup"  # has scalar ones: 0
-        unbiased = kind == "resnet" and wiring.norms  # as `networks.blocks.ResNet`
-        biased = not bare and not unbiased and (kind not in BIASED or spec.has_bias(role))
+        # `networks.blocks.ResNet` has no biases before its norms.
+        bare = theory.has_scalar_biases or (kind == "resnet" and wiring.norms)
+        biased = not bare and (kind not in _BIASED or spec.has_bias(role))
         bias = made.bias if biased else 0.0
         return replace(made, scale=made.scale * wiring.gains.get(role, 1.0) ** 2, bias=bias)
 
@@ -259,6 +299,6 @@ def _matrices(spec: StackSpec, wiring: Wiring, kind: str) -> dict[str, Any]:
         }
     kernel, role = (9, "conv") if kind == "conv" else (1, "linear")
     made = {"w_in": scaled(role, d * kernel, d * kernel, feeds=True)}
-    if wiring.unit != "highway":
+    if not theory.has_gate:
         return made
     return made | {"w_transform": weights(spec, d * kernel, d * kernel)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from gradflow.specs.stack import StackSpec
-from gradflow.theory.finite_width.band import Noise
+from gradflow.theory.finite_width.band import LevelNoise
 from gradflow.theory.maths import Array
 from gradflow.theory.mean_field.activations import ACTIVATION_MOMENTS
 from gradflow.theory.mean_field.branches import BRANCH_MOMENTS, BranchTape
@@ -112,7 +112,7 @@ def _check_norm(norm: str) -> None:
         raise NoTheoryError(f"the norm {norm} has no formula")
 
 
-def check_passes(stack: Stack, passes: MomentPasses, layout: Layout, noise: Noise) -> Array:
+def check_passes(stack: Stack, passes: MomentPasses, layout: Layout, noise: LevelNoise) -> Array:
     """Refuse a result beyond the range of its own formulas.
 
     Returns:

@@ -18,21 +18,20 @@ import numpy as np
 
 from gradflow.specs.stack import StackSpec
 from gradflow.theory.describe import describe_stack
-from gradflow.theory.finite_width.band import Noise, finite_width
-from gradflow.theory.highway import recursion
+from gradflow.theory.finite_width.band import LevelNoise, finite_width
+from gradflow.theory.highway.recursion import run as run_highway
 from gradflow.theory.limits import check_passes, check_spec, check_stack
 from gradflow.theory.maths import Array
 from gradflow.theory.mean_field.attention import LOGIT_LIMIT, excess, excess_array, scatter
 from gradflow.theory.mean_field.layouts import CausalTokens, Exchangeable, Layout, Moments
 from gradflow.theory.mean_field.norms import Stream, normalise
 from gradflow.theory.mean_field.recursion import MomentPasses, run_units
-from gradflow.theory.streams.admin_weights import with_omegas
-from gradflow.theory.streams.preln_equivalents import state_answers, state_levels, state_streams
 from gradflow.theory.streams.recursion import run_streams
-from gradflow.theory.streams.states import COPIES
 from gradflow.theory.template import Head, NoTheoryError, Stack
+from gradflow.theory.unit_theory import UNIT_THEORY, UnitTheory
 
 _NATS_OF_SQUARE = 0.5 / math.log(10)  # decades of a norm per nat of its square
+_ONE_STREAM = UnitTheory()
 
 
 @dataclass(frozen=True)
@@ -131,36 +130,42 @@ def total_decades(spec: StackSpec) -> float:
 
 
 def _both_passes(stack: Stack) -> tuple[Stack, Layout, MomentPasses]:
-    """The stack as it is passed, and the passes."""
+    """Return the stack as it is passed, the layout of its moments, and both passes."""
     check_stack(stack)
     layout = layout_of(stack)
     if any(unit.w_transform is not None for unit in stack.units):
-        return stack, layout, recursion.run(stack.units, stack.input_square, layout)
-    if stack.state is not None and stack.state.kind == "admin":
-        stack = with_omegas(stack, layout)
+        return stack, layout, run_highway(stack.units, stack.input_square, layout)
+    theory = _theory(stack)
+    if theory.prepare is not None:
+        stack, theory = theory.prepare(stack, layout), _ONE_STREAM
     start = Stream(layout.start(stack.input_square), common=0.0 if layout.shape.side > 1 else None)
     last = partial(_start, stack, layout=layout)
-    if stack.state is None or stack.state.kind in (*COPIES, "ngpt"):
+    if stack.state is None or theory.steps is None:
         return stack, layout, run_units(stack.units, start, last, layout)
-    return stack, layout, run_streams(stack.units, stack.state, start, last, layout)
+    steps, readout = theory.unit_steps(stack.units, stack.state), theory.read_steps(stack.state)
+    return stack, layout, run_streams(steps, readout, start, last, layout)
 
 
-def _noise(stack: Stack, passes: MomentPasses, layout: Layout) -> Noise:
-    kind = None if stack.state is None else stack.state.kind
-    whole = kind is None or kind in (*COPIES, "ngpt", "value-residual")
-    noise = finite_width(stack.units, passes, layout, _fewer_probes(stack), whole=whole)
-    if stack.state is not None and kind in COPIES:
-        answers = state_answers(stack.state, np.array(passes.levels))
+def _theory(stack: Stack) -> UnitTheory:
+    """Return the theory of what the stack's units hand on."""
+    return _ONE_STREAM if stack.state is None else UNIT_THEORY[stack.state.kind]
+
+
+def _noise(stack: Stack, passes: MomentPasses, layout: Layout) -> LevelNoise:
+    """Return the noise of one seed in the levels of the rows."""
+    theory = _theory(stack)
+    fewer, whole = _fewer_probes(stack), theory.norms_see_all
+    noise = finite_width(stack.units, passes, layout, fewer, whole=whole)
+    if stack.state is not None:
+        answers = theory.answers(np.array(passes.levels), stack.state)
         noise = replace(noise, variance=noise.variance * answers**2)
     noise = noise.plus(_start_noise(stack, passes, layout))
     return noise.plus(np.array(passes.scatter or 0.0))
 
 
 def _of_state(stack: Stack, levels: Array) -> Array:
-    """The levels of the rows, which hold all streams of a state."""
-    if stack.state is None or stack.state.kind not in COPIES:
-        return levels
-    return state_levels(stack.state, levels)
+    """Return the levels of the rows, which hold all streams of a state."""
+    return levels if stack.state is None else _theory(stack).levels(levels, stack.state)
 
 
 def layout_of(stack: Stack) -> Layout:
@@ -172,12 +177,12 @@ def layout_of(stack: Stack) -> Layout:
 
 
 def _to_prediction(
-    stack: Stack, passes: MomentPasses, layout: Layout, noise: Noise, rows: Array
+    stack: Stack, passes: MomentPasses, layout: Layout, noise: LevelNoise, rows: Array
 ) -> Prediction:
     level = _of_state(stack, np.array(passes.levels) + noise.bias)
     streams, squares = passes.streams, passes.squares
     if stack.state is not None:
-        streams = state_streams(stack.state, streams, layout)
+        streams = _theory(stack).streams(streams, stack.state, layout)
         squares = [layout.mean_square(x.s) for x in streams]
     return Prediction(
         tuple((_NATS_OF_SQUARE * level).tolist()),

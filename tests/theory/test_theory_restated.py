@@ -13,9 +13,8 @@ from gradflow.networks.units.ngpt import ALPHA
 from gradflow.schemes import SCHEMES
 from gradflow.specs.stack import StackSpec
 from gradflow.theory import NoTheoryError, TemplateUnit, describe_stack, predict, total_decades
-from gradflow.theory.as_template import NGPT_ALPHA, RESTATED
 from gradflow.theory.predict import layout_of
-from gradflow.theory.streams.admin_weights import with_omegas
+from gradflow.theory.unit_theory import NGPT_ALPHA, UNIT_THEORY, with_omegas
 
 WIDE = 8192
 DEPTH = 20
@@ -89,7 +88,8 @@ def test_admin_beside_other_units_or_norms_is_refused(monkeypatch: pytest.Monkey
 
 def test_only_norms_of_rows_on_both_sides_restate_pb_relax() -> None:
     bare = TemplateUnit(kind="ffn", norm_in="layernorm")
+    restate = UNIT_THEORY["pb-relax"].restate
     with pytest.raises(NoTheoryError, match="in and out"):
-        RESTATED["pb-relax"](bare, None, None)
-    unit = RESTATED["pb-relax"](replace(bare, norm_branch="rmsnorm"), None, None)
+        restate(bare, None, None)
+    unit = restate(replace(bare, norm_branch="rmsnorm"), None, None)
     assert math.isclose(unit.w_out.scale, unit.read**2)

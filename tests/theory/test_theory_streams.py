@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,11 +21,17 @@ from gradflow.theory import Stack, StreamShape, TemplateUnit, WeightMoments, pre
 from gradflow.theory.mean_field.layouts import CausalTokens, Exchangeable, Layout
 from gradflow.theory.mean_field.norms import Stream
 from gradflow.theory.mean_field.recursion import MomentPasses, run_units
-from gradflow.theory.streams import unit_steps
-from gradflow.theory.streams.moments import Branch, Mix, Norm
-from gradflow.theory.streams.preln_equivalents import state_answers, state_levels
+from gradflow.theory.streams.bundles import (
+    AttendStep,
+    BranchStep,
+    MixStep,
+    NormStep,
+    ProjectStep,
+    UnitSteps,
+)
 from gradflow.theory.streams.recursion import run_streams
 from gradflow.theory.template import State
+from gradflow.theory.unit_theory import UNIT_THEORY, UnitTheory
 
 Rows = NDArray[np.float64]
 ENDLESS = 10**9  # features: nothing of finite width is left
@@ -50,6 +57,11 @@ def logs(spec: StackSpec) -> Rows:
     return np.asarray(2 * math.log(10) * (found - found[-1]))
 
 
+def levels_of(kind: str, copies: int, base: Sequence[float] | Rows) -> Rows:
+    """ln |g_u|^2 - ln |g_D|^2 of a kind of unit, from Pre-LN's."""
+    return UNIT_THEORY[kind].levels(np.asarray(base), State(kind, copies))
+
+
 EXACT = ["denseformer", "mhc", "mhc-uniform", "attnres"]
 
 
@@ -61,9 +73,11 @@ def test_measured_rows_are_those_of_a_measured_pre_ln(
     """Of every row, with the same weights and no eps."""
     monkeypatch.setattr(depth_mixing, "EPS", 1e-16)
     spec = double(scheme, causal=causal, norm_eps=1e-16)
-    state = State(SCHEMES[scheme].wire(spec.place(1, 0)).unit, 1 if scheme[0] in "da" else 4)
+    kind = SCHEMES[scheme].wire(spec.place(1, 0)).unit
     base = logs(replace(spec, scheme="pre-ln"))
-    assert logs(spec) == pytest.approx(state_levels(state, base), abs=1e-9)
+    assert logs(spec) == pytest.approx(
+        levels_of(kind, 1 if scheme[0] in "da" else 4, base), abs=1e-9
+    )
 
 
 def gradients(spec: StackSpec) -> list[Rows]:
@@ -95,7 +109,7 @@ def test_on_average_these_sums_have_no_cross_terms() -> None:
     """(n + n^2 (R - 1))/n, to 0.03 decades of 256 rows of 64 features; R alone is far from it."""
     spec = spec_of("hyper-connections", depth=8, batch_size=16, seq_len=16)
     base = logs(replace(spec, scheme="pre-ln"))
-    told = state_levels(State("hyper-connections", 4), base)
+    told = levels_of("hyper-connections", 4, base)
     assert logs(spec) == pytest.approx(told, abs=0.03 * math.log(10))
     assert np.abs(logs(spec) - base)[1:-1].max() > 0.5 * math.log(10)
 
@@ -115,21 +129,29 @@ def post(unit: TemplateUnit) -> TemplateUnit:
     return replace(unit, norm_in=None, norm_out=LN, a=1.3)
 
 
+Steps = Callable[[TemplateUnit, State, bool], UnitSteps]
+
+
 def passes(
-    units: tuple[TemplateUnit, ...], layout: Layout, state: State | None = None
+    units: tuple[TemplateUnit, ...],
+    layout: Layout,
+    steps: Steps | None = None,
+    readout: UnitSteps = (),
 ) -> MomentPasses:
     start = Stream(layout.start(1.0))
-    if state is None:
+    if steps is None:
         return run_units(units, start, lambda _: layout.start(1.0), layout)
-    return run_streams(units, state, start, lambda _: layout.start(1.0), layout)
+    made = UnitTheory(steps=steps).unit_steps(units, State("own"))
+    return run_streams(made, readout, start, lambda _: layout.start(1.0), layout)
 
 
 @pytest.mark.parametrize("kind", ["hyper-connections", "mhc", "attnres", "denseformer"])
 def test_states_answer_to_pre_ln_as_their_levels_do(kind: str) -> None:
     """A central difference, row by row; the last row is the reference and does not move."""
     state, base, step = State(kind, 4), np.array([2.0, 1.4, 0.6, 0.2]), 1e-6
-    up, down = (np.array(state_levels(state, base + h)) for h in (step, -step))
-    assert state_answers(state, base) == pytest.approx((up - down) / (2 * step), rel=1e-6)
+    theory = UNIT_THEORY[kind]
+    up, down = (theory.levels(base + h, state) for h in (step, -step))
+    assert theory.answers(base, state) == pytest.approx((up - down) / (2 * step), rel=1e-6)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["full", "causal"])
@@ -137,7 +159,7 @@ def test_states_answer_to_pre_ln_as_their_levels_do(kind: str) -> None:
 def test_one_stream_in_a_bundle_is_the_template(
     units: tuple[TemplateUnit, ...], layout: Layout
 ) -> None:
-    one, two = passes(units, layout), passes(units, layout, State("template"))
+    one, two = passes(units, layout), passes(units, layout, UNIT_THEORY["template"].steps)
     assert two.levels == pytest.approx(one.levels, rel=1e-9)
     assert two.shares == pytest.approx(one.shares, rel=1e-6)
     for a, b in zip(one.streams, two.streams, strict=True):
@@ -146,19 +168,16 @@ def test_one_stream_in_a_bundle_is_the_template(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["full", "causal"])
-def test_values_of_their_own_input_are_plain_attention(
-    layout: Layout, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_values_of_their_own_input_are_plain_attention(layout: Layout) -> None:
     """Projected, mixed and pulled apart from queries and keys, then together again."""
 
     def apart(unit: TemplateUnit, *_: Any) -> tuple[Any, ...]:
         if unit.kind == "ffn":
-            return (Branch(0, replace(unit, a=0.0)), Mix(((1, 1),)))
-        steps = (unit_steps.TWICE, Norm(1, LN), unit_steps.Project(1, unit.w_in))
-        return (*steps, unit_steps.Attend(1, 2, unit), Mix(((1, 0, 0, 1),)))
+            return (BranchStep(0, replace(unit, a=0.0)), MixStep(((1, 1),)))
+        steps = (MixStep(((1,), (1,))), NormStep(1, LN), ProjectStep(1, unit.w_in))
+        return (*steps, AttendStep(1, 2, unit), MixStep(((1, 0, 0, 1),)))
 
-    monkeypatch.setitem(unit_steps.PROGRAMS, "apart", apart)
-    one, two = passes(PRE, layout), passes(PRE, layout, State("apart"))
+    one, two = passes(PRE, layout), passes(PRE, layout, apart)
     assert two.levels == pytest.approx(one.levels, rel=1e-8)
 
 
@@ -167,19 +186,17 @@ def copied(read: list[float], mix: Rows, write: float) -> Any:
     n = len(read)
 
     def steps(unit: TemplateUnit, _: State, first: bool) -> tuple[Any, ...]:
-        start = (Mix(((1,),) * n),) if first else ()
-        gather = Mix((*map(tuple, np.eye(n)), tuple(read)))
-        join = Mix(tuple((*row, 0, write) for row in mix))
-        return (*start, gather, Branch(n, replace(unit, a=0.0)), join)
+        start = (MixStep(((1,),) * n),) if first else ()
+        gather = MixStep((*map(tuple, np.eye(n)), tuple(read)))
+        join = MixStep(tuple((*row, 0, write) for row in mix))
+        return (*start, gather, BranchStep(n, replace(unit, a=0.0)), join)
 
     return steps
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["full", "causal"])
-def test_rows_of_copies_are_those_of_their_own_matrices(
-    layout: Layout, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The sums of `state_levels` against all moments between four streams."""
+def test_rows_of_copies_are_those_of_their_own_matrices(layout: Layout) -> None:
+    """The sums of `preln_equivalents` against all moments between four streams."""
     base = passes(PRE, layout).levels
     near = np.full((4, 4), 1e-3) + np.eye(4) * (1 - 4e-3)
     cases = {
@@ -187,34 +204,25 @@ def test_rows_of_copies_are_those_of_their_own_matrices(
         "mhc": (copied([0.25] * 4, near, 1), ((0.25,) * 4,)),
     }
     for kind, (steps, out) in cases.items():
-        monkeypatch.setitem(unit_steps.PROGRAMS, "own", steps)
-        monkeypatch.setattr(
-            "gradflow.theory.streams.recursion.readout", lambda _, out=out: (Mix(out),)
-        )
-        found = passes(PRE, layout, State("own")).levels
-        assert found == pytest.approx(state_levels(State(kind, 4), base), rel=1e-6), kind
+        found = passes(PRE, layout, steps, (MixStep(out),)).levels
+        assert found == pytest.approx(levels_of(kind, 4, base), rel=1e-6), kind
 
 
-def test_rows_of_attention_over_depth_are_those_of_a_growing_bundle(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_rows_of_attention_over_depth_are_those_of_a_growing_bundle() -> None:
     layout, units = LAYOUTS[0], PRE[:6]
     number = iter(range(1, len(units) + 1))
 
     def grown(unit: TemplateUnit, *_: Any) -> tuple[Any, ...]:
         n = next(number)
-        mean = Mix((*map(tuple, np.eye(n)), (1 / n,) * n))
-        drop = Mix(tuple(tuple(row) for row in np.delete(np.eye(n + 2), n, axis=0)))
-        return (mean, Branch(n, replace(unit, a=0.0)), drop)
+        mean = MixStep((*map(tuple, np.eye(n)), (1 / n,) * n))
+        drop = MixStep(tuple(tuple(row) for row in np.delete(np.eye(n + 2), n, axis=0)))
+        return (mean, BranchStep(n, replace(unit, a=0.0)), drop)
 
-    monkeypatch.setitem(unit_steps.PROGRAMS, "own", grown)
-    out = Mix(((1 / 7,) * 7,))
-    monkeypatch.setattr("gradflow.theory.streams.recursion.readout", lambda _: (out,))
     # Units are distinct objects, so that each is asked for its own steps.
     own = tuple(replace(unit, read=1 - 1e-9 * i) for i, unit in enumerate(units))
-    found = passes(own, layout, State("own")).levels
+    found = passes(own, layout, grown, (MixStep(((1 / 7,) * 7,)),)).levels
     base = passes(tuple(replace(u, read=1 / (i + 1)) for i, u in enumerate(units)), layout).levels
-    assert found == pytest.approx(state_levels(State("attnres"), base), rel=1e-4)
+    assert found == pytest.approx(levels_of("attnres", 1, base), rel=1e-4)
 
 
 # Recursions by hand: uniform attention, W_v = W_o = 1, and a ReLU ffn that keeps the mean square.

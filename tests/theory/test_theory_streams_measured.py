@@ -15,12 +15,11 @@ from theory_profiles import profiles, worst
 import gradflow
 from gradflow.schemes import SCHEMES
 from gradflow.schemes.scheme import Scheme
-from gradflow.schemes.wiring import Place, Wiring
+from gradflow.schemes.wiring import UNIT_SETTINGS, Place, Wiring
 from gradflow.specs.stack import StackSpec
 from gradflow.theory import describe_stack, predict
 from gradflow.theory.predict import layout_of
-from gradflow.theory.streams.admin_weights import with_omegas
-from gradflow.theory.streams.states import READOUT_OF
+from gradflow.theory.unit_theory import UNIT_THEORY, with_omegas
 
 NAMES = ("b2t", "residual-dual", "siamesenorm", "value-residual", "hybridnorm")
 RESTATED = ("sandwich-ln", "admin", "ngpt")
@@ -216,5 +215,6 @@ def test_cross_entropy_ends_where_two_streams_make_large_logits() -> None:
 
 def test_every_kind_with_a_formula_has_its_readout() -> None:
     known = {scheme.wire(Place(3, 2, 1, 2, "ffn")).unit: scheme for scheme in SCHEMES.values()}
-    for kind, readout in READOUT_OF.items():
-        assert known[kind].readout == readout
+    assert set(UNIT_THEORY) == set(UNIT_SETTINGS)
+    for kind, scheme in known.items():
+        assert UNIT_THEORY[kind].readout == scheme.readout

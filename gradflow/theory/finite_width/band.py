@@ -60,7 +60,7 @@ class _Found:
 
 
 @dataclass(frozen=True)
-class Noise:
+class LevelNoise:
     """Of ln |g|^2, relative to the output, at the input and after every unit: nats.
 
     Attributes:
@@ -74,9 +74,9 @@ class Noise:
     bias: Array
     drift: float
 
-    def plus(self, variance: Array) -> Noise:
+    def plus(self, variance: Array) -> LevelNoise:
         """With an independent part of this variance."""
-        return Noise(self.variance + variance, self.bias - 0.5 * variance, self.drift)
+        return LevelNoise(self.variance + variance, self.bias - 0.5 * variance, self.drift)
 
 
 def finite_width(
@@ -86,7 +86,7 @@ def finite_width(
     few: float = 0.0,
     *,
     whole: bool = True,
-) -> Noise:
+) -> LevelNoise:
     """Variance and bias of ln |g|^2.
 
     Args:
@@ -111,8 +111,10 @@ def finite_width(
     every = _to_output(shared) + extra
     variance = _averaged(alone, found.probes) + every
     if whole and _has_tokens_noise(units, layout):
-        return Noise(every + _of_tokens(units, passes, layout, found, few), -0.5 * variance, drift)
-    return Noise(variance + _to_output(sizes), -0.5 * variance, drift)
+        return LevelNoise(
+            every + _of_tokens(units, passes, layout, found, few), -0.5 * variance, drift
+        )
+    return LevelNoise(variance + _to_output(sizes), -0.5 * variance, drift)
 
 
 def _has_tokens_noise(units: Sequence[TemplateUnit], layout: Layout) -> bool:

@@ -114,7 +114,7 @@ def gradient_variance(
     return np.array(found[::-1])
 
 
-def _whole(step: GradientStep, noise: Noise, answers: Answers) -> float:
+def _whole(step: GradientStep, noise: _Covariance, answers: _Answers) -> float:
     """Variance of the ln of both parts together, before the unit."""
     (one, both, two), (mean_e, mean_m, rest_e, rest_m) = noise, answers
     (var_e, covariance, var_m), share, other = step.errors, step.share, 1 - step.share
@@ -124,12 +124,14 @@ def _whole(step: GradientStep, noise: Noise, answers: Answers) -> float:
 
 
 # Covariance of the ln of the mean's part and of the rest's: of the mean, of both, of the rest.
-Noise = tuple[float, float, float]
+_Covariance = tuple[float, float, float]
 # The ln of the mean's part by e and m of the stream there, and of the rest's.
-Answers = tuple[float, float, float, float]
+_Answers = tuple[float, float, float, float]
 
 
-def _before(step: GradientStep, noise: Noise, answers: Answers) -> tuple[Noise, Answers]:
+def _before(
+    step: GradientStep, noise: _Covariance, answers: _Answers
+) -> tuple[_Covariance, _Answers]:
     """Both before the unit, from those after it."""
     noise, answers = _by_stream(step.stream, noise, answers)
     if step.into or step.out:
@@ -148,7 +150,9 @@ def _before(step: GradientStep, noise: Noise, answers: Answers) -> tuple[Noise, 
     )
 
 
-def _by_stream(unit: StreamStep, noise: Noise, answers: Answers) -> tuple[Noise, Answers]:
+def _by_stream(
+    unit: StreamStep, noise: _Covariance, answers: _Answers
+) -> tuple[_Covariance, _Answers]:
     """With what the unit adds to the stream's errors; answers by the errors before it."""
     (one, both, two), (mean_e, mean_m, rest_e, rest_m) = noise, answers
     if unit.after:
@@ -165,7 +169,9 @@ def _by_stream(unit: StreamStep, noise: Noise, answers: Answers) -> tuple[Noise,
     )
 
 
-def _mixed(into: float, out: float, noise: Noise, answers: Answers) -> tuple[Noise, Answers]:
+def _mixed(
+    into: float, out: float, noise: _Covariance, answers: _Answers
+) -> tuple[_Covariance, _Answers]:
     """(1 - into) of the mean's and `into` of the rest's; `out` and 1 - out."""
     (one, both, two), (mean_e, mean_m, rest_e, rest_m) = noise, answers
     stay, keep = 1 - into, 1 - out

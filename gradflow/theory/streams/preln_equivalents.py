@@ -21,102 +21,82 @@ Exact at infinite width, the norms' eps apart. The streams of `schemes.streams` 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from itertools import pairwise
 
 import numpy as np
 
 from gradflow.theory.maths import Array
-from gradflow.theory.mean_field.layouts import Layout, Moments
+from gradflow.theory.mean_field.layouts import Layout, Moments, plus_moments, scaled_moments
 from gradflow.theory.mean_field.norms import Stream
 from gradflow.theory.template import State
 
 
-def state_levels(state: State, base: Array | Sequence[float]) -> Array:
-    """ln of |g|^2 over that at the output, of the state.
-
-    Args:
-        state: of a kind above.
-        base: the same of Pre-LN.
-    """
-    levels = np.array(base)
-    if state.kind == "attnres":
-        return np.asarray(levels + np.log(np.arange(1, len(base) + 1) / len(base)))
-    if state.kind == "hyper-connections":
-        levels = np.log1p(state.copies * np.expm1(base))
-    levels[0] = base[0] + np.log(state.copies)
-    return levels
+def attnres_levels(base: Array, _: State) -> Array:
+    """Return ln of |g|^2 over that at the output, from that of Pre-LN: R_u (u + 1)/(D + 1)."""
+    return np.asarray(base + np.log(np.arange(1, len(base) + 1) / len(base)))
 
 
-def state_answers(state: State, base: Array) -> Array:
-    """The derivative of `state_levels` by those of Pre-LN, row by row: what becomes of their noise.
-
-    Args:
-        state: of a kind above.
-        base: ln of |g|^2 over that at the output, of Pre-LN.
-    """
-    answers = np.ones(len(base))
-    if state.kind == "hyper-connections":
-        answers[1:] = state.copies * np.exp(base[1:] - np.log1p(state.copies * np.expm1(base[1:])))
-    return answers
+def mhc_levels(base: Array, state: State) -> Array:
+    """Return ln of |g|^2 over that at the output, from that of Pre-LN: R_u, and n R_0."""
+    return np.append(base[0] + np.log(state.copies), base[1:])
 
 
-def state_streams(state: State, base: Sequence[Stream], layout: Layout) -> list[Stream]:
-    """All streams of each state: their mean square, the mean of their cosines between tokens."""
-    if state.kind == "attnres":
-        parts = [base[0].s, *(_less(y.s, x.s) for x, y in pairwise(base))]
-        return _running(parts, layout)
-    if state.kind == "denseformer":
-        return _with_earlier(base, state.layer, layout)
-    if state.kind == "ngpt":  # whose vectors have length 1
-        shrink = 1 / layout.shape.width
-        return [Stream(tuple([shrink * entry for entry in x.s])) for x in base]
-    return list(base)
+def hyper_levels(base: Array, state: State) -> Array:
+    """Return ln of |g|^2 over that at the output, from Pre-LN's: 1 + n (R_u - 1), and n R_0."""
+    rows = np.log1p(state.copies * np.expm1(base[1:]))
+    return np.append(base[0] + np.log(state.copies), rows)
 
 
-def _less(x: Moments, y: Moments) -> Moments:
+def hyper_answers(base: Array, state: State) -> Array:
+    """Return the derivative of `hyper_levels` by `base`, row by row: what becomes of its noise."""
+    n, rest = state.copies, base[1:]
+    return np.append(1.0, n * np.exp(rest - np.log1p(n * np.expm1(rest))))
+
+
+def attnres_streams(base: Sequence[Stream], _: State, layout: Layout) -> list[Stream]:
+    """Return the streams (v_0, ..., v_u) together, after every unit u, from Pre-LN's stream."""
+    found, streams = _StreamSum(layout), []
+    for part in (base[0].s, *(_difference(y.s, x.s) for x, y in pairwise(base))):
+        found.add(part)
+        streams.append(found.stream())
+    return streams
+
+
+def denseformer_streams(base: Sequence[Stream], state: State, layout: Layout) -> list[Stream]:
+    """Return (X_0, ..., X_(i-1), h) together in layer i, (X_0, ..., X_i, Y_i = X_i) after it."""
+    found, streams = _StreamSum(layout), [base[0]]
+    found.add(base[0].s)
+    for place, x in enumerate(base[1:], start=1):
+        if place % state.layer:
+            streams.append(found.stream(x.s))
+        else:
+            streams.append(found.stream(x.s, x.s))
+            found.add(x.s)
+    return streams
+
+
+def _difference(x: Moments, y: Moments) -> Moments:
     return tuple([a - b for a, b in zip(x, y, strict=True)])
 
 
-class _Sum:
-    """Of streams: their squares, and their moments over their squares."""
+class _StreamSum:
+    """Sums over streams: of their mean squares, and of their moments over their mean squares."""
 
     def __init__(self, layout: Layout) -> None:
         self.layout, self.count, self.square = layout, 0, 0.0
         self.alike: Moments = ()
 
     def add(self, s: Moments) -> None:
-        """One more stream."""
+        """Add one more stream of moments s."""
         square = self.layout.mean_square(s)
         one = tuple([entry / square for entry in s]) if square else s
         self.count, self.square = self.count + 1, self.square + square
-        before = self.alike or (0.0,) * len(one)
-        self.alike = tuple([a + b for a, b in zip(before, one, strict=True)])
+        self.alike = plus_moments(self.alike, one) if self.alike else one
 
     def stream(self, *more: Moments) -> Stream:
-        """With the mean square and the mean cosine of these streams, and of some more."""
-        whole = _Sum(self.layout)
-        whole.count, whole.square, whole.alike = self.count, self.square, self.alike
+        """Return the mean square and the mean cosine of these streams and of some more."""
+        whole = copy(self)
         for s in more:
             whole.add(s)
-        scale = whole.square / whole.count**2
-        return Stream(tuple([scale * entry for entry in whole.alike]))
-
-
-def _running(parts: Sequence[Moments], layout: Layout) -> list[Stream]:
-    """The first, the first two, ... of these streams."""
-    found, streams = _Sum(layout), []
-    for part in parts:
-        found.add(part)
-        streams.append(found.stream())
-    return streams
-
-
-def _with_earlier(base: Sequence[Stream], layer: int, layout: Layout) -> list[Stream]:
-    """(X_0, ..., X_(i-1), h) within layer i, (X_0, ..., X_i, Y_i = X_i) after it."""
-    found, streams = _Sum(layout), [base[0]]
-    found.add(base[0].s)
-    for place, x in enumerate(base[1:], start=1):
-        streams.append(found.stream(x.s) if place % layer else found.stream(x.s, x.s))
-        if place % layer == 0:
-            found.add(x.s)
-    return streams
+        return Stream(scaled_moments(whole.square / whole.count**2, whole.alike))

@@ -1,4 +1,4 @@
-"""Both passes through units of several streams; a row of the state holds all of them together."""
+"""Both passes through units of several streams; a row of the result holds all streams together."""
 
 from __future__ import annotations
 
@@ -13,52 +13,52 @@ from gradflow.theory.mean_field.branches import BranchTape
 from gradflow.theory.mean_field.layouts import Layout, Moments
 from gradflow.theory.mean_field.norms import NormTape, Stream
 from gradflow.theory.mean_field.recursion import MomentPasses, UnitTape, check_range
-from gradflow.theory.streams.moments import (
-    Branch,
+from gradflow.theory.streams.bundles import (
+    BranchStep,
     Bundle,
-    Norm,
+    NormStep,
+    UnitSteps,
     bundle_of,
     go_ahead,
     go_back,
     to_moments,
     without_branches,
 )
-from gradflow.theory.streams.unit_steps import Steps, program, readout
-from gradflow.theory.template import State, TemplateUnit
 
 
 def run_streams(
-    units: Sequence[TemplateUnit],
-    state: State,
+    units: Sequence[UnitSteps],
+    readout: UnitSteps,
     x: Stream,
     g_last: Callable[[Stream], Moments],
     layout: Layout,
 ) -> MomentPasses:
-    """Forward, then backward, as `passes.run`; |g|^2 and the streams are of the state.
+    """Run all streams forward, then their gradients backward, as `mean_field.recursion.run_units`.
+
+    |g|^2 and the streams in the result are those of all streams together.
 
     Args:
-        units: first to last, their branches.
-        state: how they carry their streams.
+        units: the steps of every unit, first to last.
+        readout: the steps from the last streams to the output.
         x: the input.
-        g_last: moments of the gradient at the output, given the output.
+        g_last: moments of the gradient at the output, as a function of the output.
         layout: of the moments.
 
     Raises:
-        NoTheoryError: the stream leaves the range of number formats, or attention that of theory.
+        NoTheoryError: the stream leaves the range of float32, or the logits that of theory.
     """
-    steps, last = program(units, state), readout(state)
-    ahead = _ahead(steps, x, layout)
-    output, taped = go_ahead(last, ahead.bundle)
-    g = go_back(last, taped, bundle_of(g_last(Stream(output.of(0))), layout).s)
+    ahead = _ahead(units, x, layout)
+    output, taped = go_ahead(readout, ahead.bundle)
+    g = go_back(readout, taped, bundle_of(g_last(Stream(output.of(0))), layout).s)
     gradients, shares, levels = [_summed(g)], [], [0.0]
     carried = -math.log(_square(g, layout) * len(g))
-    for each, taped in zip(reversed(steps), reversed(ahead.kept), strict=True):
+    for each, taped in zip(reversed(units), reversed(ahead.kept), strict=True):
         around = go_back(without_branches(each), taped, g)
         g = go_back(each, taped, g)
         size = _square(g, layout) * len(g)
         levels.append(carried + math.log(size))
         shares.append(max(1 - _square(around, layout) * len(g) / size, 0.0))
-        if not 1e-50 < size < 1e50:  # as in `passes.run`
+        if not 1e-50 < size < 1e50:  # the pass is linear: carry the scale, lose no digits
             g, carried = g / size, carried + math.log(size)
         gradients.append(_summed(g))
     squares = [layout.mean_square(x.s) for x in ahead.streams]
@@ -76,7 +76,7 @@ class _Ahead(NamedTuple):
     kept: list[list[Any]]
 
 
-def _ahead(steps: Sequence[Steps], x: Stream, layout: Layout) -> _Ahead:
+def _ahead(steps: Sequence[UnitSteps], x: Stream, layout: Layout) -> _Ahead:
     bundle = bundle_of(x.s, layout)
     streams, tapes, kept = [x], [], []
     for each in steps:
@@ -90,44 +90,40 @@ def _ahead(steps: Sequence[Steps], x: Stream, layout: Layout) -> _Ahead:
 
 
 def _summed(s: Array) -> Moments:
-    """Over the streams."""
+    """Return the sum over the streams of their own moments."""
     return to_moments(np.asarray(np.einsum("ii...->...", s)))
 
 
 def _square(s: Array, layout: Layout) -> float:
-    """Mean square over streams and tokens."""
+    """Return the mean square over streams and tokens."""
     return layout.mean_square(_summed(s)) / len(s)
 
 
 def _together(s: Array, layout: Layout) -> Stream:
-    """The mean square of all streams, and the mean of their cosines between tokens."""
+    """Return the mean square of all streams, and the mean of their cosines between tokens."""
     squares = [layout.mean_square(to_moments(s[i, i])) for i in range(len(s))]
     alike = sum((s[i, i] / square for i, square in enumerate(squares)), np.zeros(s.shape[2:]))
     return Stream(to_moments(alike * (sum(squares) / len(s) ** 2)))
 
 
-def _tape(steps: Steps, tapes: Sequence[Any], square: float, layout: Layout) -> UnitTape:
-    """The unit as `limits` and `spread` look at it: its branch, and a norm of the first stream.
+def _tape(steps: UnitSteps, tapes: Sequence[Any], square: float, layout: Layout) -> UnitTape:
+    """Return the unit as `limits` and `finite_width` read it: its branch, the first stream's norm.
 
-    Args:
-        steps: of the unit.
-        tapes: of the steps.
-        square: of the state before.
-        layout: of the moments.
+    `square` is the mean square of the streams before the unit.
     """
     ones = layout.start(1.0)
     norm, branch = None, UnitTape(ones, None, BranchTape(ones), None, None)
     for step, tape in zip(steps, tapes, strict=True):
-        if isinstance(step, Branch):
+        if isinstance(step, BranchStep):
             branch = tape.tape
-        if isinstance(step, Norm) and step.stream == 0 and norm is None:
+        if isinstance(step, NormStep) and step.stream == 0 and norm is None:
             norm = tape.norm
     after = None if norm is None else _as_after(norm, square, layout)
     return UnitTape(branch.u, branch.before, branch.inside, branch.branch, after)
 
 
 def _as_after(norm: NormTape, square: float, layout: Layout) -> NormTape:
-    """With the share of what earlier norms have fixed in the place of the scale times `square`."""
+    """Return the norm with a scale that, times `square`, is the share that earlier norms fixed."""
     fixed = max(1 - (norm.gain - 1) * norm.number, 0.0) ** 0.5
     root = (fixed / square) ** 0.5
     scale = layout.outer(root * layout.diagonal(layout.start(1.0)))
