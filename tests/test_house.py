@@ -1,0 +1,25 @@
+"""The house keeps its limits; `benchmarks/house.py` counts, and writes the table."""
+
+from __future__ import annotations
+
+import house
+
+
+def test_the_top_of_the_package_is_14_folders_and_8_files_at_most() -> None:
+    folders, files = house.top_level()
+    assert len(folders) <= 14, folders
+    assert len(files) <= 8, files
+
+
+def test_no_import_arrow_goes_up_and_every_room_has_its_layer() -> None:
+    assert house.arrows_up() == []
+    assert house.rooms_without_layer() == []
+
+
+def test_the_readme_has_12_kilobytes_at_most() -> None:
+    assert house.readme_bytes() <= 12_288
+
+
+def test_every_room_has_tests() -> None:
+    assert min(house.tests_by_room().values()) >= 1
+    assert sum(house.tests_by_room().values()) > 1000
