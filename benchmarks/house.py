@@ -104,6 +104,7 @@ def top_level() -> tuple[list[str], list[str]]:
     return folders, sorted(e.name for e in entries if e.is_file())
 
 
+@cache
 def layers() -> dict[str, int]:
     """The rooms with their height: 0 is the lowest layer of the import contract."""
     pyproject = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))

@@ -22,7 +22,7 @@ _LINK = re.compile(r"!?\[([^\]]+)\]\((?!https?:)([^)]+)\)")
 Topic = Annotated[str | None, typer.Argument(help="a topic of the list; without one, the list")]
 
 
-def page(topic: str) -> str:
+def guide_page(topic: str) -> str:
     """The Markdown text of one page, as it is shipped with the package.
 
     Raises:
@@ -34,12 +34,12 @@ def page(topic: str) -> str:
 
 def summary(topic: str) -> str:
     """The one line below a page's title, which says what the page is about."""
-    return page(topic).splitlines()[2]
+    return guide_page(topic).splitlines()[2]
 
 
 def guide(topic: Topic = None) -> None:
     """List the topics of the guide, or show the page of one, in a pager where there is one."""
-    text = _contents() if topic is None else page(topic)
+    text = _contents() if topic is None else guide_page(topic)
     from rich.console import Console
     from rich.markdown import Markdown
 

@@ -22,7 +22,7 @@ def test_topics_are_the_pages_that_are_shipped() -> None:
 
 @pytest.mark.parametrize("topic", TOPICS)
 def test_a_page_has_a_title_and_a_summary_in_one_line(topic: str) -> None:
-    title, empty, summary, then = guide.page(topic).splitlines()[:4]
+    title, empty, summary, then = guide.guide_page(topic).splitlines()[:4]
     assert title.startswith("# ")
     assert (empty, then) == ("", "")
     assert summary == guide.summary(topic)
