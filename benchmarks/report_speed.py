@@ -27,7 +27,7 @@ from pathlib import Path
 from side_by_side import write_table
 
 from gradflow.engine.environment import describe
-from gradflow.judging.verdict import summarise
+from gradflow.judging.run_summary import summarise_run
 from gradflow.runs.records import LayerRecord, Run
 from gradflow.runs.store import about, save
 from gradflow.specs.run_options import RunOptions
@@ -89,7 +89,7 @@ def made_run(spec: StackSpec, chance: random.Random) -> Run:
     options = RunOptions(device="cpu")
     environment = describe(spec, torch.device("cpu"))
     environment |= {"start_utc": "2026-01-01T00:00:00+00:00", "duration_s": 1.0}
-    summary = summarise(rows, spec, options)
+    summary = summarise_run(rows, spec, options)
     return Run(spec, options, summary, environment, None, (), rows, (), ())
 
 

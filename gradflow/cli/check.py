@@ -122,7 +122,7 @@ def _as_option(name: str) -> str:
 def _wanted(
     runs: list[str] | None, given: dict[str, Any], out: Path, quiet: bool
 ) -> tuple[list[Run], list[str]]:
-    """The runs to judge, and a line for each that cannot be read."""
+    """The runs to judge_run, and a line for each that cannot be read."""
     if runs:
         return read_runs(runs)
     from gradflow.cli.run import measure_and_store
@@ -135,9 +135,9 @@ def _name(run: Run) -> str:
 
 
 def _judge(run: Run, bounds: Bounds, baseline: Run | None, rtol: float) -> Judgement:
-    from gradflow.judging.gate import against_baseline, judge
+    from gradflow.judging.gate import against_baseline, judge_run
 
-    found = judge(run, bounds)
+    found = judge_run(run, bounds)
     return found if baseline is None else found + against_baseline(run, baseline, rtol)
 
 

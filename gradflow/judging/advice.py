@@ -2,47 +2,27 @@
 
 from __future__ import annotations
 
-from gradflow.judging.seed_digest import Finding
+from gradflow.judging.verdicts import Finding
 from gradflow.specs.model_spec import ModelSpec, Spec
 from gradflow.specs.run_options import RunOptions
 from gradflow.specs.stack import StackSpec
 from gradflow.specs.user_code import shown
 
-ADVICE = {
-    "healthy": "The gradient reaches the first layer.",
-    "vanishing": "The first layers hardly learn.",
-    "exploding": "The first layers get huge updates.",
-    "dead": "No gradient arrives.",
-    "nonfinite": "Values leave the number format.",
-    "unstable": "Seeds disagree.",
-}
-
-# Of a person's own model no option can be named.
-MODEL_REMEDIES = {
-    "healthy": "",
-    "vanishing": "Look where the gain is below 1: add a shortcut or a norm, or larger weights.",
-    "exploding": "Look where the gain is above 1: normalise, or scale the branches down.",
-    "dead": "Look for a detached output, a frozen layer or one that the loss does not use.",
-    "nonfinite": "Look at this layer first: what comes later follows from it.",
-    "unstable": "",
-}
-
 
 def advice(finding: Finding, spec: Spec, options: RunOptions) -> str:
     """What the verdict means, and what to do about it in this very stack."""
-    text = ADVICE[finding.verdict]
     if isinstance(spec, ModelSpec):
-        remedy = MODEL_REMEDIES[finding.verdict]
+        remedy = finding.verdict.model_remedy
     else:
         assert isinstance(spec, StackSpec)
         remedy = _remedy(finding, spec, options)
-    return f"{text} {remedy}" if remedy else text
+    return f"{finding.verdict.meaning} {remedy}".strip()
 
 
 def _remedy(finding: Finding, spec: StackSpec, options: RunOptions) -> str:
-    if finding.verdict == "healthy":
+    if finding.verdict.passes:
         return ""
-    if finding.verdict == "unstable":
+    if finding.counts:
         counts = ", ".join(f"{number} {verdict}" for verdict, number in finding.counts)
         return f"Of {options.seeds}: {counts}. Raise --seeds to see how often each occurs."
     if finding.direction == "backward" and options.raw_range:

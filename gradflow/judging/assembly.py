@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from statistics import mean
 from typing import Any
 
+from gradflow.judging.run_summary import summarise_run
 from gradflow.judging.training_outcome import summary_of
-from gradflow.judging.verdict import summarise
 from gradflow.runs.records import LayerRecord, ParamRecord, Run, StepRecord
 from gradflow.specs.model_spec import Spec
 from gradflow.specs.run_options import RunOptions
@@ -54,7 +54,7 @@ def assembled_run(measured: Measured) -> Run:
     """
     options = measured.options
     loss = mean(measured.losses) if measured.losses else None
-    summary = summarise(_judged_rows(measured), measured.spec, options, loss)
+    summary = summarise_run(_judged_rows(measured), measured.spec, options, loss)
     outcome = summary_of(measured.steps)
     return Run(
         spec=measured.spec,

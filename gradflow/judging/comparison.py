@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gradflow.judging.naming import Name, names
+from gradflow.judging.verdicts import verdict_named
 from gradflow.runs.records import LayerRecord, Run, TimeRecord
 from gradflow.runs.summary import Summary
 
@@ -145,7 +146,7 @@ def _sorted(rows: Iterable[Row]) -> list[Row]:
 
 def _badness(group: Sequence[Row]) -> tuple[int, float]:
     """How many depths lose the gradient; then decades at the largest depth."""
-    lost = sum(row.summary.verdict != "healthy" for row in group)
+    lost = sum(not verdict_named(row.summary.verdict).passes for row in group)
     total = group[-1].summary.total_log10_gain
     return lost, np.inf if total is None else abs(total)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gradflow.errors import BaselineError, RunFolderError, UsageError
+from gradflow.judging.verdicts import NONFINITE
 from gradflow.judging.words import place
 from gradflow.runs.consistency import SAME_NETWORK
 from gradflow.runs.records import LayerRecord, Run
@@ -21,7 +22,7 @@ from gradflow.specs.run_options import RunOptions
 from gradflow.specs.stack import run_key
 from gradflow.text import count
 
-NONFINITE = "NaN or infinity"
+NAN_OR_INFINITY = "NaN or infinity"
 # A row, and what is wrong there.
 Lost = tuple[LayerRecord, str]
 # Reasons of one kind that are listed one by one; the rest is counted.
@@ -97,7 +98,7 @@ class Judgement:
         )
 
 
-def judge(run: Run, bounds: Bounds) -> Judgement:
+def judge_run(run: Run, bounds: Bounds) -> Judgement:
     """Hold a run against bounds."""
     found = _arrives(run)
     if bounds.max_decades is not None:
@@ -202,13 +203,13 @@ def _arrives(run: Run) -> Judgement:
 
 def _beginning(run: Run) -> Iterator[str]:
     """Where values were lost first: what is not finite after that follows from it."""
-    if run.summary.verdict == "nonfinite" and (where := place(run.summary)):
+    if run.summary.verdict == NONFINITE.word and (where := place(run.summary)):
         yield f"NaN or infinity begins at {where}"
 
 
 def _lost_gradients(rows: Sequence[LayerRecord]) -> Iterator[Lost]:
     for row in rows:
-        if fault := _fault(row.log10_grad_norm) or (NONFINITE if row.nonfinite else ""):
+        if fault := _fault(row.log10_grad_norm) or (NAN_OR_INFINITY if row.nonfinite else ""):
             yield row, f"gradient is {fault}"
 
 
@@ -227,7 +228,7 @@ def _fault(decades: float | None) -> str:
         return "missing"
     if decades == -math.inf:
         return "zero"
-    return "" if math.isfinite(decades) else NONFINITE
+    return "" if math.isfinite(decades) else NAN_OR_INFINITY
 
 
 def _place(row: LayerRecord) -> str:
@@ -271,7 +272,7 @@ def _gains(run: Run, low: float, high: float) -> Judgement:
 
 def _nonfinite(run: Run) -> Judgement:
     lost = [
-        (row, NONFINITE)
+        (row, NAN_OR_INFINITY)
         for row in run.layer_records
         if row.nonfinite or not all(map(_finite, (row.act_max_abs, row.act_rms, row.gain)))
     ]

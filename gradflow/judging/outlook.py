@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -10,14 +11,13 @@ import numpy as np
 
 from gradflow.errors import UsageError
 from gradflow.judging.advice import advice
-from gradflow.judging.seed_digest import Finding, verdict_of
-from gradflow.judging.verdict import TREND_LAYERS, fit_trend
+from gradflow.judging.run_summary import TREND_LAYERS, fit_trend
+from gradflow.judging.verdicts import NO_THEORY, Finding, SeedDigest, Verdict, verdict_of
 from gradflow.runs.summary import Summary
 from gradflow.specs.run_options import RunOptions
 from gradflow.specs.stack import StackSpec
 from gradflow.theory import NoTheoryError, Prediction, predict, total_decades
 
-NO_THEORY = "no theory"
 DEEPEST = 1000  # that is looked at: a second a stack
 # Theory holds some kilobytes for each unit, where a measurement holds none.
 MOST_UNITS = 10_000
@@ -45,7 +45,7 @@ class Outlook:
         options: the thresholds.
         prediction: the profile.
         summary: as that of a run; what it takes a measurement to tell is None. Its verdict is
-            `NO_THEORY` where there is none.
+            `NO_THEORY`'s where there is none.
         band: half the band of one seed in decades from output to input; None without theory.
         reach: None without theory.
         environment: nothing, for nothing was run.
@@ -79,17 +79,17 @@ def outlook(spec: StackSpec, options: RunOptions) -> Outlook:
 
 def _summary(profile: np.ndarray, spec: StackSpec, options: RunOptions) -> Summary:
     total = float(profile[0])
-    finding = Finding(verdict_of(total, options))
+    finding = Finding(verdict_of(SeedDigest(array("d", profile)), options))
     found = _nothing(finding.verdict, advice(finding, spec, options))
     trend = fit_trend(profile, spec).name if spec.depth >= TREND_LAYERS else None
     per_layer = total / spec.depth
     return replace(found, total_log10_gain=total, log10_gain_per_layer=per_layer, trend=trend)
 
 
-def _nothing(verdict: str, told: str) -> Summary:
+def _nothing(verdict: Verdict, told: str) -> Summary:
     """A summary without numbers."""
     return Summary(
-        verdict=verdict,
+        verdict=verdict.word,
         advice=told,
         total_log10_gain=None,
         log10_gain_per_layer=None,

@@ -14,6 +14,7 @@ from operator import attrgetter
 from gradflow.judging.comparison import Comparison, Row
 from gradflow.judging.outlook import DEEPEST, MOST_UNITS, Reach, healthy_reach
 from gradflow.judging.theory_words import NOT_FINITE
+from gradflow.judging.verdicts import verdict_named
 from gradflow.runs.records import Run
 from gradflow.runs.summary import Summary
 from gradflow.specs.stack import StackSpec
@@ -111,7 +112,7 @@ def _has_theory(run: Run) -> bool:
 
 
 def _is_healthy(row: Row) -> bool:
-    return row.summary.verdict == "healthy"
+    return verdict_named(row.summary.verdict).passes
 
 
 def _by_trend(summary: Summary, last: Row | None, lost: Row | None) -> float | None:

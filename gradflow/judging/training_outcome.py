@@ -20,37 +20,72 @@ from typing import Any
 from gradflow.runs.records import StepRecord
 from gradflow.text import count
 
-CONVERGED = 0.9
-NEAR_CHANCE = 0.1
+# Part of the gap between chance and the floor that is closed.
+_CONVERGED_FROM, _LEARNING_FROM = 0.9, 0.1
 # Without a floor: what the loss has to fall by, as a part of the first, to count as learning.
-FALL = 0.1
+_FALL = 0.1
 # A head that learns nothing but noise at a high learning rate is worse than chance by a tenth.
-WORSE = 0.5
-WINDOW = 0.1
+_WORSE = 0.5
+_WINDOW = 0.1
 
-NO_FLOOR = "The floor of the loss is not known, so what is left of it cannot be said."
-ADVICE = {
-    "converged": "It closed nine tenths of the gap between chance and the floor.",
-    "learning": "It is between chance and the floor: raise --steps to see where it ends.",
-    "stuck": "The loss is no better than chance: see what gradient the first layers get.",
-    "diverged": "The loss grew beyond chance: lower --lr, or raise --warmup.",
-    "unstable": "Seeds disagree.",
-}
-
-# Where no floor is known.
-BY_FALL = {
-    "learning": f"The loss fell by more than a tenth. {NO_FLOOR}",
-    "stuck": "The loss did not fall by a tenth: see what gradient the first layers get.",
-    "diverged": "The loss grew beyond its start: lower --lr, or raise --warmup.",
-}
+_NO_FLOOR = "The floor of the loss is not known, so what is left of it cannot be said."
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrainingClass:
+    """One class of what training came to.
+
+    Attributes:
+        word: how run.json, tables and command line call the class.
+        advice: what it means, and what to do.
+        advice_by_fall: the same where no floor of the loss is known; empty if that cannot be.
+        colour: in the terminal.
+        at_step: whether its step is the one at which it happened, not the last one.
+        fails: whether it is a fault, which seeds together have from the first of them on.
+    """
+
+    word: str
+    advice: str
+    advice_by_fall: str = ""
+    colour: str = "red"
+    at_step: bool = False
+    fails: bool = False
+
+
+CONVERGED = TrainingClass(
+    "converged",
+    "It closed nine tenths of the gap between chance and the floor.",
+    colour="green",
+    at_step=True,
+)
+LEARNING = TrainingClass(
+    "learning",
+    "It is between chance and the floor: raise --steps to see where it ends.",
+    f"The loss fell by more than a tenth. {_NO_FLOOR}",
+    colour="yellow",
+)
+STUCK = TrainingClass(
+    "stuck",
+    "The loss is no better than chance: see what gradient the first layers get.",
+    "The loss did not fall by a tenth: see what gradient the first layers get.",
+)
+DIVERGED = TrainingClass(
+    "diverged",
+    "The loss grew beyond chance: lower --lr, or raise --warmup.",
+    "The loss grew beyond its start: lower --lr, or raise --warmup.",
+    at_step=True,
+    fails=True,
+)
+DISAGREEING = TrainingClass("unstable", "Seeds disagree.", colour="yellow")
+TRAINING_CLASSES = {each.word: each for each in (CONVERGED, LEARNING, STUCK, DIVERGED, DISAGREEING)}
+
+
+@dataclass(frozen=True)
+class TrainingOutcome:
     """What the training of one seed, or of several, came to.
 
     Attributes:
-        name: a key of `ADVICE`.
+        kind: its class.
         step: converged: the first at which the gap was closed so far. diverged: the first loss
             that is not finite, or the first step from which the average stays too large. Else
             the last step.
@@ -59,7 +94,7 @@ class Outcome:
         counts: how many seeds came to what, where they disagree.
     """
 
-    name: str
+    kind: TrainingClass
     step: int
     loss: float
     gap_closed: float | None
@@ -67,14 +102,14 @@ class Outcome:
 
     @property
     def advice(self) -> str:
-        """What it means, and what to do."""
-        told = ", ".join(f"{number} {name}" for name, number in self.counts)
-        if self.gap_closed is None and self.name in BY_FALL:
-            return BY_FALL[self.name]
-        return ADVICE[self.name] + (f" Of {sum(n for _, n in self.counts)}: {told}." * bool(told))
+        """What the class means, what to do, and how many seeds came to what."""
+        if self.gap_closed is None and self.kind.advice_by_fall:
+            return self.kind.advice_by_fall
+        told = ", ".join(f"{number} {word}" for word, number in self.counts)
+        return self.kind.advice + (f" Of {sum(n for _, n in self.counts)}: {told}." * bool(told))
 
 
-def judge(records: Sequence[StepRecord]) -> Outcome:
+def outcome_of(records: Sequence[StepRecord]) -> TrainingOutcome:
     """The outcome of one seed.
 
     `diverged`: a loss is not finite, or the end is worse than the start, and worse than chance by
@@ -86,35 +121,37 @@ def judge(records: Sequence[StepRecord]) -> Outcome:
     """
     lost = next((row.step for row in records if not math.isfinite(row.loss)), None)
     if lost is not None:
-        return Outcome("diverged", lost, math.nan, math.nan)
+        return TrainingOutcome(DIVERGED, lost, math.nan, math.nan)
     averages = list(running_mean([row.loss for row in records]))
     end = records[-1]
     if end.loss_chance is None or end.loss_floor is None:
         return _by_fall(records, averages)
     gap = end.loss_chance - end.loss_floor
     closed = [(end.loss_chance - average) / gap for average in averages]
-    limit = max(end.loss_chance + WORSE * gap, records[0].loss)
+    limit = max(end.loss_chance + _WORSE * gap, records[0].loss)
     if averages[-1] > limit:
         below = (i for i, average in enumerate(averages) if average <= limit)
-        name, place = "diverged", 1 + max(below)
-    elif closed[-1] >= CONVERGED:
-        name, place = "converged", next(i for i, part in enumerate(closed) if part >= CONVERGED)
+        kind, place = DIVERGED, 1 + max(below)
+    elif closed[-1] >= _CONVERGED_FROM:
+        kind = CONVERGED
+        place = next(i for i, part in enumerate(closed) if part >= _CONVERGED_FROM)
     else:
-        name, place = ("learning" if closed[-1] >= NEAR_CHANCE else "stuck"), -1
-    return Outcome(name, records[place].step, averages[-1], closed[-1])
+        kind, place = (LEARNING if closed[-1] >= _LEARNING_FROM else STUCK), -1
+    return TrainingOutcome(kind, records[place].step, averages[-1], closed[-1])
 
 
-def _by_fall(records: Sequence[StepRecord], averages: Sequence[float]) -> Outcome:
+def _by_fall(records: Sequence[StepRecord], averages: Sequence[float]) -> TrainingOutcome:
     """The outcome where neither floor nor chance are known: by the first loss and the last ones."""
     first, last, end = records[0].loss, averages[-1], records[-1].step
-    if last > first + FALL * abs(first):
-        return Outcome("diverged", end, last, None)
-    return Outcome("learning" if last < first - FALL * abs(first) else "stuck", end, last, None)
+    if last > first + _FALL * abs(first):
+        return TrainingOutcome(DIVERGED, end, last, None)
+    kind = LEARNING if last < first - _FALL * abs(first) else STUCK
+    return TrainingOutcome(kind, end, last, None)
 
 
 def running_mean(losses: Sequence[float]) -> Iterator[float]:
     """The mean of each loss and those before it, as many as a tenth of all."""
-    window = math.ceil(WINDOW * len(losses))
+    window = math.ceil(_WINDOW * len(losses))
     return (fmean(losses[max(0, i + 1 - window) : i + 1]) for i in range(len(losses)))
 
 
@@ -123,41 +160,46 @@ def by_seed(records: Sequence[StepRecord]) -> list[list[StepRecord]]:
     return [list(rows) for _, rows in groupby(records, key=attrgetter("seed"))]
 
 
-def combine(outcomes: Sequence[Outcome]) -> Outcome:
-    """The seeds' common outcome, or `unstable`: the first step of a fault, the last of a success.
+def common_outcome(outcomes: Sequence[TrainingOutcome]) -> TrainingOutcome:
+    """The seeds' common class, or `DISAGREEING`: the first step of a fault, the last of a success.
 
     Loss and closed gap are means over the seeds.
     """
-    names = Counter(outcome.name for outcome in outcomes)
+    words = Counter(outcome.kind.word for outcome in outcomes)
     steps = [outcome.step for outcome in outcomes]
     loss = fmean(outcome.loss for outcome in outcomes)
     gaps = [outcome.gap_closed for outcome in outcomes if outcome.gap_closed is not None]
     closed = fmean(gaps) if gaps else None
-    if len(names) == 1:
-        name = outcomes[0].name
-        return Outcome(name, min(steps) if name == "diverged" else max(steps), loss, closed)
-    counts = sorted(names.items(), key=lambda item: (-item[1], item[0]))
-    return Outcome("unstable", max(steps), loss, closed, tuple(counts))
+    if len(words) == 1:
+        kind = outcomes[0].kind
+        return TrainingOutcome(kind, min(steps) if kind.fails else max(steps), loss, closed)
+    counts = sorted(words.items(), key=lambda item: (-item[1], item[0]))
+    return TrainingOutcome(DISAGREEING, max(steps), loss, closed, tuple(counts))
 
 
 def summary_of(records: Sequence[StepRecord]) -> dict[str, Any]:
     """The fields of `records.Summary` that tell what training came to; none without steps."""
     if not records:
         return {}
-    found = combine([judge(rows) for rows in by_seed(records)])
+    outcome = common_outcome([outcome_of(rows) for rows in by_seed(records)])
     return {
-        "outcome": found.name,
-        "outcome_step": found.step,
-        "outcome_advice": found.advice,
-        "final_loss": found.loss,
+        "outcome": outcome.kind.word,
+        "outcome_step": outcome.step,
+        "outcome_advice": outcome.advice,
+        "final_loss": outcome.loss,
         "loss_floor": records[0].loss_floor,
         "loss_chance": records[0].loss_chance,
-        "gap_closed": found.gap_closed,
+        "gap_closed": outcome.gap_closed,
     }
+
+
+def training_class_named(word: str) -> TrainingClass:
+    """The class of that word; one that nothing is known of, for words of other versions."""
+    return TRAINING_CLASSES.get(word) or TrainingClass(word, "")
 
 
 def outcome_sentence(outcome: str, step: int | None) -> str:
     """`converged at step 90`, `stuck after 150 steps`."""
-    if outcome in ("converged", "diverged"):
+    if training_class_named(outcome).at_step:
         return f"{outcome} at step {step}"
     return f"{outcome} after {count(step or 0, 'step')}"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gradflow.errors import UsageError
-from gradflow.judging.gate import Bounds, judge
+from gradflow.judging.gate import Bounds, judge_run
 from gradflow.judging.words import place
 from gradflow.measuring.models.one_pass import called, projection, untouched
 from gradflow.runs.records import LayerRecord, Run
@@ -50,7 +50,7 @@ def guard(
 ) -> list[str]:
     """Lines that say what is wrong, with verdict and profile; none where all holds."""
     run = flow_of(model, batch, loss)
-    reasons = list(judge(run, bounds).reasons)
+    reasons = list(judge_run(run, bounds).reasons)
     if baseline is not None and baseline.update and not reasons:
         write(run, baseline.file)
     elif baseline is not None and not baseline.update:

@@ -9,22 +9,13 @@ from math import isfinite
 from gradflow.judging.naming import Name, names
 from gradflow.judging.theory_words import theory_sentence
 from gradflow.judging.training_outcome import outcome_sentence
+from gradflow.judging.verdicts import VERDICTS, verdict_named
 from gradflow.runs.described import Described
 from gradflow.runs.reading import Results, StoredRun
 from gradflow.runs.summary import Summary
 from gradflow.specs.user_code import shown
 from gradflow.text import count, in_superscript, number, signed, two_digits
 
-HEALTHY = "healthy"
-# What a verdict says of the gradient: about one run, and about many.
-SAYINGS = {
-    HEALTHY: ("The gradient reaches the first layer", "it reaches the first layer"),
-    "vanishing": ("The gradient vanishes", "it vanishes"),
-    "exploding": ("The gradient explodes", "it explodes"),
-    "dead": ("The gradient is lost", "it is lost"),
-    "nonfinite": ("The numbers break down", "it is NaN or infinite"),
-    "unstable": ("The seeds disagree", "the seeds disagree"),
-}
 _MOST_DESIGNS = 6
 # A change by fewer decades is none that a person needs to know.
 _SAME_DECADES = 0.1
@@ -36,14 +27,14 @@ _SAME_DECADES = 0.1
 def answer(runs: Sequence[Described]) -> str:
     """How many runs let the gradient through, and what happens in the others."""
     total, often = len(runs), Counter(run.summary.verdict for run in runs)
-    through = often.pop(HEALTHY, 0)
+    through = sum(often.pop(v.word, 0) for v in VERDICTS.values() if v.passes)
     if total == 1:
-        return f"One run: {_said_of(runs[0].summary.verdict)[1]}."
+        return f"One run: {verdict_named(runs[0].summary.verdict).of_many}."
     if through == total:
         return f"In all {total:,} runs the gradient reaches the first layer."
     start = f"In {through:,} of {total:,} runs" if through else f"In none of {total:,} runs"
     verb = "the gradient reaches" if through else "does the gradient reach"
-    rest = [f"in {n:,} {_said_of(verdict)[1]}" for verdict, n in often.most_common()]
+    rest = [f"in {n:,} {verdict_named(verdict).of_many}" for verdict, n in often.most_common()]
     return f"{start} {verb} the first layer; {', '.join(rest)}."
 
 
@@ -57,7 +48,7 @@ def designs_through(runs: Sequence[Described], called: Sequence[Name]) -> str:
     through: dict[str, set[int]] = {}
     lost: dict[str, set[int]] = {}
     for run, name in zip(runs, called, strict=True):
-        depths = through if run.summary.verdict == HEALTHY else lost
+        depths = through if verdict_named(run.summary.verdict).passes else lost
         depths.setdefault(name.design, set()).add(run.spec.depth)
     if not through or not lost:
         return ""
@@ -97,17 +88,13 @@ def design_by_design(results: Results) -> list[tuple[StoredRun, Name]]:
 def run_sentence(run: StoredRun) -> str:
     """The verdict of a run as a student would understand it, what to do, and what theory says."""
     summary, depth = run.summary, run.spec.depth
-    saying = _said_of(summary.verdict)[0]
-    told = [f"{saying}{_where(summary)}{_change(summary, depth)}."]
+    verdict = verdict_named(summary.verdict)
+    told = [f"{verdict.of_one}{_where(summary)}{_change(summary, depth)}."]
     if summary.departures:
         told.append(f"This is {shown(str(run.spec.scheme))} with {summary.departures}.")
-    advice = [] if summary.verdict == HEALTHY else [summary.advice]
+    advice = [] if verdict.passes else [summary.advice]
     trained = _training_sentence(summary) if summary.outcome else ""
     return " ".join(filter(None, [*told, *advice, theory_sentence(summary), trained]))
-
-
-def _said_of(verdict: str) -> tuple[str, str]:
-    return SAYINGS.get(verdict, (f"The verdict is {verdict}", f"the verdict is {verdict}"))
 
 
 def _where(summary: Summary) -> str:

@@ -18,7 +18,7 @@ from gradflow.engine.rows import log10
 from gradflow.errors import MeasurementError
 from gradflow.judging.assembly import Measured, assembled_run
 from gradflow.judging.findings import findings
-from gradflow.judging.seed_digest import classify
+from gradflow.judging.verdicts import classify
 from gradflow.runs.records import LayerRecord, ParamRecord, Run
 from gradflow.specs.model_spec import ModelSpec, Spec
 from gradflow.specs.run_options import RunOptions

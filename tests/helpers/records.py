@@ -8,7 +8,7 @@ from typing import Any, get_args, get_type_hints
 
 from hypothesis import strategies as st
 
-from gradflow.judging.verdict import summarise
+from gradflow.judging.run_summary import summarise_run
 from gradflow.runs.records import LayerRecord, ParamRecord, Record, Run, StepRecord, TimeRecord
 from gradflow.specs.run_options import RunOptions
 from gradflow.specs.stack import StackSpec
@@ -78,7 +78,7 @@ def run_of(
     layers = layers if layers is not None else list(layer_rows(spec, [0.0] * (units + 1)))
     made = {"environment": ENVIRONMENT, "overhead": OVERHEAD, "warnings": ("a warning",)} | fields
     if "summary" not in made:
-        made["summary"] = summarise(layers, spec, options)
+        made["summary"] = summarise_run(layers, spec, options)
     return Run(
         spec=spec,
         options=options,

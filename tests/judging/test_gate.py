@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from records import ENVIRONMENT, layer_rows, run_of, spec_of
 
 from gradflow.errors import BaselineError
-from gradflow.judging.gate import Bounds, against_baseline, judge
+from gradflow.judging.gate import Bounds, against_baseline, judge_run
 from gradflow.runs.records import LayerRecord, ParamRecord, Run
 from gradflow.specs.run_options import RunOptions
 
@@ -44,7 +44,7 @@ HEALTHY = run_with([0.1, 0.0, 0.2, 0.0])
     ],
 )
 def test_decades_between_the_ends(profile: list[float | None], limit: float, passes: bool) -> None:
-    assert judge(run_with(profile), Bounds(max_decades=limit)).passed is passes
+    assert judge_run(run_with(profile), Bounds(max_decades=limit)).passed is passes
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_decades_between_the_ends(profile: list[float | None], limit: float, pas
     ],
 )
 def test_gains_of_all_units(low: float | None, high: float | None, passes: bool) -> None:
-    assert judge(HEALTHY, Bounds(min_gain=low, max_gain=high)).passed is passes
+    assert judge_run(HEALTHY, Bounds(min_gain=low, max_gain=high)).passed is passes
 
 
 def test_one_unit_of_one_seed_breaks_the_bound() -> None:
@@ -69,12 +69,12 @@ def test_one_unit_of_one_seed_breaks_the_bound() -> None:
         *layer_rows(spec, [0.0] * 4),
         *layer_rows(spec, [0.0] * 4, seed=1, gain={2: 7.0}),
     ]
-    found = judge(run_of(spec, rows, options=RunOptions(seeds=2)), Bounds(max_gain=2.0))
+    found = judge_run(run_of(spec, rows, options=RunOptions(seeds=2)), Bounds(max_gain=2.0))
     assert found.reasons == ("seed 1, layer 2 (mlp): gain is 7",)
 
 
 def test_what_was_compared_is_said_with_what_was_found() -> None:
-    found = judge(HEALTHY, Bounds(3.0, 0.5, 2.0, no_nonfinite=True))
+    found = judge_run(HEALTHY, Bounds(3.0, 0.5, 2.0, no_nonfinite=True))
     assert found.compared == (
         "a finite gradient, not zero, at 4 places in each of 1 seeds",
         "decades between output and input, at most 3, found 0.10",
@@ -85,7 +85,7 @@ def test_what_was_compared_is_said_with_what_was_found() -> None:
 
 
 def test_many_reasons_are_counted() -> None:
-    found = judge(run_with([0.0] * 10), Bounds(max_gain=1.0))
+    found = judge_run(run_with([0.0] * 10), Bounds(max_gain=1.0))
     assert len(found.reasons) == 4
     assert found.reasons[-1] == "... and 6 more like the last"
 
@@ -94,7 +94,7 @@ def test_many_reasons_are_counted() -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_nonfinite_anywhere_fails_where_it_is_asked_for(column: str, value: float) -> None:
     run = run_with([0.0] * 4, **{column: {2: value}})
-    assert not judge(run, Bounds(no_nonfinite=True)).passed
+    assert not judge_run(run, Bounds(no_nonfinite=True)).passed
 
 
 # --- zero is not success ------------------------------------------------------------------------
@@ -110,23 +110,23 @@ def test_a_gradient_that_is_none_never_passes(
 ) -> None:
     profile: list[float | None] = [0.0] * 4
     profile[place] = value
-    assert not judge(run_with(profile), bounds).passed
-    assert not judge(run_with(profile, seeds=3), bounds).passed
+    assert not judge_run(run_with(profile), bounds).passed
+    assert not judge_run(run_with(profile, seeds=3), bounds).passed
 
 
 @pytest.mark.parametrize("value", BAD)
 @pytest.mark.parametrize("place", [1, 2, 3])
 def test_parameters_without_a_gradient_never_pass(value: float | None, place: int) -> None:
     run = run_with([0.0] * 4, log10_param_grad_norm={place: value})
-    assert not judge(run, GENEROUS).passed
+    assert not judge_run(run, GENEROUS).passed
 
 
 def test_parameters_whose_norm_is_missing_are_not_forgotten() -> None:
     columns = {"param_norm": {2: None}, "log10_param_grad_norm": {2: None}}
     run = run_with([0.0] * 4, **columns)
     param = ParamRecord(0, 0, 2, "mlp", "weight", "2x2", 4, 1.0, 1.0, 0.0, 0)
-    assert judge(run, GENEROUS).passed  # a unit without parameters
-    assert not judge(replace(run, param_records=[param]), GENEROUS).passed
+    assert judge_run(run, GENEROUS).passed  # a unit without parameters
+    assert not judge_run(replace(run, param_records=[param]), GENEROUS).passed
 
 
 def test_a_run_that_is_not_finite_is_told_by_where_that_begins_and_one_line_for_each_kind() -> None:
@@ -141,7 +141,7 @@ def test_a_run_that_is_not_finite_is_told_by_where_that_begins_and_one_line_for_
     rows = [row for seed in (0, 1) for row in layer_rows(spec, [nan] * 4, seed, **columns)]
     run = run_of(spec, rows, options=RunOptions(seeds=2))
     assert run.summary.verdict == "nonfinite"
-    found = judge(run, Bounds(3.0, 0.5, 2.0, no_nonfinite=True))
+    found = judge_run(run, Bounds(3.0, 0.5, 2.0, no_nonfinite=True))
     lost = "is NaN or infinity"
     assert found.reasons == (
         "NaN or infinity begins at layer 2 (mlp), forward pass",
@@ -161,7 +161,7 @@ def test_a_run_that_is_not_finite_is_told_by_where_that_begins_and_one_line_for_
 
 
 def test_kinds_are_counted_each_by_itself() -> None:
-    found = judge(run_with([-math.inf, 0.0, None, -math.inf, math.nan, 0.0]), ANYTHING)
+    found = judge_run(run_with([-math.inf, 0.0, None, -math.inf, math.nan, 0.0]), ANYTHING)
     assert found.reasons == (
         "seed 0, layer 0 (input): gradient is zero, and at 1 more place",
         "seed 0, layer 2 (mlp): gradient is missing",
@@ -170,24 +170,24 @@ def test_kinds_are_counted_each_by_itself() -> None:
 
 
 def test_elements_that_are_not_finite_never_pass() -> None:
-    assert not judge(run_with([0.0] * 4, nonfinite={1: 1}), ANYTHING).passed
+    assert not judge_run(run_with([0.0] * 4, nonfinite={1: 1}), ANYTHING).passed
 
 
 @pytest.mark.parametrize("keep", range(4))
 def test_rows_that_are_not_there_never_pass(keep: int) -> None:
     run = replace(HEALTHY, layer_records=HEALTHY.layer_records[:keep])
-    assert not judge(run, GENEROUS).passed
+    assert not judge_run(run, GENEROUS).passed
 
 
 def test_a_seed_that_is_not_there_never_passes() -> None:
     run = replace(HEALTHY, options=RunOptions(seeds=2))
-    assert judge(run, ANYTHING).reasons == ("seed 1: 0 of 4 places have a gradient",)
+    assert judge_run(run, ANYTHING).reasons == ("seed 1: 0 of 4 places have a gradient",)
 
 
 @pytest.mark.parametrize("value", BAD)
 def test_gains_that_are_none_break_every_bound(value: float | None) -> None:
     run = run_with([0.0] * 4, gain={2: value})
-    assert not judge(run, Bounds(min_gain=0.0, max_gain=1e300)).passed
+    assert not judge_run(run, Bounds(min_gain=0.0, max_gain=1e300)).passed
 
 
 CELLS = st.sampled_from([None, math.nan, math.inf, -math.inf, 0.0, 1.0, -5.0])
@@ -203,7 +203,7 @@ def test_whatever_passes_has_a_finite_gradient_everywhere(
 ) -> None:
     run = run_with(profile, log10_param_grad_norm=dict(enumerate(params)))
     finite = all(v is not None and math.isfinite(v) for v in [*profile, *params[1:]])
-    for found in (judge(run, GENEROUS), against_baseline(run, run, rtol)):
+    for found in (judge_run(run, GENEROUS), against_baseline(run, run, rtol)):
         assert found.passed is finite
 
 
@@ -274,7 +274,7 @@ def test_limits_and_measuring_options_are_no_other_network() -> None:
 
 
 def test_two_judgements_say_together_what_both_say_once() -> None:
-    both = judge(HEALTHY, ANYTHING) + against_baseline(HEALTHY, HEALTHY, 0.1)
+    both = judge_run(HEALTHY, ANYTHING) + against_baseline(HEALTHY, HEALTHY, 0.1)
     assert len(both.compared) == 2
 
 
@@ -282,10 +282,10 @@ def test_every_measured_step_of_a_training_is_judged() -> None:
     spec, options = spec_of(), RunOptions(steps=1)
     first = list(layer_rows(spec, [0.0] * 4))
     later = [replace(row, step=1) for row in layer_rows(spec, [-9.0, -6.0, -3.0, 0.0])]
-    assert judge(run_of(spec, first), Bounds(max_decades=1.0)).passed
-    judgement = judge(run_of(spec, [*first, *later], options=options), Bounds(max_decades=1.0))
+    assert judge_run(run_of(spec, first), Bounds(max_decades=1.0)).passed
+    judgement = judge_run(run_of(spec, [*first, *later], options=options), Bounds(max_decades=1.0))
     assert not judgement.passed
     assert "step 1" in judgement.reasons[0]
     broken = [replace(row, nonfinite=3) for row in later]
     lost = run_of(spec, [*first, *broken], options=options)
-    assert not judge(lost, Bounds(no_nonfinite=True)).passed
+    assert not judge_run(lost, Bounds(no_nonfinite=True)).passed

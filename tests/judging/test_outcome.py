@@ -13,8 +13,8 @@ from records import layer_rows, run_of, spec_of
 from rich.console import Console
 
 from gradflow.judging.comparison import compare
-from gradflow.judging.training_outcome import combine, judge, running_mean, summary_of
-from gradflow.judging.verdict import summarise
+from gradflow.judging.run_summary import summarise_run
+from gradflow.judging.training_outcome import common_outcome, outcome_of, running_mean, summary_of
 from gradflow.runs import store
 from gradflow.runs.reading import read_results
 from gradflow.runs.records import LayerRecord, Run, StepRecord
@@ -59,8 +59,8 @@ def steps_of(losses: Sequence[float], seed: int = 0) -> list[StepRecord]:
     ],
 )
 def test_an_outcome_has_a_name_and_a_step(losses: list[float], name: str, step: int) -> None:
-    found = judge(steps_of(losses))
-    assert (found.name, found.step) == (name, step)
+    found = outcome_of(steps_of(losses))
+    assert (found.kind.word, found.step) == (name, step)
     assert found.advice
 
 
@@ -70,19 +70,20 @@ def test_losses_are_averaged_over_a_tenth_of_the_steps() -> None:
     assert found[:3] == [0.0, 0.5, 1.5]
     assert found[-1] == 18.5
     # One lucky batch at the end is no success.
-    assert judge(steps_of([3.0] * 39 + [1.0])).name == "learning"
+    assert outcome_of(steps_of([3.0] * 39 + [1.0])).kind.word == "learning"
 
 
 def test_gap_closed_is_zero_at_chance_and_one_at_the_floor() -> None:
     for loss, closed in ((CHANCE, 0.0), (FLOOR, 1.0), (2.0, 0.5), (4.0, -0.5)):
-        assert judge(steps_of([loss])).gap_closed == pytest.approx(closed)
+        assert outcome_of(steps_of([loss])).gap_closed == pytest.approx(closed)
 
 
 def test_seeds_that_disagree_are_unstable() -> None:
-    good, late, bad = (judge(steps_of(x)) for x in ([1.1, 1.1], [3.0, 1.1], [3.0, math.nan]))
-    assert (combine([good, late]).name, combine([good, late]).step) == ("converged", 1)
-    both = combine([good, bad, late])
-    assert both.name == "unstable"
+    good, late, bad = (outcome_of(steps_of(x)) for x in ([1.1, 1.1], [3.0, 1.1], [3.0, math.nan]))
+    alike = common_outcome([good, late])
+    assert (alike.kind.word, alike.step) == ("converged", 1)
+    both = common_outcome([good, bad, late])
+    assert both.kind.word == "unstable"
     assert "Of 3: 2 converged, 1 diverged." in both.advice
     assert math.isnan(both.loss)
 
@@ -99,7 +100,7 @@ def trained_run(losses: Sequence[float] = (3.0, 2.0, 1.1), seeds: int = 1) -> Ru
                 values = {name: getattr(row, name) for name in LayerRecord.__slots__}
                 rows.append(LayerRecord(**values | {"step": step}))
     steps = [record for seed in range(seeds) for record in steps_of(losses, seed)]
-    summary = summarise([row for row in rows if row.step == 0], spec, options)
+    summary = summarise_run([row for row in rows if row.step == 0], spec, options)
     values = {name: getattr(summary, name) for name in summary.__dataclass_fields__}
     return run_of(
         spec,

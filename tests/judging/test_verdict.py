@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from records import layer_rows, spec_of
 from scipy import stats
 
-from gradflow.judging.advice import ADVICE
-from gradflow.judging.verdict import summarise
+from gradflow.judging.run_summary import summarise_run
+from gradflow.judging.verdicts import VERDICTS
 from gradflow.runs.summary import Summary
 from gradflow.specs.run_options import RunOptions
 from gradflow.specs.stack import StackSpec
@@ -30,7 +30,7 @@ def judged(
 ) -> Summary:
     """The summary of one seed with this profile, from the input up."""
     spec = spec or spec_of(depth=len(profile) - 1)
-    return summarise(layer_rows(spec, profile, **columns), spec, options or RunOptions())
+    return summarise_run(layer_rows(spec, profile, **columns), spec, options or RunOptions())
 
 
 def judged_seeds(
@@ -38,7 +38,7 @@ def judged_seeds(
 ) -> Summary:
     spec = spec or spec_of(depth=len(profiles[0]) - 1)
     rows = [row for seed, p in enumerate(profiles) for row in layer_rows(spec, p, seed, **columns)]
-    return summarise(rows, spec, RunOptions(seeds=len(profiles)))
+    return summarise_run(rows, spec, RunOptions(seeds=len(profiles)))
 
 
 # Profile from the input up, columns that differ, verdict, and where: layer and pass.
@@ -112,7 +112,7 @@ def test_verdict_and_place(
     summary = judged(profile, **columns)
     assert summary.verdict == verdict
     assert (summary.first_layer, summary.first_pass) == (where or (None, None))
-    assert summary.advice.startswith(ADVICE[verdict])
+    assert summary.advice.startswith(VERDICTS[verdict].meaning)
 
 
 def test_the_unit_is_named_where_a_layer_has_two() -> None:
@@ -291,5 +291,5 @@ def test_advice_changes_with_the_options_in_use(
 
 def test_a_loss_is_handed_on() -> None:
     spec = spec_of()
-    summary = summarise(layer_rows(spec, [0.0] * 4), spec, RunOptions(), loss=0.5)
+    summary = summarise_run(layer_rows(spec, [0.0] * 4), spec, RunOptions(), loss=0.5)
     assert summary.loss == 0.5

@@ -16,8 +16,9 @@ from commandline import CommandLine
 from records import layer_rows, run_of, spec_of
 
 from gradflow import measure, save
-from gradflow.judging.outlook import DEEPEST, NO_THEORY, Reach, healthy_reach, outlook
+from gradflow.judging.outlook import DEEPEST, Reach, healthy_reach, outlook
 from gradflow.judging.theory_words import NOT_FINITE, agrees, theory_cell, theory_sentence
+from gradflow.judging.verdicts import NO_THEORY
 from gradflow.measuring.theory_columns import with_theory
 from gradflow.runs.records import LayerRecord, Run
 from gradflow.runs.store import load
@@ -182,7 +183,7 @@ def test_an_outlook_is_the_prediction() -> None:
 
 def test_an_outlook_without_theory_says_why() -> None:
     found = outlook(StackSpec(loss="mse"), RunOptions())
-    assert found.summary.verdict == NO_THEORY
+    assert found.summary.verdict == NO_THEORY.word
     assert (found.band, found.reach, found.summary.total_log10_gain) == (None, None, None)
 
 

@@ -12,7 +12,7 @@ from zoo import WIDTH, Residual, Words, chain
 
 import gradflow
 from gradflow.errors import UsageError
-from gradflow.judging.gate import Bounds, against_baseline, judge
+from gradflow.judging.gate import Bounds, against_baseline, judge_run
 from gradflow.judging.naming import names, shared
 from gradflow.runs.consistency import same_network
 from gradflow.runs.reading import read_results
@@ -119,12 +119,12 @@ def test_models_are_named_by_their_class() -> None:
 
 def test_the_gate_takes_models() -> None:
     run = watched(model_of())
-    assert judge(run, Bounds(max_decades=1)).passed
-    assert not judge(run, Bounds(max_decades=1e-9)).passed
+    assert judge_run(run, Bounds(max_decades=1)).passed
+    assert not judge_run(run, Bounds(max_decades=1e-9)).passed
     assert against_baseline(run, watched(model_of()), 0.01).passed
     frozen = model_of()
     frozen.blocks[1].requires_grad_(requires_grad=False)
-    reasons = judge(watched(frozen), Bounds(max_decades=1)).reasons
+    reasons = judge_run(watched(frozen), Bounds(max_decades=1)).reasons
     assert any("blocks.1" in reason for reason in reasons)
 
 
@@ -137,7 +137,7 @@ def test_the_gate_judges_every_step(tmp_path: Path) -> None:
             (scale * model(torch.ones(2, WIDTH)).square().sum()).backward()
             optimizer.step()
     run = gradflow.load(flow.save(tmp_path))
-    reasons = judge(run, Bounds(max_decades=1)).reasons
+    reasons = judge_run(run, Bounds(max_decades=1)).reasons
     assert reasons
     assert all(reason.startswith("seed 0, step 2") for reason in reasons if "more" not in reason)
 
@@ -153,4 +153,4 @@ def test_an_input_without_gradient_is_missing_and_not_a_fault() -> None:
     first, last = run.layer_records[1], run.layer_records[-1]
     total = first.log10_grad_norm - last.log10_grad_norm
     assert run.summary.total_log10_gain == pytest.approx(total, rel=1e-12)
-    assert judge(run, Bounds(max_decades=1)).passed
+    assert judge_run(run, Bounds(max_decades=1)).passed

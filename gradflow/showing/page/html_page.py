@@ -24,13 +24,12 @@ from markupsafe import Markup
 
 import gradflow
 from gradflow.judging.naming import names, shared
+from gradflow.judging.verdicts import VERDICTS
 from gradflow.runs.reading import Results, StoredRun
 from gradflow.showing.page.chart_parts import BAR, CHART_HEIGHT, DARK, LIGHT, Drawing, themed
 from gradflow.showing.page.chart_tables import FAR, NamedRuns, chart_tables
 from gradflow.showing.page.charts import ALL_CHARTS, CHARTS
 from gradflow.showing.sentences import (
-    HEALTHY,
-    SAYINGS,
     answer,
     designs_through,
     run_sentence,
@@ -91,7 +90,7 @@ def words(results: Results, shown: ShownRuns) -> dict[str, Any]:
     """Everything on the page that is text."""
     runs = results.runs
     often = Counter(run.summary.verdict for run in runs)
-    order = [*SAYINGS, *sorted(set(often) - set(SAYINGS))]
+    order = [*VERDICTS, *sorted(set(often) - set(VERDICTS))]
     return {
         "runs": len(runs),
         "answer": answer(runs),
@@ -99,8 +98,7 @@ def words(results: Results, shown: ShownRuns) -> dict[str, Any]:
         "shared": shared(runs),
         "measured": _measured(runs),
         "verdicts": [(verdict, often[verdict]) for verdict in order if often[verdict]],
-        "known": tuple(SAYINGS),
-        "healthy": HEALTHY,
+        "known": VERDICTS,
         "rows": list(_table_rows(shown)),
         "timed": any(run.summary.forward_s_per_layer is not None for run in runs),
         "environments": _environments(runs),

@@ -22,10 +22,11 @@ from gradflow.judging.naming import Name, names
 from gradflow.judging.theory_words import theory_cell
 from gradflow.judging.trainable import trainable_depths
 from gradflow.judging.training_outcome import outcome_sentence
+from gradflow.judging.verdicts import verdict_named
 from gradflow.runs.reading import Results, StoredRun
 from gradflow.runs.summary import Summary
 from gradflow.showing.sentences import answer_lines, design_by_design
-from gradflow.showing.terminal.printing import plain_table, verdict_style
+from gradflow.showing.terminal.printing import plain_table
 from gradflow.text import BARS, gib, in_ascii, milliseconds, number, signed, two_digits
 
 _WIDTH = 80
@@ -328,7 +329,7 @@ class _Layout:
         for i, row in enumerate(rows):
             beside = name[i] if i < len(name) else ""
             line = Text(self._line(beside, [column.cell(row) for column in self.columns]))
-            line.highlight_words([row.summary.verdict], verdict_style(row.summary.verdict))
+            line.highlight_words([row.summary.verdict], verdict_named(row.summary.verdict).colour)
             line.highlight_words([_MARKS["slower"], _MARKS["faster"]], "bold")
             yield line
 
@@ -384,7 +385,7 @@ def listed_cells(run: StoredRun, name: Name, timed: bool) -> Iterator[Text]:
     """The cells of one run in the list: design, verdict, numbers, and times where `timed`."""
     summary = run.summary
     yield Text(name.without_depth)
-    yield Text(summary.verdict, style=verdict_style(summary.verdict))
+    yield Text(summary.verdict, style=verdict_named(summary.verdict).colour)
     yield Text(f"{name.depth:,}")
     yield Text(signed(summary.total_log10_gain))
     yield Text(signed(summary.log10_gain_per_layer, 4))

@@ -18,12 +18,13 @@ from rich.text import Text
 
 from gradflow.judging.comparison import mean_profile
 from gradflow.judging.theory_words import theory_sentence
-from gradflow.judging.training_outcome import outcome_sentence
+from gradflow.judging.training_outcome import outcome_sentence, training_class_named
+from gradflow.judging.verdicts import verdict_named
 from gradflow.judging.words import place
 from gradflow.runs.records import LayerRecord, Run, StepRecord
 from gradflow.runs.summary import Summary
 from gradflow.showing.sentences import gain_sentence, loss_words, trend_sentence
-from gradflow.showing.terminal.printing import UnitCell, plain_table, verdict_style
+from gradflow.showing.terminal.printing import UnitCell, plain_table
 from gradflow.specs.stack import StackSpec
 from gradflow.specs.training_spec import training_line
 from gradflow.specs.user_code import shown
@@ -221,7 +222,7 @@ def _plot(measured: _Curve, theory: _Curve, depth: int, title: str) -> Text:
 
 def verdict_lines(summary: Summary) -> Iterator[RenderableType]:
     """The verdict with its place and advice, and the numbers behind it."""
-    style = f"bold {verdict_style(summary.verdict)}"
+    style = f"bold {verdict_named(summary.verdict).colour}"
     where = f" at {place(summary)}" if place(summary) else ""
     yield Text.assemble((summary.verdict + where, style), ". ", summary.advice)
     if summary.total_log10_gain is not None:
@@ -239,7 +240,7 @@ def training_lines(run: Run) -> Iterator[RenderableType]:
     summary = run.summary
     if summary.outcome is None:
         return
-    style = f"bold {verdict_style(summary.outcome)}"
+    style = f"bold {training_class_named(summary.outcome).colour}"
     told = outcome_sentence(summary.outcome, summary.outcome_step)
     yield Text.assemble("\n", (told, style), ". ", str(summary.outcome_advice))
     yield Text(f"The {loss_words(summary)}. The verdict above is that of the first step.")

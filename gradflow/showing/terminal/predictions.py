@@ -11,9 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from gradflow.judging.naming import names
-from gradflow.judging.outlook import NO_THEORY, Outlook, Reach
+from gradflow.judging.outlook import Outlook, Reach
+from gradflow.judging.verdicts import verdict_named
 from gradflow.showing.terminal.one_run import ENDS, draw_profile
-from gradflow.showing.terminal.printing import plain_table, verdict_style
+from gradflow.showing.terminal.printing import plain_table
 from gradflow.text import count, number, signed
 
 PREDICTION_HEADINGS = ("design", "depth", "verdict", "decades", "per layer", "healthy to")
@@ -33,7 +34,7 @@ def prediction_view(predicted: Outlook) -> RenderableType:
     values = predicted.prediction.log10_grad_norm or ()
     units = (len(values) - 1) / spec.depth
     curve = [(i / units, value) for i, value in enumerate(values)]
-    style = f"bold {verdict_style(summary.verdict)}"
+    style = f"bold {verdict_named(summary.verdict).colour}"
     return Group(
         heading,
         details,
@@ -116,7 +117,7 @@ def predictions_view(predicted: Sequence[Outlook]) -> RenderableType:
         left = heading in ("design", "verdict")
         table.add_column(heading, justify="left" if left else "right", no_wrap=heading != "design")
     for design, depth, verdict, *numbers in prediction_cells(predicted):
-        style = "dim" if verdict == NO_THEORY else verdict_style(verdict)
+        style = verdict_named(verdict).colour
         table.add_row(design, depth, Text(verdict, style=style), *numbers)
     notes = (PREDICTION_NOTE, *reason_lines(predicted))
     return Group(table, *(Text(line, style="dim") for line in notes))

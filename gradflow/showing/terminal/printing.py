@@ -12,7 +12,6 @@ from rich.text import Text
 
 from gradflow.text import can_draw, in_ascii
 
-_COLOURS = {"healthy": "green", "converged": "green", "unstable": "yellow", "learning": "yellow"}
 # Columns that the name of a unit may be cut to.
 _LEAST = 18
 
@@ -37,11 +36,6 @@ def plain_table(*, gap: int = 1, header: bool = True, width: int | None = None) 
         header_style="bold",
         width=width,
     )
-
-
-def verdict_style(verdict: str) -> str:
-    """The colour of a verdict, or of the outcome of a training; red for all that are not good."""
-    return _COLOURS.get(verdict, "red")
 
 
 @dataclass(frozen=True)

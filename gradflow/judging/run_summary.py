@@ -15,7 +15,7 @@ import numpy as np
 from scipy.special import stdtrit
 
 from gradflow.judging.advice import advice
-from gradflow.judging.seed_digest import Digest, combine, digest
+from gradflow.judging.verdicts import SeedDigest, common_finding, digest_of
 from gradflow.runs.records import LayerRecord
 from gradflow.runs.summary import Summary
 from gradflow.specs.model_spec import Spec
@@ -50,7 +50,7 @@ class Trend:
         return decades if decades < FARTHEST_DEPTH else None
 
 
-def summarise(
+def summarise_run(
     records: Iterable[LayerRecord], spec: Spec, options: RunOptions, loss: float | None = None
 ) -> Summary:
     """A run in a few numbers.
@@ -62,15 +62,16 @@ def summarise(
         loss: mean over the seeds, where the loss is one.
     """
     judged = (row for row in records if row.layer > 0 or spec.input_has_gradient)
-    seeds = [digest(rows, options, spec) for _, rows in groupby(judged, key=attrgetter("seed"))]
-    finding = combine([seed.finding for seed in seeds])
+    by_seed = groupby(judged, key=attrgetter("seed"))
+    seeds, findings = zip(*(digest_of(rows, options, spec) for _, rows in by_seed), strict=True)
+    finding = common_finding(findings)
     profiles = np.array([seed.profile for seed in seeds])
     finite = bool(np.isfinite(profiles).all())
     rate, low, high = _rate(profiles, spec) if finite else (None, None, None)
     long = spec.depth >= TREND_LAYERS
     trend = fit_trend(profiles.mean(axis=0), spec) if finite and long else None
     return Summary(
-        verdict=finding.verdict,
+        verdict=finding.verdict.word,
         advice=advice(finding, spec, options),
         total_log10_gain=float((profiles[:, 0] - profiles[:, -1]).mean()) if finite else None,
         log10_gain_per_layer=rate,
@@ -120,7 +121,7 @@ def _rate(profiles: np.ndarray, spec: Spec) -> tuple[float | None, float | None,
     return mean, mean - half, mean + half
 
 
-def _spread(seeds: Sequence[Digest]) -> float | None:
+def _spread(seeds: Sequence[SeedDigest]) -> float | None:
     """Decades between the largest and the smallest parameter gradient of one kind of unit."""
     spans = [span for seed in seeds for span in seed.spans.values()]
     if not spans or not all(math.isfinite(high) for _, high in spans):
@@ -128,7 +129,7 @@ def _spread(seeds: Sequence[Digest]) -> float | None:
     return max(high - low for low, high in spans)
 
 
-def _skip_share(seeds: Sequence[Digest]) -> float | None:
+def _skip_share(seeds: Sequence[SeedDigest]) -> float | None:
     """Mean of skip^2 / (skip^2 + branch^2): how much of the gradient comes by the shortcut."""
     shares = np.concatenate([seed.shares for seed in seeds])
     mean = float(shares.mean()) if shares.size else math.nan
