@@ -31,14 +31,14 @@ class Commands(TyperGroup):
     """The commands by name; an unknown one is answered with the list of them."""
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        check_choice("the command", cmd_name, tuple(self.commands))
+        if not ctx.resilient_parsing:  # a shell that completes a line wants no complaint
+            check_choice("the command", cmd_name, tuple(self.commands))
         return super().get_command(ctx, cmd_name)
 
 
 app = typer.Typer(
     cls=Commands,
     name="gradflow",
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # its help pages take a quarter of a second to import
     context_settings={"help_option_names": ["-h", "--help"]},

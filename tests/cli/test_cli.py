@@ -29,11 +29,6 @@ from gradflow.runs import store
 HEAVY = ("torch", "pandas", "altair", "scipy", "numpy", "rich.console", "gradflow.engine.walk")
 
 
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> CommandLine:
-    return CommandLine(capsys, tmp_path / "runs")
-
-
 # Output
 
 
@@ -316,3 +311,19 @@ def test_a_full_disk_behind_stdout_is_one_line(words: list[str]) -> None:
 def test_the_shortcut_is_said_once(cli: CommandLine, command: str, short: str) -> None:
     done = cli(command, short, "--shortcut", "plain")
     assert (done.code, short in done.complaint) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("line", "completed"),
+    [
+        ("gradflow ch", ["check"]),
+        ("gradflow run --dept", ["--depth"]),
+        ("gradflow no-such-command --dept", []),
+    ],
+)
+def test_the_shell_completes_commands_and_options(line: str, completed: list[str]) -> None:
+    place = str(len(line.split()) - 1)
+    asked = {"_GRADFLOW_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": place}
+    done = finish(start(**asked))
+    assert (done.code, done.err) == (0, "")
+    assert done.out.split() == completed

@@ -24,11 +24,6 @@ USAGE, FAILED = 2, 3
 COMMANDS = [command.callback.__name__ for command in app.registered_commands if command.callback]
 
 
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> CommandLine:
-    return CommandLine(capsys, tmp_path / "runs")
-
-
 def one_of(flag: str, names: Sequence[str]) -> tuple[str, ...]:
     return (f"{flag} is one of the known names", "got nonsense", f"use {', '.join(names)}")
 

@@ -1,9 +1,9 @@
 """The engine's double: slow, obvious, and without a line of the engine's arithmetic.
 
 Every unit is written out from its equation in plain float64 tensor operations, one autograd graph
-spans the stack, and every column is computed from the definition in DESIGN.md. Taken from the
-package are only numbers: the weights of the built blocks, the input, and the loss's cotangent,
-target and labels.
+spans the stack, and every column is computed from its meaning as `gradflow.runs.records` states it.
+Taken from the package are only numbers: the weights of the built blocks, the input, and the loss's
+cotangent, target and labels.
 
 Axes: B batch, T tokens, d width, h heads, C channels, G groups.
 """

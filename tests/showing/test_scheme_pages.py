@@ -19,11 +19,6 @@ from gradflow.specs.block_kinds import BLOCKS
 HEAVY = ("torch", "pandas", "polars", "altair", "scipy")
 
 
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> CommandLine:
-    return CommandLine(capsys, tmp_path / "runs")
-
-
 def words(text: str) -> str:
     """Text without its line breaks and columns."""
     return re.sub(r"\s+", "", text)

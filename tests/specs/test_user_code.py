@@ -56,11 +56,6 @@ FFN_CLASS = {
 
 
 @pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> CommandLine:
-    return CommandLine(capsys, tmp_path / "runs")
-
-
-@pytest.fixture
 def forget(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Start as another process would: with no file loaded."""
     return lambda: monkeypatch.setattr(user_code, "_LOADED", {})
