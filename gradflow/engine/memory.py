@@ -61,8 +61,8 @@ def footprint(spec: StackSpec, seed: int, device: torch.device) -> Footprint:
     much; where layers are of several kinds, on the first and the last. A state of several streams
     may grow: there the second layer and the last are averaged.
     """
-    few = replace(spec, batch_size=min(_FEW, int(spec.batch_size or 1)))
-    scale = int(spec.batch_size or 1) / int(few.batch_size or 1)
+    few = replace(spec, batch_size=min(_FEW, spec.batch_size))
+    scale = spec.batch_size / few.batch_size
     ends = (min(2, spec.depth), spec.depth) if spec.has_streams else (1, spec.depth)
     kinds = {layer_kind(spec, layer): layer for layer in ends}
     layers = ends if spec.has_streams else tuple(kinds.values())
@@ -94,7 +94,7 @@ def _kept(spec: StackSpec, layer: int, block: Block) -> int:
 
 def _score_bytes(spec: StackSpec, itemsize: int) -> int:
     """One number, of float32 at least, for each head and pair of tokens; 0 without attention."""
-    pairs = int(spec.batch_size or 1) * int(spec.heads or 0) * int(spec.seq_len or 0) ** 2
+    pairs = spec.batch_size * int(spec.heads or 0) * int(spec.seq_len or 0) ** 2
     return spec.kind.units.count("attention") * pairs * max(4, itemsize)
 
 

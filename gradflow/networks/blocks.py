@@ -90,7 +90,7 @@ class Mlp(Branch):
     def __init__(self, spec: StackSpec, _: Wiring) -> None:
         super().__init__()
         self.linear = Linear(spec.width, spec.width)
-        self.phi = PHI[str(spec.activation)]
+        self.phi = PHI[spec.activation]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.phi(self.linear(x))
@@ -104,7 +104,7 @@ class Conv(Branch):
     def __init__(self, spec: StackSpec, _: Wiring) -> None:
         super().__init__()
         self.conv = Conv3x3(spec.width)
-        self.phi = PHI[str(spec.activation)]
+        self.phi = PHI[spec.activation]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.phi(self.conv(x))
@@ -130,7 +130,7 @@ class ResNet(Branch):
         self.conv2 = Conv3x3(spec.width, bias=bias)
         norms = (make_norm(spec, wiring, *wiring.norms) for _ in range(2))
         self.norm1, self.norm2 = norms
-        self.phi = PHI[str(spec.activation)]
+        self.phi = PHI[spec.activation]
         self.activation_last = "out" in wiring.norms
 
     def forward(self, x: Tensor) -> Tensor:
@@ -155,7 +155,7 @@ class Attention(Branch):
     def __init__(self, spec: StackSpec, wiring: Wiring) -> None:
         super().__init__()
         self.size, self.base, self.causal = spec.head_size, spec.rope, bool(spec.causal)
-        heads = int(spec.heads or 1)
+        heads = spec.head_count
         kv_heads = spec.kv_heads or heads
         queries, keys = heads * self.size, kv_heads * self.size
         self.heads, self.grouped = heads, kv_heads != heads
@@ -199,7 +199,7 @@ class Ffn(Branch):
         super().__init__()
         self.up = Linear(spec.width, spec.hidden, bias=spec.has_bias("up"))
         self.down = Linear(spec.hidden, spec.width, bias=spec.has_bias("down"))
-        self.phi = PHI[str(spec.activation)]
+        self.phi = PHI[spec.activation]
         self.mid = make_norm(spec, wiring, "mid", width=spec.hidden)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -15,11 +15,11 @@ from gradflow.specs.stack import StackSpec
 
 def stream_shape(spec: StackSpec) -> tuple[int, ...]:
     """Shape of y_0 ... y_D."""
-    batch = int(spec.batch_size or 1)
+    batch = spec.batch_size
     return {
         "vectors": (batch, spec.width),
-        "tokens": (batch, int(spec.seq_len or 1), spec.width),
-        "images": (batch, spec.width, int(spec.image_size or 1), int(spec.image_size or 1)),
+        "tokens": (batch, spec.tokens, spec.width),
+        "images": (batch, spec.width, spec.side, spec.side),
     }[spec.kind.domain]
 
 

@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 def token_ids(spec: StackSpec, seed: int) -> Tensor:
     """Uniform random tokens, (B, T + 1): the inputs and, one on, what comes next."""
-    shape = (int(spec.batch_size or 1), int(spec.seq_len or 1) + 1)
+    shape = (spec.batch_size, spec.tokens + 1)
     return torch.randint(spec.classes, shape, generator=generator(CPU, seed, "tokens"))
 
 

@@ -54,7 +54,7 @@ class CrossEntropyLoss(nn.Module):
         final = spec.has_final_norm
         self.norm = norm_of_kind(spec, kind, spec.width) if final else nn.Identity()
         active = spec.scheme is not None and spec.scheme_record.final_activation
-        self.phi = PHI[str(spec.activation) if active else "linear"]
+        self.phi = PHI[spec.activation if active else "linear"]
         self.project = Linear(spec.width, spec.classes)
         slots = [slot for part in self.modules() for slot in module_slots(spec, part)]
         fill(slots, spec, device, generator(device, seed, "head"))

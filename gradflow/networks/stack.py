@@ -146,7 +146,7 @@ def rehearse(spec: StackSpec) -> None:
     Raises:
         UsageError: it breaks the interface.
     """
-    few = replace(spec, batch_size=min(2, int(spec.batch_size or 1)))
+    few = replace(spec, batch_size=min(2, spec.batch_size))
     device = torch.device("cpu")
     build_block(few, 0, 1, device)(input_batch(few, 0, device))
 

@@ -66,7 +66,7 @@ class UserBranch(Branch):
 
     def __init__(self, spec: StackSpec, wiring: Wiring) -> None:
         super().__init__()
-        self.title = user_code.shown(str(spec.block))
+        self.title = user_code.shown(spec.block)
         self.module, other = (_made(spec, wiring, seed) for seed in (0, 1))
         self.norms_inside = bool(getattr(self.module, "norms_inside", False))
         self.feeds_activation = tuple(getattr(self.module, "feeds_activation", ()))
@@ -129,7 +129,7 @@ class UserBranch(Branch):
 
 def _made(spec: StackSpec, wiring: Wiring, seed: int) -> nn.Module:
     """The module, drawn from this seed; the global generator is as before afterwards."""
-    name = str(spec.block)
+    name = spec.block
     made = branch_class(name)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)

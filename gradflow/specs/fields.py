@@ -7,8 +7,9 @@ decides; keys, names, tables, comparisons and the command line are derived from 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
+from functools import cache
 from typing import Any, Literal
 
 from gradflow.errors import UsageError
@@ -16,64 +17,6 @@ from gradflow.errors import UsageError
 # What an option decides: the measured numbers, the verdict on them, the measured seconds, the
 # memory that the measurement takes, or the device that it runs on.
 Decides = Literal["numbers", "verdict", "times", "memory", "place"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Option:
-    """What a command-line option says of itself.
-
-    Attributes:
-        meaning: its help text.
-        choices: the names that it takes; empty where its values are no names from a list.
-        decides: what changes with its value.
-        fill: the value where it is not given and has a meaning; None where others decide that.
-        of_block: it means something for some blocks only; their `BlockKind.options` name it.
-        unkeyed_default: keys of runs hold it only where its value is not the default, so that an
-            option can be added without another key for the runs that are stored already.
-        built_only: it applies to the layers that gradflow builds, not to a given model.
-        metavar: its value in the help, where the type says too little.
-        from_file: its value may name an object in a user's file.
-        whole: commas in its value do not part a list.
-        repeated: it may be given several times.
-    """
-
-    meaning: str
-    choices: tuple[str, ...] = ()
-    decides: Decides = "numbers"
-    fill: Any = None
-    of_block: bool = False
-    unkeyed_default: bool = False
-    built_only: bool = False
-    metavar: str | None = None
-    from_file: bool = False
-    whole: bool = False
-    repeated: bool = False
-
-
-def option(default: Any, meaning: str, choices: tuple[str, ...] = (), **facts: Any) -> Any:
-    """A dataclass field that is also a command-line option; `facts` are those of `Option`."""
-    about = Option(meaning=meaning, choices=choices, **facts)
-    return field(default=default, metadata={"option": about})
-
-
-def options_of(record: Any) -> Iterator[tuple[Field[Any], Option]]:
-    """Every field of a dataclass, or of a record, that is a command-line option."""
-    yield from ((f, f.metadata["option"]) for f in fields(record) if "option" in f.metadata)
-
-
-def deciding(cls: type, *decides: Decides) -> tuple[str, ...]:
-    """Names of the options of a class that decide one of these things, in their order."""
-    return tuple(f.name for f, about in options_of(cls) if about.decides in decides)
-
-
-def keyed(record: Any, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a record by name, less the options that its key does not hold."""
-    unheld = {
-        f.name
-        for f, about in options_of(record)
-        if about.decides != "numbers" or (about.unkeyed_default and values[f.name] == f.default)
-    }
-    return {name: value for name, value in values.items() if name not in unheld}
 
 
 def flag(name: str) -> str:
@@ -91,29 +34,141 @@ def check_choice(what: str, value: object, known: tuple[str, ...]) -> None:
         raise UsageError(f"{what} is one of the known names", value, f"use {', '.join(known)}")
 
 
-def at_least(values: Any, name: str, least: int) -> None:
-    """Refuse a field that is no whole number from `least` up.
+@dataclass(frozen=True)
+class Whole:
+    """Values that are whole numbers of at least `least`; True and False are none."""
 
-    Raises:
-        UsageError: the value is smaller, or no whole number.
-    """
-    value = getattr(values, name)
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        rule = f"{flag(name)} is a whole number of at least {least}"
-        raise UsageError(rule, value, f"use {flag(name)} {max(least, 1)} or more")
+    least: int
+
+    def check(self, name: str, value: object) -> None:
+        """Refuse the value of a field that is smaller, or no whole number.
+
+        Raises:
+            UsageError: says the rule and what to do.
+        """
+        if not isinstance(value, int) or isinstance(value, bool) or value < self.least:
+            rule = f"{flag(name)} is a whole number of at least {self.least}"
+            raise UsageError(rule, value, f"use {flag(name)} {max(self.least, 1)} or more")
 
 
-def positive(values: Any, name: str, *, zero: bool = False) -> None:
-    """Refuse a field that is no finite number above (or at) 0.
+@dataclass(frozen=True)
+class Real:
+    """Values that are finite numbers above 0, or also 0 itself where `zero` is true."""
 
-    Raises:
-        UsageError: the value is negative, not finite, or no number.
-    """
-    value = getattr(values, name)
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value < 0 or (value == 0 and not zero):
-        rule = f"{flag(name)} is a finite number {'of at least' if zero else 'above'} 0"
+    zero: bool = False
+
+    def check(self, name: str, value: object) -> None:
+        """Refuse the value of a field that is negative, not finite, or no number.
+
+        Raises:
+            UsageError: says the rule and what to do.
+        """
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if number and math.isfinite(value) and (value > 0 or (value == 0 and self.zero)):  # type: ignore[arg-type, operator]
+            return
+        rule = f"{flag(name)} is a finite number {'of at least' if self.zero else 'above'} 0"
         raise UsageError(rule, value, f"use for example {flag(name)} 1.0")
+
+
+@dataclass(frozen=True)
+class Switch:
+    """Values that are True or False."""
+
+    rule: str = "is true or false"
+
+    def check(self, name: str, value: object) -> None:
+        """Refuse the value of a field that is neither.
+
+        Raises:
+            UsageError: says the rule and what to do.
+        """
+        if not isinstance(value, bool):
+            remedy = f"use {flag(name)} or {flag('no_' + name)}"
+            raise UsageError(f"{flag(name)} {self.rule}", value, remedy)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """What a command-line option says of itself.
+
+    Attributes:
+        meaning: its help text.
+        choices: the names that it takes; empty where its values are no names from a list.
+        decides: what changes with its value.
+        values: what its values have to be, where that is neither a name nor any text.
+        fill: the value where it is not given and has a meaning; None where others decide that.
+        of_block: it means something for some blocks only; their `BlockKind.options` name it.
+        unkeyed_default: keys of runs hold it only where its value is not the default, so that an
+            option can be added without another key for the runs that are stored already.
+        built_only: it applies to the layers that gradflow builds, not to a given model.
+        metavar: its value in the help, where the type says too little.
+        from_file: its value may name an object in a user's file.
+        whole: commas in its value do not part a list.
+        repeated: it may be given several times.
+    """
+
+    meaning: str
+    choices: tuple[str, ...] = ()
+    decides: Decides = "numbers"
+    values: Whole | Real | Switch | None = None
+    fill: Any = None
+    of_block: bool = False
+    unkeyed_default: bool = False
+    built_only: bool = False
+    metavar: str | None = None
+    from_file: bool = False
+    whole: bool = False
+    repeated: bool = False
+
+
+def option(default: Any, meaning: str, choices: tuple[str, ...] = (), **facts: Any) -> Any:
+    """A dataclass field that is also a command-line option; `facts` are those of `Option`."""
+    about = Option(meaning=meaning, choices=choices, **facts)
+    return field(default=default, metadata={"option": about})
+
+
+@cache
+def options_of(cls: type) -> tuple[tuple[Field[Any], Option], ...]:
+    """Every field of a dataclass that is a command-line option, in order."""
+    return tuple((f, f.metadata["option"]) for f in fields(cls) if "option" in f.metadata)
+
+
+def deciding(cls: type, *decides: Decides) -> tuple[str, ...]:
+    """Names of the options of a class that decide one of these things, in their order."""
+    return tuple(f.name for f, about in options_of(cls) if about.decides in decides)
+
+
+def keyed(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a record of this class by field, less those that its key does not hold."""
+    unheld = {
+        f.name
+        for f, about in options_of(cls)
+        if about.decides != "numbers" or (about.unkeyed_default and values[f.name] == f.default)
+    }
+    return {name: value for name, value in values.items() if name not in unheld}
+
+
+def check_values(cls: type, values: Mapping[str, Any]) -> None:
+    """Refuse values that are not what their options say; None passes where it is the default.
+
+    Raises:
+        UsageError: the first value that breaks its rule.
+    """
+    for f, about in options_of(cls):
+        value = values[f.name]
+        if about.values and not (value is None and f.default is None):
+            about.values.check(f.name, value)
+
+
+def check_names(cls: type, values: Mapping[str, Any]) -> None:
+    """Refuse names that are not among the choices of their options; None passes.
+
+    Raises:
+        UsageError: the first name that is unknown.
+    """
+    for f, about in options_of(cls):
+        if about.choices and values[f.name] is not None:
+            check_choice(flag(f.name), values[f.name], about.choices)
 
 
 def known_fields(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:

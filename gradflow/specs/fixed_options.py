@@ -11,7 +11,8 @@ from typing import Any
 from gradflow.errors import UsageError
 from gradflow.schemes.wiring import Wiring
 from gradflow.specs import user_code
-from gradflow.specs.fields import at_least, flag
+from gradflow.specs.block_kinds import BlockKind
+from gradflow.specs.fields import flag
 from gradflow.specs.stack_fields import StackFields
 
 # By kind of unit (`Wiring.unit`), what it has in place of the option; None: as without it.
@@ -31,17 +32,10 @@ OWN_FORMS: dict[str, dict[str, Any]] = {
 }
 
 
-def own_forms(spec: StackFields) -> dict[str, Any]:
-    """What its units have in place of options that the block has.
-
-    Raises:
-        UsageError: the depth, which wirings depend on, is no whole number.
-    """
-    if spec.scheme is None or spec.is_stored(spec.scheme):
-        return {}
-    at_least(spec, "depth", 1)
-    forms = OWN_FORMS.get(spec.wiring(1, 0).unit, {})
-    return {name: value for name, value in forms.items() if name in spec.kind.options}
+def own_forms(unit: str, block: BlockKind) -> dict[str, Any]:
+    """What a kind of unit has in the place of options that the block has."""
+    forms = OWN_FORMS.get(unit, {})
+    return {name: value for name, value in forms.items() if name in block.options}
 
 
 def check_unit(spec: StackFields, wiring: Wiring) -> None:
@@ -66,7 +60,7 @@ def check_unit(spec: StackFields, wiring: Wiring) -> None:
 
 def _same(spec: StackFields, name: str) -> int | None:
     """The number that means the same as leaving the option out."""
-    heads = int(spec.heads or 1)
+    heads = spec.head_count
     return {"kv_heads": heads, "head_dim": spec.width // heads}.get(name)
 
 
@@ -77,20 +71,20 @@ def _option(name: str, value: object) -> str:
     return f"{flag(name)} {value:g}" if isinstance(value, float) else f"{flag(name)} {value}"
 
 
-def check_norm_kind(spec: StackFields) -> None:
-    """Refuse a kind of norm for a scheme that has no norm.
+def check_no_norm_kind(scheme: str | None, norm_kind: str | None) -> None:
+    """Refuse a kind of norm for a scheme that has no norms.
 
     Raises:
-        UsageError: it was given.
+        UsageError: a kind of norm is given.
     """
-    if spec.norm_kind is not None and spec.scheme is not None:
-        rule = f"--scheme {user_code.shown(spec.scheme)} has no norms"
-        raise UsageError(rule, _option("norm_kind", spec.norm_kind), "leave out --norm-kind")
+    if norm_kind is not None and scheme is not None:
+        rule = f"--scheme {user_code.shown(scheme)} has no norms"
+        raise UsageError(rule, _option("norm_kind", norm_kind), "leave out --norm-kind")
 
 
 def _check_values(spec: StackFields) -> None:
     """A state holds values beside the stream, so they have its width."""
-    heads = int(spec.heads or 1)
+    heads = spec.head_count
     if (spec.kv_heads or heads) * spec.head_size != spec.width:
         parts = {"heads": heads, "kv_heads": spec.kv_heads, "head_dim": spec.head_dim}
         got = " ".join(_option(name, part) for name, part in parts.items() if part is not None)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from gradflow.errors import UsageError
-from gradflow.specs.fields import at_least, check_choice, flag, keyed, known_fields, option
+from gradflow.specs.fields import Whole, check_choice, flag, keyed, known_fields, option
 from gradflow.specs.located import EXAMPLE, Located, is_reference, locate_code, locate_folder
 from gradflow.specs.stack_fields import DTYPES, LOSSES
 
@@ -74,7 +74,7 @@ class ModelRequest:
             self._check_shape(self.input)
         for name in SIZES:
             if getattr(self, name) is not None:
-                at_least(self, name, 1)
+                Whole(1).check(name, getattr(self, name))
         check_choice("--loss", self.loss, MODEL_LOSSES)
         check_choice("--dtype", self.dtype, DTYPES)
         _ = self.settings
@@ -125,7 +125,7 @@ class ModelRequest:
 
     def identity(self) -> dict[str, Any]:
         """The values that decide the numbers, by field."""
-        return keyed(self, self.to_json())
+        return keyed(ModelRequest, self.to_json())
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> ModelRequest:

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any, Protocol
 
 from gradflow.errors import UsageError
-from gradflow.specs.fields import at_least, known_fields
+from gradflow.specs.fields import Whole, known_fields
 from gradflow.specs.json_types import typed
 from gradflow.specs.model_request import ModelRequest, without_digest
 from gradflow.specs.stack import StackSpec
@@ -122,7 +122,7 @@ class ModelSpec:
     request: ModelRequest | None = None
 
     def __post_init__(self) -> None:
-        at_least(self, "depth", 1)
+        Whole(1).check("depth", self.depth)
         if len(self.units.split()) != len(self.kinds.split()):
             raise UsageError("every unit has a kind", self.kinds, "give as many kinds as units")
 

@@ -8,18 +8,35 @@ from typing import Any
 
 from gradflow.errors import UsageError
 from gradflow.specs.fields import (
-    at_least,
-    check_choice,
+    Real,
+    Switch,
+    Whole,
+    check_names,
+    check_values,
     flag,
     known_fields,
     option,
     options_of,
-    positive,
 )
 from gradflow.text import size_in_bytes
 
 KEEPS = ("auto", "graph", "boundaries", "sqrt")
-OPTIMIZERS = ("adamw", "sgd")
+_OPTIMIZERS = ("adamw", "sgd")
+_FLAG = Switch("is a flag")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How training steps are made: the options of the same names in `RunOptions`."""
+
+    lr: float
+    optimizer: str
+    warmup: int
+    every: int
+
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of a step, from 0: lr (step + 1) / warmup while that rises, then lr."""
+        return self.lr * min(1.0, (step + 1) / max(self.warmup, 1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,28 +48,33 @@ class RunOptions:
     """
 
     device: str = option("auto", "auto, cpu, cuda or cuda:N", decides="place")
-    seed: int = option(0, "first seed")
-    seeds: int = option(1, "number of seeds, counted up from the first")
-    timing: bool = option(True, "measure forward and backward time per unit", decides="times")
-    repeats: int = option(5, "timed repeats at least", decides="times")
+    seed: int = option(0, "first seed", values=Whole(0))
+    seeds: int = option(1, "number of seeds, counted up from the first", values=Whole(1))
+    timing: bool = option(
+        True, "measure forward and backward time per unit", decides="times", values=_FLAG
+    )
+    repeats: int = option(5, "timed repeats at least", decides="times", values=Whole(1))
     time_budget: float = option(
-        1.0, "timed passes go on for at least so many seconds", decides="times"
+        1.0, "timed passes go on for at least so many seconds", decides="times", values=Real()
     )
     together: bool | None = option(
         None,
         "measure all seeds in one pass (where that pays: several seeds of a narrow stack)",
         decides="times",
+        values=_FLAG,
         built_only=True,
     )
     raw_range: bool = option(
         False,
         "do not rescale the gradient: show where the number format itself dies",
+        values=_FLAG,
         built_only=True,
     )
-    # Compiled code rounds in other places.
+    # Compiled code rounds in other places, so it decides numbers.
     compile: bool = option(
         False,
         "compile one unit and use it for all layers",
+        values=_FLAG,
         built_only=True,
         unkeyed_default=True,
     )
@@ -60,6 +82,7 @@ class RunOptions:
         None,
         "replay passes as CUDA graphs (where a timed stack is narrow, on a GPU)",
         decides="times",
+        values=_FLAG,
         built_only=True,
     )
     keep: str = option(
@@ -73,6 +96,7 @@ class RunOptions:
         None,
         "build each layer again when it is visited, instead of keeping all parameters",
         decides="memory",
+        values=_FLAG,
         built_only=True,
     )
     memory_limit: str | None = option(
@@ -82,64 +106,59 @@ class RunOptions:
         built_only=True,
     )
     vanishing: float = option(
-        3.0, "decades of shrinking that count as vanishing", decides="verdict"
+        3.0, "decades of shrinking that count as vanishing", decides="verdict", values=Real()
     )
-    exploding: float = option(3.0, "decades of growth that count as exploding", decides="verdict")
+    exploding: float = option(
+        3.0, "decades of growth that count as exploding", decides="verdict", values=Real()
+    )
     steps: int = option(
-        0, "training steps on the built-in task; 0 does not train", unkeyed_default=True
+        0,
+        "training steps on the built-in task; 0 does not train",
+        values=Whole(0),
+        unkeyed_default=True,
     )
-    lr: float | None = option(None, "learning rate (0.001)", fill=1e-3, unkeyed_default=True)
+    lr: float | None = option(
+        None, "learning rate (0.001)", values=Real(), fill=1e-3, unkeyed_default=True
+    )
     optimizer: str | None = option(
-        None, "what makes the steps (adamw)", OPTIMIZERS, fill="adamw", unkeyed_default=True
+        None, "what makes the steps (adamw)", _OPTIMIZERS, fill="adamw", unkeyed_default=True
     )
     warmup: int | None = option(
-        None, "steps in which the learning rate rises linearly (0)", fill=0, unkeyed_default=True
+        None,
+        "steps in which the learning rate rises linearly (0)",
+        values=Whole(0),
+        fill=0,
+        unkeyed_default=True,
     )
     every: int | None = option(
-        None, "steps from one measurement to the next (10)", fill=10, unkeyed_default=True
+        None,
+        "steps from one measurement to the next (10)",
+        values=Whole(1),
+        fill=10,
+        unkeyed_default=True,
     )
 
     def __post_init__(self) -> None:
-        self._resolve_training()
-        at_least(self, "seed", 0)
-        at_least(self, "seeds", 1)
-        at_least(self, "repeats", 1)
-        for name in ("time_budget", "vanishing", "exploding"):
-            positive(self, name)
-        check_choice("--keep", self.keep, KEEPS)
-        if not isinstance(self.together, bool | None):
-            raise UsageError(
-                "--together is a flag", self.together, "use --together or --no-together"
-            )
-        self._check_memory()
-        self._check_compile()
-        self._check_graphs()
+        vars(self).update(_resolved(vars(self)))
+        check_names(RunOptions, vars(self))
+        self._check_memory_limit()
+        if self.compile:
+            self._check_initial("compile")
+        if self.cuda_graphs:
+            self._check_graphs()
 
-    def _check_compile(self) -> None:
-        if not isinstance(self.compile, bool):
-            raise UsageError("--compile is a flag", self.compile, "use --compile or --no-compile")
-        if self.compile and self.steps:
-            rule = "--compile applies to initialisation, not to training"
+    def _check_initial(self, name: str) -> None:
+        if self.steps:
+            rule = f"{flag(name)} applies to initialisation, not to training"
             raise UsageError(rule, f"--steps {self.steps}", "leave out one of the two")
 
     def _check_graphs(self) -> None:
-        if not isinstance(self.cuda_graphs, bool | None):
-            raise UsageError(
-                "--cuda-graphs is a flag", self.cuda_graphs, "use --cuda-graphs or --no-cuda-graphs"
-            )
-        if not self.cuda_graphs:
-            return
-        remedy = "leave out one of the two"
-        if self.steps:
-            rule = "--cuda-graphs applies to initialisation, not to training"
-            raise UsageError(rule, f"--steps {self.steps}", remedy)
+        self._check_initial("cuda_graphs")
         if self.keep not in ("auto", "graph") or self.rebuild:
             got = "--rebuild" if self.rebuild else f"--keep {self.keep}"
-            raise UsageError("--cuda-graphs keeps the whole stack", got, remedy)
+            raise UsageError("--cuda-graphs keeps the whole stack", got, "leave out one of the two")
 
-    def _check_memory(self) -> None:
-        if not isinstance(self.rebuild, bool | None):
-            raise UsageError("--rebuild is a flag", self.rebuild, "use --rebuild or --no-rebuild")
+    def _check_memory_limit(self) -> None:
         try:
             _ = self.memory_limit_bytes
         except (ValueError, TypeError, OverflowError):
@@ -156,21 +175,10 @@ class RunOptions:
         """Whether the memory policy is restricted by more than a limit."""
         return self.keep != "auto" or self.rebuild is not None
 
-    def _resolve_training(self) -> None:
-        """The options of training: their defaults, or none where nothing is trained."""
-        at_least(self, "steps", 0)
-        for name, default in TRAINING_DEFAULTS.items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, default if self.steps else None)
-            elif not self.steps:
-                rule = f"{flag(name)} applies to training"
-                raise UsageError(rule, "--steps 0", "use for example --steps 100")
-        if self.steps:
-            check_choice("--optimizer", self.optimizer, OPTIMIZERS)
-            positive(self, "lr")
-            object.__setattr__(self, "lr", float(self.lr or 0))
-            at_least(self, "warmup", 0)
-            at_least(self, "every", 1)
+    @property
+    def training(self) -> Training:
+        """How the steps are made; only where `steps` is not 0."""
+        return Training(**{name: getattr(self, name) for name in TRAINING_DEFAULTS})
 
     @property
     def all_seeds(self) -> range:
@@ -195,3 +203,19 @@ class RunOptions:
 TRAINING_DEFAULTS: dict[str, Any] = {
     field.name: about.fill for field, about in options_of(RunOptions) if about.fill is not None
 }
+
+
+def _resolved(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Every option from those that are given: without steps, the options of training are None.
+
+    Raises:
+        UsageError: a value breaks the rule of its option, or means nothing without steps.
+    """
+    Whole(0).check("steps", given["steps"])
+    trained = {name: given[name] for name in TRAINING_DEFAULTS if given[name] is not None}
+    if trained and not given["steps"]:
+        rule = f"{flag(next(iter(trained)))} applies to training"
+        raise UsageError(rule, "--steps 0", "use for example --steps 100")
+    values = {**given, **(TRAINING_DEFAULTS | trained if given["steps"] else {})}
+    check_values(RunOptions, values)
+    return values | ({"lr": float(values["lr"])} if given["steps"] else {})

@@ -5,7 +5,7 @@ An option is added here. Nothing here imports torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from gradflow.specs.block_kinds import (
     Domain,
 )
 from gradflow.specs.checkpoint_folders import Pretrained
-from gradflow.specs.fields import option, options_of
+from gradflow.specs.fields import Real, Switch, Whole, option, options_of
 from gradflow.specs.published_shapes import SHAPES
 from gradflow.specs.user_blocks import declared, declared_options
 from gradflow.specs.user_schemes import scheme_named
@@ -39,68 +39,94 @@ DTYPES = ("float32", "float64", "bfloat16", "float16")
 class StackFields:
     """The fields of one network with its input and loss, and how its units are made of them.
 
-    Options left at None are filled in by `StackSpec`; those that a block does not have stay None.
+    The types are those of a resolved stack. A default of None is what was not given: `resolve`
+    fills it in, unless the block does not have the option, or no value is needed.
     """
 
     like: str | None = option(None, "a published shape, for what is not given", tuple(SHAPES))
     weights: str | None = option(None, "folder of a trained checkpoint, for shape and values")
-    depth: int = option(None, "number of blocks (layers) (12)", fill=12)
+    depth: int = option(None, "number of blocks (layers) (12)", values=Whole(1), fill=12)
     scheme: str | None = option(
         None,
         "a published recipe: `gradflow schemes` lists them; or yours: my_scheme.py:SCHEME",
         from_file=True,
     )
-    block: str | None = option(
+    block: str = option(
         None,
         "what one layer is (transformer); yours: my_block.py:MyBranch; known",
         tuple(BLOCKS),
         from_file=True,
     )
-    shortcut: str | None = option(
-        None, "residual: y = x + f(x); plain: y = f(x) (residual)", SHORTCUTS
-    )
+    shortcut: str = option(None, "residual: y = x + f(x); plain: y = f(x) (residual)", SHORTCUTS)
     norm: str | None = option(None, "where a unit normalises (pre)", NORMS)
     norm_kind: str | None = option(
         None, "layernorm for tokens and vectors, batchnorm for images", NORM_KINDS
     )
-    activation: str | None = option(None, "gelu for token blocks, relu for the others", ACTIVATIONS)
+    activation: str = option(None, "gelu for token blocks, relu for the others", ACTIVATIONS)
     init: str | None = option(None, "rule for the initial weights (he)", INITS)
-    gain: float = option(1.0, "multiplies the standard deviation of every initial weight")
-    weight_var: float | None = option(None, "variance of the weights times fan_in")
-    bias_var: float | None = option(None, "variance of the biases (0 by default)")
-    norm_eps: float = option(None, "what norms add to the mean square (1e-5)", fill=1e-5)
-    width: int = option(None, "features, or channels, of the stream (128)", fill=128)
-    heads: int | None = option(None, "attention heads (4)", fill=4, of_block=True)
+    gain: float = option(
+        1.0, "multiplies the standard deviation of every initial weight", values=Real()
+    )
+    weight_var: float | None = option(None, "variance of the weights times fan_in", values=Real())
+    bias_var: float | None = option(
+        None, "variance of the biases (0 by default)", values=Real(zero=True)
+    )
+    norm_eps: float = option(
+        None, "what norms add to the mean square (1e-5)", values=Real(), fill=1e-5
+    )
+    width: int = option(
+        None, "features, or channels, of the stream (128)", values=Whole(1), fill=128
+    )
+    heads: int | None = option(None, "attention heads (4)", values=Whole(1), fill=4, of_block=True)
     kv_heads: int | None = option(
-        None, "heads of keys and values, shared in groups (as --heads)", of_block=True
+        None,
+        "heads of keys and values, shared in groups (as --heads)",
+        values=Whole(1),
+        of_block=True,
     )
-    head_dim: int | None = option(None, "features of a head (--width over --heads)", of_block=True)
+    head_dim: int | None = option(
+        None, "features of a head (--width over --heads)", values=Whole(1), of_block=True
+    )
     rope: float | None = option(
-        None, "base of rotary positions; 0: none (0)", fill=0.0, of_block=True
+        None,
+        "base of rotary positions; 0: none (0)",
+        values=Real(zero=True),
+        fill=0.0,
+        of_block=True,
     )
-    causal: bool | None = option(None, "mask the future in attention", fill=False, of_block=True)
+    causal: bool | None = option(
+        None, "mask the future in attention", values=Switch(), fill=False, of_block=True
+    )
     qk_norm: bool | None = option(
-        None, "normalise queries and keys, per head", fill=False, of_block=True
+        None, "normalise queries and keys, per head", values=Switch(), fill=False, of_block=True
     )
     ffn_mult: int | None = option(
-        None, "hidden width of an ffn over the width (4)", fill=4, of_block=True
+        None, "hidden width of an ffn over the width (4)", values=Whole(1), fill=4, of_block=True
     )
     ffn_width: int | None = option(
-        None, "hidden width of an ffn, in place of --ffn-mult", of_block=True
+        None, "hidden width of an ffn, in place of --ffn-mult", values=Whole(1), of_block=True
     )
     gated: bool | None = option(
-        None, "ffn with a gate: down(phi(gate x) * up x)", fill=False, of_block=True
+        None,
+        "ffn with a gate: down(phi(gate x) * up x)",
+        values=Switch(),
+        fill=False,
+        of_block=True,
     )
     bias: str | None = option(
         None, "linear maps of token blocks that have one (all)", BIASES, fill="all", of_block=True
     )
-    seq_len: int | None = option(None, "tokens in a sample (32)", fill=32, of_block=True)
-    image_size: int | None = option(None, "pixels on a side (16)", fill=16, of_block=True)
-    batch_size: int | None = option(None, "samples (8; 64 for mlp)")
+    seq_len: int | None = option(
+        None, "tokens in a sample (32)", values=Whole(1), fill=32, of_block=True
+    )
+    image_size: int | None = option(
+        None, "pixels on a side (16)", values=Whole(1), fill=16, of_block=True
+    )
+    batch_size: int = option(None, "samples (8; 64 for mlp)", values=Whole(1))
     loss: str = option(
         "cotangent", "what puts the gradient in at the output; of a model also own", LOSSES
     )
-    classes: int = option(None, "classes of the ce head (10)", fill=10)
+    classes: int = option(None, "classes of the ce head (10)", values=Whole(2), fill=10)
     dtype: str = option("float32", "number format of the whole pass", DTYPES)
 
     @staticmethod
@@ -111,9 +137,7 @@ class StackFields:
     @property
     def kind(self) -> BlockKind:
         """The entry of `BLOCKS`, or what a user's own block says of itself."""
-        if self.is_stored(self.block):
-            return _stored_kind(self)
-        return block_kind(str(self.block))
+        return kind_of(vars(self))
 
     @property
     def domain(self) -> Domain:
@@ -137,14 +161,29 @@ class StackFields:
         return self.weights
 
     @property
+    def tokens(self) -> int:
+        """Tokens in a sample; 1 where samples are vectors or images."""
+        return self.seq_len or 1
+
+    @property
+    def side(self) -> int:
+        """Pixels on a side of a sample; 1 where samples are no images."""
+        return self.image_size or 1
+
+    @property
     def hidden(self) -> int:
         """Hidden width of an ffn."""
-        return self.ffn_width or self.width * int(self.ffn_mult or 1)
+        return self.ffn_width or self.width * (self.ffn_mult or 1)
+
+    @property
+    def head_count(self) -> int:
+        """Attention heads; 1 where the block has no attention."""
+        return self.heads or 1
 
     @property
     def head_size(self) -> int:
         """Features of one attention head."""
-        return self.head_dim or self.width // int(self.heads or 1)
+        return self.head_dim or self.width // self.head_count
 
     def has_bias(self, role: str) -> bool:
         """Whether a linear map of attention or an ffn has a bias, by its name in the branch.
@@ -204,7 +243,7 @@ class StackFields:
         if self.scheme is not None:
             wiring = self.scheme_record.wire(self.place(layer, unit))
         else:
-            places = {"none": (), "pre": ("in",), "post": ("out",)}[str(self.norm)]
+            places = {"none": (), "pre": ("in",), "post": ("out",)}[self.norm or "none"]
             wiring = Wiring(a=float(self.has_shortcut), norms=places)
         if self.qk_norm and kinds[unit] == "attention":
             wiring = replace(wiring, norms=(*wiring.norms, "query-key"))
@@ -235,9 +274,16 @@ def block_kind(name: str) -> BlockKind:
     return BlockKind((unit,), domain, activation, "a branch of your own", options)
 
 
-def _stored_kind(spec: StackFields) -> BlockKind:
-    """What a resolved spec tells of a user's block; its sizes are those of its stream."""
-    options = tuple(name for name in BLOCK_OPTIONS if getattr(spec, name) is not None)
+def kind_of(values: Mapping[str, Any]) -> BlockKind:
+    """What is known of the block of a stack, from the values of its fields.
+
+    Of a user's block that is not loaded the values tell all that was made of it: its options, and
+    by its sizes the domain of its stream.
+    """
+    block = values["block"]
+    if not StackFields.is_stored(block):
+        return block_kind(block)
+    options = tuple(name for name in BLOCK_OPTIONS if values[name] is not None)
     sized = (domain for domain, facts in DOMAINS.items() if {*facts.sizes} & {*options})
-    unit = user_code.thing(str(spec.block))
-    return BlockKind((unit,), next(sized, "vectors"), str(spec.activation), "", options)
+    unit = user_code.thing(block)
+    return BlockKind((unit,), next(sized, "vectors"), values["activation"], "", options)

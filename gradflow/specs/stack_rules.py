@@ -2,40 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-
 from gradflow.errors import UsageError
-from gradflow.schemes import Scheme
 from gradflow.specs import user_code
 from gradflow.specs.block_kinds import BLOCKS, GROUPS, POINTWISE
-from gradflow.specs.fields import at_least, check_choice, flag, positive
+from gradflow.specs.fields import flag
 from gradflow.specs.fixed_options import check_unit
 from gradflow.specs.stack_fields import BLOCK_OPTIONS, StackFields
-from gradflow.specs.user_schemes import check_scheme, check_wirings
-
-
-def check_name(spec: StackFields, name: str) -> None:
-    """Refuse a name that is not among the choices of its field; a user's own block is no such name.
-
-    Raises:
-        UsageError: the name is unknown.
-    """
-    choices = StackFields.__dataclass_fields__[name].metadata["option"].choices
-    value = getattr(spec, name)
-    if value is not None and not (name == "block" and user_code.is_user_name(value)):
-        check_choice(flag(name), value, choices)
-
-
-def check_stored(spec: StackFields) -> None:
-    """The name of code that is not loaded will do where the spec has all that was made of it.
-
-    Raises:
-        UsageError: the code has to be loaded; the message says how.
-    """
-    resolved = ("block", "shortcut", "init", "activation", "batch_size")
-    for name in filter(spec.is_stored, (spec.scheme, spec.block)):
-        if any(getattr(spec, field) is None for field in resolved):
-            user_code.loaded(str(name))  # which says what to do
+from gradflow.specs.user_schemes import check_wirings
 
 
 def check_user_code(spec: StackFields) -> None:
@@ -47,68 +20,9 @@ def check_user_code(spec: StackFields) -> None:
     own = [name for name in (spec.scheme, spec.block) if user_code.is_user_name(name)]
     if not own or spec.scheme is None or any(map(spec.is_stored, own)):
         return
-    check_wirings(spec.scheme, str(spec.block), spec.wirings(), spec.domain.norm_kinds)
+    check_wirings(spec.scheme, spec.block, spec.wirings(), spec.domain.norm_kinds)
     for _, wiring in spec.wirings():
         check_unit(spec, wiring)
-
-
-# What a scheme may bring: its units it wires itself.
-_BROUGHT = tuple(
-    f.name for f in fields(StackFields) if f.name not in ("scheme", "block", "shortcut", "norm")
-)
-
-
-def check_scheme_options(spec: StackFields, record: Scheme) -> None:
-    """A scheme decides where units add and normalise; a block that it is not defined on fails.
-
-    Raises:
-        UsageError: an option that the scheme decides itself, or a block that it is not defined on.
-    """
-    if user_code.is_user_name(spec.scheme):
-        check_scheme(str(spec.scheme), _BROUGHT, BLOCKS)
-    own = {"norm": None, "shortcut": "plain" if record.plain else "residual"}
-    for name, value in own.items():
-        given = getattr(spec, name)
-        if given not in (None, value):
-            rule = f"--scheme {user_code.shown(str(spec.scheme))} wires its units itself"
-            raise UsageError(rule, f"{flag(name)} {given}", f"leave out {flag(name)}, or --scheme")
-    title = user_code.shown(str(spec.scheme))
-    if user_code.is_user_name(spec.block):
-        domains = tuple(dict.fromkeys(BLOCKS[block].domain for block in record.blocks))
-        check_choice(f"the domain of a block for --scheme {title}", spec.kind.domain, domains)
-    elif spec.block is not None:
-        check_choice(f"--block for --scheme {title}", spec.block, tuple(record.blocks))
-
-
-COUNTS = ("heads", "kv_heads", "head_dim", "ffn_mult", "ffn_width", "seq_len", "image_size")
-
-
-def check_numbers(spec: StackFields) -> None:
-    """Refuse sizes, variances and switches that are none.
-
-    Raises:
-        UsageError: a number out of its range, or a switch that is not true or false.
-    """
-    for name in ("depth", "width", "batch_size"):
-        at_least(spec, name, 1)
-    at_least(spec, "classes", 2)
-    positive(spec, "gain")
-    positive(spec, "norm_eps")
-    for name in COUNTS:
-        if getattr(spec, name) is not None:
-            at_least(spec, name, 1)
-    for name in ("weight_var", "bias_var", "rope"):
-        if getattr(spec, name) is not None:
-            positive(spec, name, zero=name != "weight_var")
-    for name in ("causal", "qk_norm", "gated"):
-        _check_switch(spec, name)
-
-
-def _check_switch(spec: StackFields, name: str) -> None:
-    given = getattr(spec, name)
-    if given is not None and not isinstance(given, bool):
-        remedy = f"use {flag(name)} or {flag('no_' + name)}"
-        raise UsageError(f"{flag(name)} is true or false", given, remedy)
 
 
 def check_fit(spec: StackFields) -> None:
@@ -130,7 +44,7 @@ def check_fit(spec: StackFields) -> None:
     if spec.weights and spec.gain != 1:
         raise UsageError("--weights has values of its own", f"--gain {spec.gain}", "leave it out")
     most = spec.checkpoint.most_tokens if spec.weights else None
-    if most is not None and int(spec.seq_len or 1) > most:
+    if most is not None and spec.tokens > most:
         rule = f"--weights {spec.weights} has positions for {most} tokens"
         raise UsageError(rule, f"--seq-len {spec.seq_len}", f"use --seq-len {most} or less")
     if spec.norm_kind is not None:
@@ -175,8 +89,8 @@ def _check_norm_kind(spec: StackFields) -> None:
 
 def _values_per_statistic(spec: StackFields) -> int:
     """How many numbers each mean square of the norm is taken over."""
-    places = int(spec.seq_len or 1) * int(spec.image_size or 1) ** 2
+    places = spec.tokens * spec.side**2
     if spec.norm_kind == "batchnorm":
-        return int(spec.batch_size or 1) * places
+        return spec.batch_size * places
     pixels = places if spec.kind.domain == "images" else 1
     return spec.width * pixels // (GROUPS if spec.norm_kind == "groupnorm" else 1)

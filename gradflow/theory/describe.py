@@ -142,7 +142,7 @@ def _check_parts(spec: StackSpec) -> None:
 
 def _check_values(spec: StackSpec) -> None:
     """Refuse few value features in a wide stream: all tokens share how these are drawn."""
-    values = (spec.kv_heads or int(spec.heads or 1)) * spec.head_size
+    values = (spec.kv_heads or spec.head_count) * spec.head_size
     if values < min(_LEAST_VALUES, spec.width):
         raise NoTheoryError(f"values of {values} features are too few: theory is of infinite width")
 
@@ -186,11 +186,11 @@ def _shape(spec: StackSpec) -> StreamShape:
     return StreamShape(
         domain=spec.kind.domain,
         width=spec.width,
-        batch=int(spec.batch_size or 1),
-        tokens=int(spec.seq_len or 1),
-        side=int(spec.image_size or 1),
+        batch=spec.batch_size,
+        tokens=spec.tokens,
+        side=spec.side,
         hidden=spec.hidden,
-        heads=int(spec.heads or 1),
+        heads=spec.head_count,
         causal=bool(spec.causal),
     )
 
@@ -212,7 +212,7 @@ def _unit(spec: StackSpec, wiring: Wiring, kind: str) -> TemplateUnit:
         )
     return TemplateUnit(
         kind=kind,
-        activation=ALIKE.get(str(spec.activation), str(spec.activation)),
+        activation=ALIKE.get(spec.activation, spec.activation),
         a=wiring.a,
         b=wiring.b,
         c=wiring.c,
@@ -284,7 +284,7 @@ def _matrices(spec: StackSpec, wiring: Wiring, kind: str) -> dict[str, Any]:
         }
     if kind == "attention":
         _check_values(spec)
-        heads = int(spec.heads or 1)
+        heads = spec.head_count
         queries, keys = (n * spec.head_size for n in (heads, spec.kv_heads or heads))
         return {
             "w_in": scaled("v", d, keys),

@@ -94,10 +94,11 @@ def train(
         Every step as it is done.
     """
     parameters = [p for p in problem.model.parameters() if p.requires_grad]
-    optimizer = OPTIMIZERS[str(options.optimizer)](parameters, float(options.lr or 0))
+    how = options.training
+    optimizer = OPTIMIZERS[how.optimizer](parameters, how.lr)
     for step, batch in zip(range(options.steps + 1), problem.batches, strict=False):
         problem.begin(step)
-        due = step % int(options.every or 1) == 0 or step == options.steps
+        due = step % how.every == 0 or step == options.steps
         if due:
             observe(step, batch)
         optimizer.zero_grad()
@@ -109,14 +110,9 @@ def train(
         if not math.isfinite(value) or step == options.steps:
             yield Step(step, value, size)
             return
-        lr = learning_rate(options, step)
+        lr = how.learning_rate(step)
         ratio = _update(optimizer, parameters, lr, problem.constrain)
         yield Step(step, value, size, lr, ratio)
-
-
-def learning_rate(options: RunOptions, step: int) -> float:
-    """Linear warm-up: lr (step + 1) / warmup, then lr."""
-    return float(options.lr or 0) * min(1.0, (step + 1) / max(int(options.warmup or 0), 1))
 
 
 def _update(

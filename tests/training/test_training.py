@@ -20,7 +20,7 @@ from gradflow.runs.records import LayerRecord, Run
 from gradflow.specs.run_options import TRAINING_DEFAULTS, RunOptions
 from gradflow.specs.stack import StackSpec, run_key
 from gradflow.specs.training_spec import as_trained
-from gradflow.training.steps import Problem, TaskNetwork, learning_rate, train, train_stack
+from gradflow.training.steps import Problem, TaskNetwork, train, train_stack
 from gradflow.training.tasks import build_task
 
 Pair = tuple[Tensor, Tensor]
@@ -127,10 +127,10 @@ def test_frozen_and_unused_parameters_stay() -> None:
 
 def test_warmup_is_linear() -> None:
     chosen = options(lr=0.8, warmup=4)
-    assert [learning_rate(chosen, step) for step in range(6)] == pytest.approx(
+    assert [chosen.training.learning_rate(step) for step in range(6)] == pytest.approx(
         [0.2, 0.4, 0.6, 0.8, 0.8, 0.8]
     )
-    assert learning_rate(options(lr=0.8), 0) == 0.8
+    assert options(lr=0.8).training.learning_rate(0) == 0.8
 
 
 # A built stack: both engines see the same network

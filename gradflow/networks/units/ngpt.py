@@ -86,7 +86,7 @@ class NgptFfn(Branch):
         self.up = Linear(spec.width, 2 * hidden, bias=False)
         self.down = Linear(hidden, spec.width, bias=False)
         self.s_uv = StoredScale(2 * hidden, math.sqrt(spec.width), 1.0)
-        self.phi = PHI[str(spec.activation)]
+        self.phi = PHI[spec.activation]
 
     def forward(self, x: Tensor) -> Tensor:
         u, v = (self.s_uv() * self.up(x)).chunk(2, dim=-1)

@@ -194,4 +194,4 @@ def _after(spec: StackSpec, wiring: Wiring, *, inside: bool) -> nn.Module:
     """What follows the addition: a norm, or the activation of He et al. 2015."""
     if not inside:
         return make_norm(spec, wiring, "out")
-    return Activation(str(spec.activation)) if "out" in wiring.norms else nn.Identity()
+    return Activation(spec.activation) if "out" in wiring.norms else nn.Identity()
