@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from side_by_side import Contest, shown, take_turns, write_table
 
-from gradflow.engine.built import build_network
+from gradflow.engine.build import build_network
 from gradflow.engine.cuda_graphs import graphs_on
 from gradflow.engine.tape import Network
 from gradflow.engine.timing import CudaClock, bare_pass, mark_bare

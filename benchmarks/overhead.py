@@ -12,7 +12,7 @@ import tempfile
 import torch
 from side_by_side import Contest, shown, take_turns, write_table
 
-from gradflow.engine.built import build_network
+from gradflow.engine.build import build_network
 from gradflow.engine.tape import Network
 from gradflow.engine.timing import CpuClock, bare_pass, timed_pass
 from gradflow.engine.walk import walk
@@ -65,7 +65,7 @@ TOOL = "from gradflow.cli.app import main; main()"
 # Peak resident memory of one pass in a process of its own.
 PEAK = """
 import sys, torch
-from gradflow.engine.built import build_network
+from gradflow.engine.build import build_network
 from gradflow.engine.memory import peak_bytes, reset_peak
 from gradflow.specs.stack import StackSpec
 from gradflow.engine.timing import CpuClock, bare_pass

@@ -15,7 +15,7 @@ import torch
 from side_by_side import shown, take_turns, write_table
 from torch import nn
 
-from gradflow.engine.built import build_network
+from gradflow.engine.build import build_network
 from gradflow.engine.tape import Network
 from gradflow.engine.walk import walk
 from gradflow.specs.stack import StackSpec

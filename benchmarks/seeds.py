@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from side_by_side import Contest, shown, take_turns, write_table
 
-from gradflow.engine.built import build_network
-from gradflow.engine.collect import new_tables
+from gradflow.engine.build import build_network
 from gradflow.engine.memory import footprint
+from gradflow.engine.plan import LEAST_SEEDS, MOST_SCORES, MOST_WORK, pays
+from gradflow.engine.rows import new_tables
 from gradflow.engine.seeds.blocks import SeedBlocks
 from gradflow.engine.seeds.walk import seed_network, walk_seeds
-from gradflow.engine.seeds.when import LEAST_SEEDS, MOST_SCORES, MOST_WORK, pays
 from gradflow.engine.walk import walk
 from gradflow.specs.stack import StackSpec
 

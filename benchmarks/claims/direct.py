@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from claims.readings import CPU, slope
-from gradflow.engine.built import build_network
+from gradflow.engine.build import build_network
 from gradflow.engine.tape import Network
 from gradflow.engine.walk import walk
 from gradflow.networks.blocks import Attention

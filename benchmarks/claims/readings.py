@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from gradflow.engine.built import build_network
+from gradflow.engine.build import build_network
 from gradflow.engine.walk import walk
 from gradflow.runs.records import LayerRecord, ParamRecord
 from gradflow.specs.stack import StackSpec

@@ -13,9 +13,16 @@ from pathlib import Path
 import psutil
 import torch
 
-from gradflow.engine.plan import Footprint, Plan, choose, pays_as_graphs, room_unasked, with_graphs
-from gradflow.engine.saved_tensors import SavedBytes
-from gradflow.engine.seeds.when import with_seeds
+from gradflow.engine.plan import (
+    Footprint,
+    Plan,
+    choose,
+    pays_as_graphs,
+    room_unasked,
+    with_graphs,
+    with_seeds,
+)
+from gradflow.engine.tape import SavedBytes
 from gradflow.errors import MeasurementError, UsageError
 from gradflow.networks.inputs import input_shape, stream_shape
 from gradflow.networks.stack import Block, build_block, layer_kind

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
+from statistics import median
 from time import perf_counter
 from typing import Any, Protocol, TypeVar
 
@@ -22,6 +23,7 @@ import torch
 from gradflow.engine.flops import network_flops
 from gradflow.engine.tape import Network, record_forward
 from gradflow.engine.walk import loss_gradient, vjp
+from gradflow.networks.initial import generator
 from gradflow.runs.records import TimeRecord, Timing
 from gradflow.specs.run_options import RunOptions
 
@@ -273,3 +275,39 @@ def _records(names: Sequence[tuple[int, str]], passes: Sequence[Pass]) -> Iterat
     for repeat, (forward, backward) in enumerate(passes):
         for (layer, unit), f, b in zip(names, forward, backward, strict=True):
             yield TimeRecord(repeat, layer, unit, f, b)
+
+
+# A product that takes less than this is mostly its launch; one of twice the size takes 8 times as
+# long, so that all products together take about a tenth of a second.
+LONG_ENOUGH_S = 2e-3
+SMALLEST, REPEATS = 256, 3
+LARGEST = {"cpu": 2048, "cuda": 8192}
+
+
+def matmul_flop_per_s(device: torch.device, dtype: str, clock: Clock) -> float:
+    """FLOP/s of a square matrix product, the median of a few.
+
+    Args:
+        device: where.
+        dtype: of the matrices; float32 with the matmul precision that is set.
+        clock: real or fake.
+    """
+    size = SMALLEST
+    seconds = product_seconds(size, device, dtype, clock)
+    while seconds < LONG_ENOUGH_S and size < LARGEST[device.type]:
+        size *= 2
+        seconds = product_seconds(size, device, dtype, clock)
+    return 2 * size**3 / seconds
+
+
+def product_seconds(size: int, device: torch.device, dtype: str, clock: Clock) -> float:
+    """Median seconds of a product of two size x size matrices, after one that warms up."""
+    source = generator(device, 0, "matmul")
+    wide = torch.empty(size, size, device=device).normal_(generator=source)
+    a = wide.to(getattr(torch, dtype))
+    out = a @ a
+    marks = [clock.mark()]
+    for _ in range(REPEATS):
+        torch.mm(a, a, out=out)
+        marks.append(clock.mark())
+    return median(clock.seconds(marks))

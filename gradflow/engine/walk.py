@@ -20,12 +20,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import _engine_run_backward
 
 from gradflow import reductions
-from gradflow.engine.collect import Activations, Collector, Tables
-from gradflow.engine.rows import Row
-from gradflow.engine.saved_tensors import SavedBytes
+from gradflow.engine.rows import Activations, Collector, Row, Tables
 from gradflow.engine.tape import Network as Network
+from gradflow.engine.tape import SavedBytes, Tick, record_backward
 from gradflow.engine.tape import Tape as Tape
-from gradflow.engine.tape import Tick, record_backward
 from gradflow.engine.tape import record_forward as record_forward
 from gradflow.networks.units.template import Unit
 from gradflow.reductions import Sums

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from gradflow.engine.built import build_timed
+from gradflow.engine.build import build_timed
 from gradflow.engine.compiled import compiled_join
 from gradflow.engine.cuda_graphs import graphs_on
 from gradflow.engine.memory import footprint, make_plan, resident_bytes
@@ -42,7 +42,7 @@ def timer_for(spec: StackSpec | ModelRequest, options: RunOptions, device: torch
         MeasurementError: it does not fit into memory.
     """
     if isinstance(spec, ModelRequest):
-        from gradflow.measuring.models.times import model_timer
+        from gradflow.measuring.models.run import model_timer
 
         return model_timer(spec, options, device)
     plan = make_plan(spec, options, device)

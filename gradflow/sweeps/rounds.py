@@ -9,9 +9,8 @@ from typing import Any
 import torch
 
 from gradflow.engine.environment import resolve_device
-from gradflow.engine.matmul import matmul_flop_per_s
 from gradflow.engine.memory import available_bytes
-from gradflow.engine.timing import Clock, Timer, clock_for, collector_paused
+from gradflow.engine.timing import Clock, Timer, clock_for, collector_paused, matmul_flop_per_s
 from gradflow.errors import GradflowError, first_line
 from gradflow.measuring.any import timed_bytes, timer_for
 from gradflow.runs.records import Timing

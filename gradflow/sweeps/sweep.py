@@ -18,7 +18,7 @@ import torch
 
 from gradflow.engine.timing import Clock
 from gradflow.errors import GradflowError
-from gradflow.measuring.cost_columns import with_times
+from gradflow.measuring.columns import with_times
 from gradflow.networks.stack import rehearse
 from gradflow.progress import Progress
 from gradflow.runs import store

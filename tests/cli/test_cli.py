@@ -46,7 +46,7 @@ def test_a_run_is_shown_and_stored(cli: CommandLine) -> None:
 def test_warnings_go_to_stderr_in_a_line_each(
     cli: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gradflow.measuring.cost_columns.NOISY_SPREAD", -1.0)
+    monkeypatch.setattr("gradflow.measuring.columns.NOISY_SPREAD", -1.0)
     for more in ([], ["--json"], ["--quiet"]):
         done = cli.run(*more)
         noisy = [line for line in done.err.splitlines() if "timings vary" in line]
@@ -208,9 +208,7 @@ def test_a_terminal_without_unicode_is_no_error(tmp_path: Path) -> None:
 # Ctrl-C
 
 
-@pytest.mark.parametrize(
-    "where", ["gradflow.measuring.seed_passes.walk", "gradflow.runs.store.publish"]
-)
+@pytest.mark.parametrize("where", ["gradflow.measuring.stack.walk", "gradflow.runs.store.publish"])
 def test_ctrl_c_exits_130_and_leaves_nothing(
     cli: CommandLine, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:

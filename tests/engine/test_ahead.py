@@ -14,11 +14,9 @@ from problems import CPU, network, small, thinned
 from recorded import NoReading
 from torch import Tensor
 
-from gradflow.engine.ahead import ahead_on
-from gradflow.engine.built import build_network
+from gradflow.engine.build import RebuiltBlocks, ahead_on, build_network
 from gradflow.engine.memory import footprint
 from gradflow.engine.plan import Footprint, Plan, choose
-from gradflow.engine.rebuilt import RebuiltBlocks
 from gradflow.engine.tape import Network
 from gradflow.engine.timing import CudaClock, bare_pass, timed_pass
 from gradflow.engine.walk import walk

@@ -21,9 +21,9 @@ from torch._dynamo.utils import counters
 
 import gradflow
 from gradflow.engine import compiled
+from gradflow.engine.build import RebuiltBlocks
 from gradflow.engine.compiled import compiled_join, use
 from gradflow.engine.flops import network_flops
-from gradflow.engine.rebuilt import RebuiltBlocks
 from gradflow.engine.tape import Network
 from gradflow.engine.timing import CpuClock, bare_pass, timed_pass
 from gradflow.engine.walk import walk

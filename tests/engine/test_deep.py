@@ -17,7 +17,7 @@ from clocks import FakeClock
 from commandline import CommandLine, finish, start
 from problems import small
 
-from gradflow.engine import collect
+from gradflow.engine import rows
 from gradflow.measuring.stack import measure
 from gradflow.runs import store
 from gradflow.runs.disk_rows import Spool
@@ -124,8 +124,8 @@ def test_a_deep_run_is_stored_and_loaded_and_shown(cli: CommandLine) -> None:
     # As text, because a cosine with a branch that has died is NaN.
     assert repr(list(again.layer_records)) == repr(list(run.layer_records))
     assert repr(list(again.param_records)) == repr(list(run.param_records))
-    rows, hidden = end_rows(run.layer_records)
-    assert [row.layer for row in rows] == [*range(8), *range(693, 701)]
+    shown, hidden = end_rows(run.layer_records)
+    assert [row.layer for row in shown] == [*range(8), *range(693, 701)]
     assert hidden == 685
     assert run_view(run)
 
@@ -163,7 +163,7 @@ def test_rows_leave_for_the_folder_that_the_run_will_lie_in(
             places.append(folder)
             super().__init__(record, folder, rows)
 
-    monkeypatch.setattr(collect, "Spool", Watched)
+    monkeypatch.setattr(rows, "Spool", Watched)
     cli.out = cli.out / "not" / "there"
     cli.run("--no-timing", "--quiet")
     assert set(places) == {cli.out.parent.parent}

@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import gradflow
-from gradflow.engine import matmul
+from gradflow.engine import timing
 from gradflow.engine.flops import FlopCounter, network_flops
-from gradflow.engine.matmul import LONG_ENOUGH_S, SMALLEST, matmul_flop_per_s
-from gradflow.engine.timing import CpuClock, timed_pass
-from gradflow.measuring.cost_columns import with_times
+from gradflow.engine.timing import LONG_ENOUGH_S, SMALLEST, CpuClock, matmul_flop_per_s, timed_pass
+from gradflow.measuring.columns import with_times
 from gradflow.runs.records import TimeRecord, Timing
 from gradflow.runs.summary import Summary
 from gradflow.showing.terminal.one_run import speed_lines
@@ -146,7 +145,7 @@ def test_counting_leaves_nothing_behind() -> None:
 def test_counting_does_not_import_the_compiler() -> None:
     code = (
         "import sys, torch\n"
-        "from gradflow.engine.built import build_network\n"
+        "from gradflow.engine.build import build_network\n"
         "from gradflow.engine.flops import network_flops\n"
         "from gradflow.specs.stack import StackSpec\n"
         "made = build_network(StackSpec(depth=1, width=8), 0, torch.device('cpu'))\n"
@@ -174,7 +173,7 @@ def test_products_grow_until_they_are_long_enough() -> None:
 
 
 def test_products_grow_no_further_than_the_largest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(matmul.LARGEST, "cpu", 2 * SMALLEST)
+    monkeypatch.setitem(timing.LARGEST, "cpu", 2 * SMALLEST)
     assert rate(LONG_ENOUGH_S / 4) == pytest.approx(2 * (2 * SMALLEST) ** 3 / (LONG_ENOUGH_S / 4))
 
 
@@ -243,7 +242,7 @@ def test_a_run_has_them() -> None:
 def test_a_run_without_times_has_none_and_multiplies_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(matmul, "product_seconds", None)
+    monkeypatch.setattr(timing, "product_seconds", None)
     found = measured(small("mlp", depth=2), RunOptions(device="cpu", timing=False))
     assert (found.forward_flop, found.matmul_flop_per_s) == (None, None)
 

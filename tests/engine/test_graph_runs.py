@@ -299,7 +299,7 @@ def measured(
     chosen = RunOptions(device="cpu", repeats=1, time_budget=1e-9, **options)
     if capture is not None:
         graphs = Graphs(capture, required=False)
-        monkeypatch.setattr("gradflow.measuring.seed_passes.graphs_on", lambda *_: graphs)
+        monkeypatch.setattr("gradflow.measuring.stack.graphs_on", lambda *_: graphs)
         monkeypatch.setattr(
             "gradflow.measuring.stack.make_plan",
             lambda *words: replace(make_plan(*words), graphs=True),

@@ -16,7 +16,7 @@ from recorded import GARBAGE, FakeCapture, NoReading, WaitError
 from torch import Tensor, nn
 
 import gradflow
-from gradflow.engine.built import build_network
+from gradflow.engine.build import build_network
 from gradflow.engine.cuda_graphs import Graphs, graphs_on
 from gradflow.engine.tape import Network
 from gradflow.engine.timing import CudaClock, mark_bare, mark_units, stack_timer
@@ -146,7 +146,7 @@ def test_so_it_does_in_other_formats_and_ranges(
     net = network(spec)
     eager = walk(spec, 0, net, raw_range=raw_range)
     plain = repr((eager.records(), eager.loss.item()))
-    monkeypatch.setattr("gradflow.engine.collect.CHUNK_UNITS", 4)
+    monkeypatch.setattr("gradflow.engine.rows.CHUNK_UNITS", 4)
     monkeypatch.setattr("gradflow.reductions.is_at_hand", lambda _: False)
     assert captured(spec, net, FakeCapture(), raw_range=raw_range) == plain
 

@@ -10,7 +10,7 @@ import torch
 from policy_numbers import SPANS, numbers
 from problems import CPU, SIZES, STACKS, name, network, retyped, small, thinned
 
-from gradflow.engine.rebuilt import RebuiltBlocks
+from gradflow.engine.build import RebuiltBlocks
 from gradflow.engine.tape import Network, Tape, record_backward, visits
 from gradflow.engine.walk import walk
 from gradflow.networks.stack import build_block
@@ -98,19 +98,19 @@ def test_one_module_plays_all_layers_of_a_kind(monkeypatch: pytest.MonkeyPatch) 
         next(made)
         return build(*args)
 
-    monkeypatch.setattr("gradflow.engine.rebuilt.build_block", counted)
+    monkeypatch.setattr("gradflow.engine.build.build_block", counted)
     numbers(spec, rebuilt(spec, alive=3), (3,))
     assert next(made) == 3
 
 
 def test_layers_of_different_kinds_never_share_a_module(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = small("mlp", depth=4)
-    monkeypatch.setattr("gradflow.engine.rebuilt.layer_kind", lambda _, layer: layer % 2)
+    monkeypatch.setattr("gradflow.engine.build.layer_kind", lambda _, layer: layer % 2)
     blocks = RebuiltBlocks(spec, 0, CPU)
     assert blocks[0] is blocks[2]
     assert blocks[1] is blocks[3]
     assert blocks[0] is not blocks[1]
-    monkeypatch.setattr("gradflow.engine.rebuilt.layer_kind", lambda _, layer: layer)
+    monkeypatch.setattr("gradflow.engine.build.layer_kind", lambda _, layer: layer)
     many = RebuiltBlocks(retyped(spec, depth=100), 0, CPU)
     assert len({id(block) for block in map(many.__getitem__, range(100))}) > 2
     assert len(many._modules) == 8
@@ -157,7 +157,7 @@ def test_rows_are_complete_wherever_the_chunks_end(
     """Chunks of four rows against one that holds all."""
     spec = small("transformer", depth=depth)
     plain = numbers(spec, network(spec))
-    monkeypatch.setattr("gradflow.engine.collect.CHUNK_UNITS", 4)
+    monkeypatch.setattr("gradflow.engine.rows.CHUNK_UNITS", 4)
     assert numbers(spec, network(spec)) == plain
 
 
@@ -168,7 +168,7 @@ def test_rows_that_wait_on_a_device_are_the_same(
     """As on CUDA: nothing is read before the pass is over."""
     spec = small("transformer", depth=9, loss=loss)
     plain = numbers(spec, network(spec))
-    monkeypatch.setattr("gradflow.engine.collect.CHUNK_UNITS", 4)
+    monkeypatch.setattr("gradflow.engine.rows.CHUNK_UNITS", 4)
     monkeypatch.setattr("gradflow.reductions.is_at_hand", lambda _: False)
     found = walk(spec, 0, rebuilt(spec), spans=(3, 1))
     assert len(found.tables.layers) == 0

@@ -15,15 +15,22 @@ from recorded import FakeCapture
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import gradflow
-from gradflow.engine.collect import new_tables
 from gradflow.engine.cuda_graphs import Graphs
 from gradflow.engine.memory import footprint, make_plan
-from gradflow.engine.plan import Footprint, Plan, choose
-from gradflow.engine.saved_tensors import count_saved
+from gradflow.engine.plan import (
+    LEAST_SEEDS,
+    MOST_SEEDS,
+    MOST_WORK,
+    Footprint,
+    Plan,
+    choose,
+    with_seeds,
+)
+from gradflow.engine.rows import new_tables
 from gradflow.engine.seeds import reductions
 from gradflow.engine.seeds.blocks import SeedBlocks
 from gradflow.engine.seeds.walk import seed_network, walk_seeds
-from gradflow.engine.seeds.when import LEAST_SEEDS, MOST_SEEDS, MOST_WORK, with_seeds
+from gradflow.engine.tape import count_saved
 from gradflow.engine.walk import walk
 from gradflow.errors import MeasurementError, UsageError
 from gradflow.networks.initial import Weights

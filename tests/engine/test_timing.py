@@ -25,7 +25,7 @@ from gradflow.engine.timing import (
     take_times,
     timed_pass,
 )
-from gradflow.measuring.cost_columns import with_times
+from gradflow.measuring.columns import with_times
 from gradflow.runs.records import Run, TimeRecord, Timing
 from gradflow.specs.run_options import RunOptions
 from gradflow.specs.stack import StackSpec

@@ -11,7 +11,7 @@ from problems import CPU
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gradflow.engine.built import build_network
+from gradflow.engine.build import build_network
 from gradflow.engine.walk import walk
 from gradflow.runs.records import LayerRecord, ParamRecord
 from gradflow.specs.stack import StackSpec

@@ -16,7 +16,7 @@ from gradflow.judging.comparison import Comparison, compare
 from gradflow.judging.outlook import Reach, healthy_reach
 from gradflow.judging.theory_words import NOT_FINITE
 from gradflow.judging.trainable import TrainableDepth, trainable_depths
-from gradflow.measuring.theory_columns import TRAINED, with_theory
+from gradflow.measuring.columns import TRAINED, with_theory
 from gradflow.runs.records import LayerRecord, Run
 from gradflow.showing.formats import (
     comparison_csv,

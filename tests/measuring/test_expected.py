@@ -19,7 +19,7 @@ from gradflow import measure, save
 from gradflow.judging.outlook import DEEPEST, Reach, healthy_reach, outlook
 from gradflow.judging.theory_words import NOT_FINITE, agrees, theory_cell, theory_sentence
 from gradflow.judging.verdicts import NO_THEORY
-from gradflow.measuring.theory_columns import with_theory
+from gradflow.measuring.columns import with_theory
 from gradflow.runs.records import LayerRecord, Run
 from gradflow.runs.store import load
 from gradflow.runs.summary import Summary

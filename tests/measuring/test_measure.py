@@ -17,9 +17,9 @@ from problems import small
 
 import gradflow
 from gradflow.engine import environment, memory
-from gradflow.engine.built import build_network
+from gradflow.engine.build import build_network
 from gradflow.errors import MeasurementError, UsageError
-from gradflow.measuring import seed_passes
+from gradflow.measuring import stack as stack_module
 from gradflow.measuring.stack import measure
 from gradflow.runs import store
 from gradflow.runs.records import TIMING_COLUMNS, Run
@@ -75,17 +75,17 @@ def test_the_same_spec_gives_the_same_numbers_whatever_it_took() -> None:
 def test_one_network_is_resident_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[int] = []
 
-    class Counted(seed_passes.Network):
+    class Counted(stack_module.Network):
         def __del__(self) -> None:
             alive.pop()
 
-    def build(*args: Any) -> seed_passes.Network:
+    def build(*args: Any) -> stack_module.Network:
         assert not alive
         made = build_network(*args)
         alive.append(1)
         return Counted(made.blocks, made.x, made.loss)
 
-    monkeypatch.setattr(seed_passes, "build_network", build)
+    monkeypatch.setattr(stack_module, "build_network", build)
     measured(seeds=3, timing=False)
     assert not alive
 
@@ -295,7 +295,7 @@ def test_what_can_never_fit_is_refused_before_anything_is_allocated(
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
     ],
 )
-@pytest.mark.parametrize("where", ["stack.make_plan", "seed_passes.walk"])
+@pytest.mark.parametrize("where", ["stack.make_plan", "stack.walk"])
 def test_a_failed_allocation_is_out_of_memory(
     monkeypatch: pytest.MonkeyPatch, error: RuntimeError, where: str
 ) -> None:
@@ -311,7 +311,7 @@ def test_other_errors_of_torch_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr(seed_passes, "walk", fail)
+    monkeypatch.setattr(stack_module, "walk", fail)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         measured()
 

@@ -17,7 +17,7 @@ from zoo import WIDTH, Residual, chain
 import gradflow
 from gradflow.engine import flops
 from gradflow.engine.flops import aten
-from gradflow.engine.matmul import SMALLEST
+from gradflow.engine.timing import SMALLEST
 from gradflow.measuring.models.run import measure_model
 from gradflow.runs.summary import Summary
 from gradflow.specs.model_request import ModelRequest
@@ -158,7 +158,7 @@ def test_counting_changes_nothing() -> None:
 
 
 def test_without_times_nothing_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gradflow.measuring.models.times.counted_step", None)
+    monkeypatch.setattr("gradflow.measuring.models.run.counted_step", None)
     found = measured("user_models:Net", RunOptions(device="cpu", timing=False))
     assert found.forward_flop is None
 

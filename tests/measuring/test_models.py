@@ -12,7 +12,7 @@ from checkpoints import spec_of
 from problems import CPU
 from torch import Tensor
 
-from gradflow.engine.built import build_network
+from gradflow.engine.build import build_network
 from gradflow.engine.walk import walk
 from gradflow.networks.language import token_ids
 from gradflow.specs.stack import StackSpec

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from walk_checks import assert_layers, assert_params, cells, unit_by_unit, whole_graph
 
 from gradflow.engine import memory
-from gradflow.engine.saved_tensors import SavedBytes
-from gradflow.engine.tape import Network, record_forward
+from gradflow.engine.tape import Network, SavedBytes, record_forward
 from gradflow.engine.walk import loss_gradient, vjp, walk
 from gradflow.errors import UsageError
 from gradflow.networks.inputs import input_shape, state_shape

@@ -36,7 +36,7 @@ from problems import CPU
 from torch import Tensor
 
 from gradflow import RunOptions, measure, save
-from gradflow.engine.rebuilt import RebuiltBlocks
+from gradflow.engine.build import RebuiltBlocks
 from gradflow.errors import UsageError
 from gradflow.networks.inputs import input_batch
 from gradflow.networks.language import token_ids

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gradflow.engine.layers import Layers
+from gradflow.engine.build import Layers
 from gradflow.engine.seeds.reductions import norms
 from gradflow.networks.stack import Block, build_block, layer_kind, redraw
 from gradflow.networks.units.template import Unit

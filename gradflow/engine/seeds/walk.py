@@ -12,12 +12,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from gradflow.engine.collect import CHUNK_UNITS, Activations, Collector, Tables
-from gradflow.engine.rows import Packed, Row, pack
-from gradflow.engine.saved_tensors import SavedBytes
+from gradflow.engine.rows import CHUNK_UNITS, Activations, Collector, Packed, Row, Tables, pack
 from gradflow.engine.seeds import reductions
 from gradflow.engine.seeds.blocks import Together
-from gradflow.engine.tape import Network, Tick
+from gradflow.engine.tape import Network, SavedBytes, Tick
 from gradflow.engine.walk import Observer, observe
 from gradflow.networks.inputs import input_batch
 from gradflow.networks.losses import build_loss

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from itertools import count
 from statistics import median
 from time import perf_counter
@@ -14,17 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from gradflow.engine.environment import describe, resolve_device
-from gradflow.engine.matmul import matmul_flop_per_s
 from gradflow.engine.memory import available_bytes, peak_bytes, reset_peak
-from gradflow.engine.timing import Clock, clock_for, take_times
+from gradflow.engine.timing import Clock, Timer, clock_for, matmul_flop_per_s, take_times
 from gradflow.errors import MeasurementError, is_out_of_memory
 from gradflow.judging.assembly import Measured, assembled_run
-from gradflow.measuring.cost_columns import with_times
-from gradflow.measuring.models.batches import Example
+from gradflow.measuring.columns import with_times
 from gradflow.measuring.models.hugging_face import resolve
 from gradflow.measuring.models.one_pass import settings_kept, untouched
-from gradflow.measuring.models.subjects import Subject, backward, build_subject
-from gradflow.measuring.models.times import timer_of
+from gradflow.measuring.models.subjects import Example, Subject, backward, build_subject
 from gradflow.progress import Progress
 from gradflow.runs.records import Run, StepRecord, Timing
 from gradflow.specs.located import users_own
@@ -34,6 +32,43 @@ from gradflow.specs.run_options import RunOptions
 from gradflow.text import gib
 from gradflow.training.steps import Problem, step_record, train
 from gradflow.watching import watch
+from gradflow.watching.discovery import Place, find_layers, repeats
+from gradflow.watching.times import bare_step, counted_step, put_together, timed_step
+
+
+def model_timer(request: ModelRequest, options: RunOptions, device: torch.device) -> Timer:
+    """Times the first seed of a model."""
+    with settings_kept():
+        return timer_of(build_subject(request, options.seed, device, options), request)
+
+
+def timer_of(subject: Subject, request: ModelRequest) -> Timer:
+    """Times a model with its first batch; parameters' `.grad` are None afterwards."""
+    model, example = subject.model, next(subject.batches())
+    places = layers_of(subject, example, request)
+
+    def step() -> None:
+        backward(subject, example, request)
+        model.zero_grad(set_to_none=True)
+
+    with untouched(model):
+        flops = counted_step(places, step)
+    return Timer(
+        timed=partial(timed_step, places, step),
+        bare=partial(bare_step, step),
+        summary=partial(put_together, [place.name for place in places], flops=flops),
+    )
+
+
+def layers_of(subject: Subject, example: Example, request: ModelRequest) -> list[Place]:
+    """The layers of a model; where only a run tells them, after one."""
+    model = subject.model
+    if request.patterns is not None or repeats(model):
+        return find_layers(model, request.patterns)
+    with untouched(model), watch(model) as flow:
+        backward(subject, example, request)
+    return flow.places
+
 
 # Parameters and their gradients; with them, training has two moments and the values before.
 COPIES, TRAINED_COPIES = 2, 5

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -13,18 +13,159 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F  # noqa: N812 (torch's own convention)
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from gradflow.errors import UsageError
-from gradflow.measuring.models.batches import Example, moved, users_batches
 from gradflow.measuring.models.hugging_face import Build, as_inputs, inputs, resolve, tokens
-from gradflow.measuring.models.losses import loss_of
-from gradflow.measuring.models.one_pass import called, real_output, untouched
+from gradflow.measuring.models.one_pass import called, projection, real_output, untouched
 from gradflow.specs.located import Located, load, users_own
 from gradflow.specs.model_request import ModelRequest, without_digest
 from gradflow.specs.run_options import RunOptions
 from gradflow.training.tasks import MarkovTask, PrototypeTask, Samples, Task
+
+# Losses that hold the output against a target.
+PAIRED = ("ce", "mse")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One batch of a model.
+
+    Attributes:
+        given: one tensor, a tuple or list of arguments, or a mapping of names to them.
+        target: labels or values of the output, where there are any.
+    """
+
+    given: Any
+    target: Tensor | None = None
+
+
+def moved(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """Every tensor in it on the device, and those with a point in the number format."""
+    if isinstance(value, Tensor):
+        return value.to(device, dtype if value.is_floating_point() else None)
+    if isinstance(value, Mapping):
+        return {name: moved(item, device, dtype) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        items = [moved(item, device, dtype) for item in value]
+        return tuple(items) if isinstance(value, tuple) else items
+    return value
+
+
+def users_batches(
+    thing: Any, request: ModelRequest, move: Callable[[Any], Any]
+) -> Iterator[Example]:
+    """The user's batches, from the start again when they end."""
+    shown = without_digest(str(request.input))
+    paired = request.loss in PAIRED
+    for epoch in count():
+        found = 0
+        for batch in _each(thing, shown):
+            found += 1
+            yield _example(move(batch), paired=paired)
+        if not found:
+            got = "none" if epoch == 0 else "none when it is called again"
+            raise UsageError(f"{shown} yields batches", got, "return a list or a new generator")
+
+
+def _each(thing: Any, shown: str) -> Iterator[Any]:
+    """One batch after the other: what is no iterable of batches is one batch itself."""
+    with users_own(shown):
+        made = thing() if callable(thing) else thing
+        single = isinstance(made, Tensor | Mapping | tuple) or not isinstance(made, Iterable)
+        source = iter([made] if single else made)
+    while True:
+        with users_own(shown):
+            try:
+                batch = next(source)
+            except StopIteration:
+                return
+        yield batch
+
+
+def _example(batch: Any, *, paired: bool) -> Example:
+    """A pair is input and target, where the loss takes one."""
+    if paired and isinstance(batch, list | tuple) and len(batch) == 2:
+        given, target = batch
+        if isinstance(target, Tensor):
+            return Example(given, target)
+    return Example(batch)
+
+
+def loss_of(model: nn.Module, example: Example, kind: str, seed: int) -> Tensor:
+    """The scalar whose gradient is measured.
+
+    cotangent: <c, y> with a random c of norm 1 and y the first floating tensor of the output.
+    mse, ce: against the target, or against random values or labels. own: the model's own loss.
+
+    Raises:
+        UsageError: the output has none, or its shape and the target's do not go together.
+    """
+    output = _output(model, example.given, kind)
+    if kind == "cotangent":
+        return projection(output, seed)
+    if kind == "own":
+        return own_loss(output)
+    y = real_output(output)
+    source = torch.Generator().manual_seed(seed)
+    if kind == "mse":
+        target = (
+            torch.randn(y.shape, generator=source) if example.target is None else example.target
+        )
+        return F.mse_loss(y, target.to(y))
+    return cross_entropy(y, example.target, source)
+
+
+def _output(model: nn.Module, given: Any, kind: str) -> Any:
+    try:
+        return called(model, given)
+    except TypeError as error:
+        if isinstance(given, list | tuple) and len(given) == 2 and kind not in PAIRED:
+            rule = "a batch is what the model is called with"
+            remedy = f"for pairs of input and target use --loss {' or '.join(PAIRED)}"
+            raise UsageError(rule, str(error), remedy) from None
+        raise
+
+
+def own_loss(output: Any) -> Tensor:
+    """What the output calls its loss, or the output itself where it is a scalar.
+
+    Raises:
+        UsageError: there is no such thing.
+    """
+    found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", output)
+    if not isinstance(found, Tensor) or found.numel() != 1 or not found.requires_grad:
+        rule = "--loss own is a scalar that the model returns, by itself or as .loss"
+        raise UsageError(rule, type(output).__name__, "give it what it needs for that with --input")
+    return found.reshape(())
+
+
+def cross_entropy(y: Tensor, labels: Tensor | None, source: torch.Generator) -> Tensor:
+    """Mean over all labels; classes lie on the last axis of tokens, on the second of images.
+
+    Args:
+        y: (B, K), (B, T, K) or (B, K, H, W).
+        labels: all axes of y but that of the classes; random ones if None.
+        source: of random labels.
+
+    Raises:
+        UsageError: the shapes do not go together.
+    """
+    shapes = {y.ndim - 1: y.shape[:-1], 1: y.shape[:1] + y.shape[2:]}
+    axis = 1 if y.ndim == 4 else y.ndim - 1
+    if labels is not None:
+        fitting = [place for place in (axis, *shapes) if shapes.get(place) == labels.shape]
+        if not fitting:
+            got = f"output {tuple(y.shape)}, labels {tuple(labels.shape)}"
+            rule = "labels have the shape of the output less its classes"
+            raise UsageError(rule, got, "give pairs (input, labels), or another --loss")
+        axis = fitting[0]
+    else:
+        labels = torch.randint(y.shape[axis], shapes[axis], generator=source)
+    return F.cross_entropy(y.movedim(axis, -1).flatten(0, -2), labels.flatten().to(y.device))
+
 
 # Classes of the built-in tasks, as for stacks.
 CLASSES = 10
