@@ -13,7 +13,8 @@ import typer
 
 from gradflow.cli.app import app
 from gradflow.errors import EXIT_INTERRUPTED, EXIT_OK, GradflowError
-from gradflow.judging import advice, training_outcome
+from gradflow.judging.training_outcome import TRAINING_CLASSES
+from gradflow.judging.verdicts import VERDICTS
 from gradflow.runs.records import TABLES
 from gradflow.schemes import SCHEMES
 
@@ -69,14 +70,15 @@ def column_table(table: str) -> str:
 
 
 def verdict_table() -> str:
-    """The verdicts on a gradient, with what each says."""
-    return markdown(("verdict", "it says"), [(f"`{k}`", v) for k, v in advice.ADVICE.items()])
+    """The verdicts on a gradient, with their meaning and what to look for in a user's own model."""
+    rows = [(f"`{v.word}`", v.meaning, v.model_remedy) for v in VERDICTS.values()]
+    return markdown(("verdict", "meaning", "in a model of your own"), rows)
 
 
 def outcome_table() -> str:
-    """The outcomes of a training, with what each says."""
-    rows = [(f"`{name}`", text) for name, text in training_outcome.ADVICE.items()]
-    return markdown(("outcome", "it says"), rows)
+    """The outcomes of a training, with a floor of the loss that is known and without."""
+    rows = [(f"`{c.word}`", c.advice, c.advice_by_fall) for c in TRAINING_CLASSES.values()]
+    return markdown(("outcome", "meaning", "where no floor of the loss is known"), rows)
 
 
 def exit_codes() -> dict[int, list[type[GradflowError]]]:
