@@ -8,8 +8,7 @@ layer to layer becomes an input too. What needs a graph for every layer is refus
 
 from __future__ import annotations
 
-from itertools import count
-from types import FunctionType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,12 +16,11 @@ from torch import Tensor
 from gradflow.errors import GradflowError, MeasurementError, UsageError, first_line
 from gradflow.networks.stack import Block
 from gradflow.networks.units.template import Compiled, Unit
+from gradflow.torch_internals import compile_errors, uncompiled
 
 # Who generates the code.
 BACKEND = "inductor"
 REMEDY = "leave out --compile"
-
-_numbers = count()
 
 
 def compiled_join() -> Compiled:
@@ -31,21 +29,17 @@ def compiled_join() -> Compiled:
     Its calls raise `UsageError` where a unit is not one graph, or layers need too many, and
     `MeasurementError` where no code could be generated.
     """
-    # Torch counts graphs by code object, and remembers shapes by its name: after a stack of another
-    # batch size it would make slower code for any size.
-    code = _join.__code__.replace(co_name=f"join_{next(_numbers)}")
-    fresh = FunctionType(code, globals())
     # In one graph, or an error: torch would run eagerly what it cannot compile, and say nothing.
-    compiled = torch.compile(fresh, backend=BACKEND, fullgraph=True)
-    from torch._dynamo import exc  # a second to import, which torch.compile has spent already
+    compiled = torch.compile(uncompiled(_join), backend=BACKEND, fullgraph=True)
+    errors = compile_errors()
 
     def join(unit: Unit, x_skip: Tensor | None, x_branch: Tensor) -> Tensor:
         try:
             return compiled(unit, x_skip, x_branch)
-        except exc.FailOnRecompileLimitHit:
+        except errors.limit:
             got = f"more kinds of {unit.name} unit than torch compiles"
             raise UsageError("--compile uses one graph for all layers", got, REMEDY) from None
-        except exc.TorchDynamoException as error:
+        except errors.any as error:
             raise _refusal(unit, error) from None
 
     return join
@@ -55,10 +49,8 @@ def _join(unit: Unit, x_skip: Tensor | None, x_branch: Tensor) -> Tensor:
     return unit.join(x_skip, x_branch)
 
 
-def _refusal(unit: Unit, error: RuntimeError) -> GradflowError:
-    from torch._dynamo import exc
-
-    if isinstance(error, exc.BackendCompilerFailed):
+def _refusal(unit: Unit, error: Any) -> GradflowError:
+    if isinstance(error, compile_errors().backend):
         what = f"--compile failed on the {unit.name} unit"
         return MeasurementError(f"{what}: {first_line(error.inner_exception)}; {REMEDY}")
     rule = f"--compile makes one graph of the {unit.name} unit"

@@ -13,7 +13,7 @@ to seed beside the weights, such as the coins of stochastic depth, is captured r
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Generic, Protocol, TypeVar
@@ -23,6 +23,7 @@ import torch
 from gradflow.engine.timing import collector_paused
 from gradflow.errors import MeasurementError, first_line
 from gradflow.specs.run_options import RunOptions
+from gradflow.torch_internals import release_graph_pool
 
 Found = TypeVar("Found")
 
@@ -92,10 +93,7 @@ def _given_back(pool: tuple[int, int]) -> Iterator[None]:
     try:
         yield
     except RuntimeError:
-        device = torch.cuda.current_device()
-        with suppress(RuntimeError):  # it had ended: torch itself gives the pool back
-            torch._C._cuda_endAllocateToPool(device, pool)
-            torch._C._cuda_releasePool(device, pool)
+        release_graph_pool(torch.cuda.current_device(), pool)
         raise
 
 

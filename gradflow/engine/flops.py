@@ -7,14 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 
 from gradflow.engine.tape import Network, Tape
 from gradflow.engine.walk import vjp
 from gradflow.networks.units.template import Unit
-
-aten = torch.ops.aten
+from gradflow.torch_internals import OperationMode, operation
 
 
 def grouped_flop(a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
@@ -26,21 +24,24 @@ def grouped_flop(a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
 # Torch's formulas: of matrix products, convolutions and attention; 2 N K M for N x K by K x M. All
 # else is memory traffic and not counted. Three are not in torch's own table.
 FORMULAS: dict[Any, Callable[..., int]] = flop_registry | {
-    aten._grouped_mm: grouped_flop,
-    aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
+    operation("_grouped_mm"): grouped_flop,
+    operation("_scaled_dot_product_flash_attention_for_cpu"): sdpa_flop,
+    operation("_scaled_dot_product_flash_attention_for_cpu_backward"): sdpa_backward_flop,
 }
 # Torch's operations that have products inside them and no formula.
 OPAQUE = {
-    aten.mkldnn_rnn_layer,
-    aten.mkldnn_rnn_layer_backward,
-    aten._cudnn_rnn,
-    aten._cudnn_rnn_backward,
-    aten.miopen_rnn,
-    aten.miopen_rnn_backward,
-    aten._trilinear,
-    aten._sparse_addmm,
-    aten._scaled_grouped_mm,
+    operation(name)
+    for name in (
+        "mkldnn_rnn_layer",
+        "mkldnn_rnn_layer_backward",
+        "_cudnn_rnn",
+        "_cudnn_rnn_backward",
+        "miopen_rnn",
+        "miopen_rnn_backward",
+        "_trilinear",
+        "_sparse_addmm",
+        "_scaled_grouped_mm",
+    )
 }
 # Nobody knows what is in an operation of others.
 NAMESPACES = ("aten", "prim", "prims", "profiler", "c10d", "_c10d_functional", "gradflow")
@@ -50,21 +51,15 @@ NAMESPACES = ("aten", "prim", "prims", "profiler", "c10d", "_c10d_functional", "
 REFUSALS = (AssertionError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
-class FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's stubs
+class FlopCounter(OperationMode):  # type: ignore[no-untyped-call]  # torch's stubs
     """Adds up `total` while it is entered.
 
     `is_complete` says whether there was a formula for everything that may have products.
-
-    Torch's own `FlopCounterMode` follows modules by hooks, which `torch.autograd.grad` refuses.
     """
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch's stubs
+        super().__init__()
         self.total, self.is_complete = 0, True
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # or the first use would import the compiler: a second
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

@@ -17,7 +17,6 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import _engine_run_backward
 
 from gradflow import reductions
 from gradflow.engine.rows import Activations, Collector, Row, Tables
@@ -29,6 +28,7 @@ from gradflow.networks.units.template import Unit
 from gradflow.reductions import Sums
 from gradflow.runs.records import LayerRecord, ParamRecord
 from gradflow.specs.stack import StackSpec
+from gradflow.torch_internals import run_backward
 
 # 2^126 and 2^-126 are normal numbers in float32, in which torch multiplies narrower formats too.
 LARGEST_SHIFT = 126
@@ -150,16 +150,7 @@ def loss_gradient(loss: nn.Module, y: Tensor) -> tuple[Tensor, Tensor]:
 def vjp(tape: Tape, g: Tensor) -> tuple[list[Tensor], list[Tensor | None]]:
     """dL/dx by its parts, in the order of `tape.leaves`, and dL/dparameters; frees the graph."""
     leaves = tape.leaves
-    # What `torch.autograd.grad(y, inputs, g)` comes to, less its import of sympy, 0.4 s.
-    grads = _engine_run_backward(
-        (tape.y,),
-        (g,),
-        False,  # the graph is not kept,
-        False,  # nor is one made of the gradients
-        (*leaves, *tape.unit.weights),
-        allow_unreachable=True,
-        accumulate_grad=False,
-    )
+    grads = run_backward(tape.y, g, (*leaves, *tape.unit.weights))
     parts = [torch.zeros_like(x) if d is None else d for x, d in zip(leaves, grads, strict=False)]
     return parts, list(grads[len(leaves) :])
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from gradflow.torch_internals import version_of
 from gradflow.watching.device_rows import Pool
 
 RowOf = tuple[Pool, int]
@@ -152,8 +153,3 @@ class Pass:
         self.handles.clear()
         self.known.clear()
         self.held.clear()
-
-
-def version_of(x: Tensor) -> int:
-    """How often a tensor has been written to; inference tensors do not say."""
-    return -1 if x.is_inference() else x._version

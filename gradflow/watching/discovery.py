@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from gradflow.errors import UsageError
+from gradflow.torch_internals import registered
 from gradflow.watching.ranks import class_of
 
 # These are never called.
@@ -123,7 +124,7 @@ def _fits(parts: list[str], patterns: list[str]) -> bool:
 
 def _children(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
     """All children under all their names: a module that is listed three times runs three times."""
-    for name, child in module._modules.items():  # `named_children` leaves repetitions out
+    for name, child in registered(module).items():
         if child is not None:
             yield f"{prefix}.{name}" if prefix else name, child
 
@@ -134,7 +135,7 @@ def _blocks(module: nn.Module, prefix: str, *, leaves: bool, staged: bool = Fals
     In a stage (`staged`) a list with a single member is a stage of one block.
     """
     found: Named = []
-    alone = staged and not leaves and isinstance(module, CONTAINERS) and len(module._modules) == 1
+    alone = staged and not leaves and isinstance(module, CONTAINERS) and len(module) == 1
     for run in _runs(module, prefix):
         if (len(run) > 1 or alone) and _can_repeat(run[0][1], module, leaves=leaves):
             found += _run(run, leaves=leaves, staged=staged)
@@ -156,7 +157,7 @@ def _runs(module: nn.Module, prefix: str) -> list[Named]:
 
 def _can_repeat(child: nn.Module, parent: nn.Module, *, leaves: bool) -> bool:
     if not leaves:
-        return bool(child._modules)
+        return bool(registered(child))
     has_parameters = next(child.parameters(), None) is not None
     return has_parameters and isinstance(parent, CONTAINERS)
 
@@ -187,9 +188,9 @@ def _shapes(module: nn.Module) -> tuple[tuple[str, tuple[int, ...]], ...]:
 def _top(model: nn.Module) -> Named:
     """The top-level children; a wrapper with one child counts as that child."""
     prefix = ""
-    while len(model._modules) == 1:
+    while len(registered(model)) == 1:
         ((prefix, child),) = _children(model, prefix)
-        if not child._modules:
+        if not registered(child):
             break
         model = child
     return list(_callable(model, prefix)) or [(class_of(model).__name__, model)]

@@ -22,6 +22,7 @@ from gradflow.runs.records import Run
 from gradflow.showing.terminal.one_run import run_view
 from gradflow.showing.terminal.printing import print_view
 from gradflow.specs.run_options import RunOptions
+from gradflow.torch_internals import is_compiled
 from gradflow.watching import graph_pool
 from gradflow.watching.calls import Pass
 from gradflow.watching.discovery import Place, find_layers, repeats
@@ -268,7 +269,7 @@ def watch(
         raise UsageError("watch takes an nn.Module", type(model).__name__, "pass the model")
     sharded_again(model)
     ranks, inner = ranks_of(model, group), unwrapped(model)
-    if _is_compiled(model):
+    if any(map(is_compiled, model.modules())):
         torch.compiler.reset()  # graphs that exist do not see hooks that come later
     patterns = [layers] if isinstance(layers, str) else layers
     found = find_layers(inner, patterns)
@@ -289,10 +290,3 @@ def watch(
                     flow.end_step()
             raise
         flow.end_step()
-
-
-def _is_compiled(model: nn.Module) -> bool:
-    return any(
-        module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
-        for module in model.modules()
-    )

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from gradflow.torch_internals import Hook, in_backward
 from gradflow.watching.calls import Call, Pass, Tap
 from gradflow.watching.discovery import Place
-from gradflow.watching.hooks import Hook
 from gradflow.watching.main_tensor import exchanged, stream_of
 from gradflow.watching.ranks import class_of
-from gradflow.watching.recorder import Recorder, in_backward
+from gradflow.watching.recorder import Recorder
 
 
 class Traced:

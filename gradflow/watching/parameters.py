@@ -10,17 +10,23 @@ of shards are put together to those of whole parameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.autograd import Variable
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from gradflow.reductions import count_nonfinite, norm
+from gradflow.torch_internals import (
+    at_end_of_backward,
+    foreach_copy,
+    foreach_norm,
+    foreach_subtract,
+    version_of,
+)
 from gradflow.watching import graph_pool
 from gradflow.watching.discovery import Place
 from gradflow.watching.graph_parameters import COLUMNS, MISSING, GraphedParameters
@@ -52,7 +58,8 @@ class Seen:
 
     def still(self, grad: Tensor) -> bool:
         """Whether the gradient has been neither replaced nor written to; DTensors do not say."""
-        return not is_sharded(grad) and (self.identity, self.version) == (id(grad), grad._version)
+        known = self.identity, self.version
+        return not is_sharded(grad) and known == (id(grad), version_of(grad))
 
 
 def owned_parameters(places: Sequence[Place], kept: Collection[int] | None = None) -> list[Owned]:
@@ -77,7 +84,7 @@ def owned_parameters(places: Sequence[Place], kept: Collection[int] | None = Non
 def _innermost(module: nn.Module, name: str, places: dict[int, int]) -> int:
     inner = places[id(module)]
     for part in name.split(".")[:-1]:
-        module = module._modules[part]  # type: ignore[assignment]  # named, so it is there
+        module = module.get_submodule(part)
         inner = places.get(id(module), inner)
     return inner
 
@@ -157,7 +164,7 @@ class ParameterWatch:
         values = _values(grad)
         size = norm(values)
         count = count_nonfinite(values, size)
-        self._grads[id(parameter)] = Seen(size, count, id(grad), grad._version)
+        self._grads[id(parameter)] = Seen(size, count, id(grad), version_of(grad))
         if graph_pool.is_capturing():
             self._graphed.seen.add(id(parameter))
             self._graphed.put(parameter, "grad", size)
@@ -174,7 +181,7 @@ class ParameterWatch:
             return
         parameters = self._local()
         self._copies = self._copies or [torch.empty_like(p) for p in parameters]
-        torch._foreach_copy_(self._copies, parameters)
+        foreach_copy(self._copies, parameters)
         self._weights = norms(self._copies)
         self._put("norm", self._weights)
         self._use()
@@ -187,7 +194,7 @@ class ParameterWatch:
         if self._arrived:
             self._use()  # the optimizer has called a closure, which clips on its own
         if self._weights:
-            torch._foreach_sub_(self._copies, self._local())
+            foreach_subtract(self._copies, self._local())
             self._updates = norms(self._copies)
             self._put("update", self._updates)
 
@@ -270,11 +277,6 @@ class ParameterWatch:
         return places
 
 
-def at_end_of_backward(call: Callable[[], None]) -> None:
-    """Call once the backward that is running has written all gradients."""
-    Variable._execution_engine.queue_callback(call)
-
-
 def norms(tensors: Sequence[Tensor]) -> list[Tensor]:
     """`stats.norm` of each; small ones, and those on a GPU, in few calls."""
     found: dict[int, Tensor] = {}
@@ -286,7 +288,7 @@ def norms(tensors: Sequence[Tensor]) -> list[Tensor]:
         else:
             groups.setdefault((x.device, x.dtype), []).append(i)
     for places in groups.values():
-        sizes = torch._foreach_norm([tensors[i] for i in places], 2, torch.float64)
+        sizes = foreach_norm([tensors[i] for i in places])
         found |= dict(zip(places, sizes, strict=True))
     return [found[i] for i in range(len(tensors))]
 

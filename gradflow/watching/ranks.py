@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gradflow.errors import UsageError
+from gradflow.torch_internals import compiled_inner
 
 T = TypeVar("T")
 
@@ -101,7 +102,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(model, DistributedDataParallel):
             model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+        elif (inner := compiled_inner(model)) is not None:
             model = inner
         else:
             return model

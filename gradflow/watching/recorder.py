@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from gradflow.torch_internals import in_backward, in_transform
 from gradflow.watching import graph_pool
 from gradflow.watching.calls import Call, Pass, RowOf, Tap
 from gradflow.watching.device_rows import Pool, measure_cross, measure_forward, measure_gradient
@@ -187,16 +188,6 @@ class Recorder:
         owner_call = tap.leaves
         if owner_call and owner_call.keeps_shape and owner_call.x and owner_call.x.hooked:
             owner.held[id(owner_call)] = wide
-
-
-def in_transform() -> bool:
-    """Whether a transform of `torch.func` runs: its tensors are no numbers yet."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def in_backward() -> bool:
-    """Whether autograd is running: a layer that is called now is recomputed by a checkpoint."""
-    return torch._C._current_graph_task_id() != -1
 
 
 def _format(x: Tensor) -> torch.dtype:

@@ -11,6 +11,7 @@ from collections.abc import Collection, Sequence
 
 from torch import nn
 
+from gradflow.torch_internals import registered
 from gradflow.watching.calls import Pass
 from gradflow.watching.discovery import LISTS, Place
 
@@ -25,7 +26,7 @@ def candidates(model: nn.Module, places: Sequence[Place]) -> list[Place]:
 def _is_block(module: nn.Module) -> bool:
     """Whether it can be called, and has parts and parameters."""
     return (
-        bool(module._modules)
+        bool(registered(module))
         and not isinstance(module, LISTS)
         and next(module.parameters(), None) is not None
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +12,8 @@ from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
+
+from gradflow.torch_internals import UpdateAfter, scale_tensor
 
 
 class Steps:
@@ -61,29 +62,13 @@ class Steps:
         return hook
 
 
-@dataclass(frozen=True)
-class _Update:
-    """`scaler.update` that calls `end` first; a copy of the scaler has its own update again."""
-
-    scaler: Any
-    update: Callable[..., Any]
-    end: Callable[[], None]
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.end()
-        return self.update(*args, **kwargs)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, (self.scaler, "update")
-
-
 @contextmanager
 def followed_scaler(scaler: Any, end: Callable[[], None]) -> Iterator[None]:
     """Call `end` before a scaler changes its scale: it leaves out steps with infinities."""
     if scaler is None:
         yield
         return
-    scaler.update = _Update(scaler, scaler.update, end)
+    scaler.update = UpdateAfter(scaler, scaler.update, end)
     try:
         yield
     finally:
@@ -94,5 +79,5 @@ def scale_of(scaler: Any) -> list[Tensor]:
     """The factor in the gradients as a tensor on its device; empty without a scaler."""
     if scaler is None or not scaler.is_enabled():
         return []
-    scale = getattr(scaler, "_scale", None)  # `get_scale` would wait for the device
-    return [scale.reshape(1)] if isinstance(scale, Tensor) else [torch.ones(1) * scaler.get_scale()]
+    scale = scale_tensor(scaler)
+    return [torch.ones(1) * scaler.get_scale() if scale is None else scale.reshape(1)]

@@ -21,9 +21,9 @@ from torch.utils.hooks import RemovableHandle
 from gradflow.engine.flops import FlopCounter
 from gradflow.engine.timing import Clock, Pass, summarise
 from gradflow.runs.records import Timing
+from gradflow.torch_internals import in_backward
 from gradflow.watching.discovery import Place, unit_name
 from gradflow.watching.main_tensor import stream_of
-from gradflow.watching.recorder import in_backward
 
 Key = tuple[int, int]
 # Forward and backward, by place and call.

@@ -8,7 +8,6 @@ module that plays all layers of its kind; what is drawn becomes a row of a table
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from copy import copy
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from gradflow.engine.seeds.reductions import norms
 from gradflow.networks.stack import Block, build_block, layer_kind, redraw
 from gradflow.networks.units.template import Unit
 from gradflow.specs.stack import StackSpec
+from gradflow.torch_internals import with_children
 
 
 class SeedBlocks(Layers):
@@ -71,10 +71,9 @@ class _Player:
 
     def with_weights(self, table: Tensor) -> Block:
         """A block like this one with weights from a table, one row for each seed."""
-        found = copy(self.block)
         pairs = zip(self.block.named_children(), self._joins, strict=True)
-        found._modules = {name: _of_seeds(unit, join, table) for (name, unit), join in pairs}
-        return found
+        units = {name: _of_seeds(unit, join, table) for (name, unit), join in pairs}
+        return with_children(self.block, units)
 
 
 def _of_seeds(unit: nn.Module, join: Together, table: Tensor) -> Unit:

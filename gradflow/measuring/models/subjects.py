@@ -23,6 +23,7 @@ from gradflow.measuring.models.one_pass import called, projection, real_output, 
 from gradflow.specs.located import Located, load, users_own
 from gradflow.specs.model_request import ModelRequest, without_digest
 from gradflow.specs.run_options import RunOptions
+from gradflow.torch_internals import map_tensors
 from gradflow.training.tasks import MarkovTask, PrototypeTask, Samples, Task
 
 # Losses that hold the output against a target.
@@ -230,17 +231,14 @@ def _whole(subject: Subject) -> Subject:
 
 
 def converted(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """The model on the device, its real numbers in this format; complex ones of the same width.
-
-    `Module.to` would make real numbers of complex ones.
-    """
+    """The model on the device, its real numbers in this format; complex ones of the same width."""
     wide = dtype.to_complex() if dtype != torch.bfloat16 else torch.complex64
 
     def each(x: Tensor) -> Tensor:
         kind = dtype if x.is_floating_point() else wide if x.is_complex() else None
         return x.to(device, kind)
 
-    model._apply(each)  # type: ignore[no-untyped-call]  # torch's stubs
+    map_tensors(model, each)
     return model
 
 
