@@ -16,12 +16,12 @@ from zoo import WIDTH, Residual, chain
 
 import gradflow
 from gradflow.engine import flops
-from gradflow.engine.flops import aten
 from gradflow.engine.timing import SMALLEST
 from gradflow.measuring.models.run import measure_model
 from gradflow.runs.summary import Summary
 from gradflow.specs.model_request import ModelRequest
 from gradflow.specs.run_options import RunOptions
+from gradflow.torch_internals import operation
 from gradflow.watching.discovery import find_layers
 from gradflow.watching.times import counted_step
 
@@ -86,7 +86,7 @@ def extra() -> dict[Any, Any]:
     names = ("flash_attention_for_cpu", "flash_attention_for_cpu_backward")
     formulas = {}
     for name in names:
-        op = getattr(aten, f"_scaled_dot_product_{name}")
+        op = operation(f"_scaled_dot_product_{name}")
         formulas[op] = partial(flops.FORMULAS[op])
         formulas[op]._get_raw = True  # it takes tensors as it is
     return formulas
@@ -114,7 +114,7 @@ def test_where_torch_has_no_formula_nothing_is_said(monkeypatch: pytest.MonkeyPa
     def refuses(*_: Any, **__: Any) -> int:
         raise AssertionError("a shape that it does not know")
 
-    monkeypatch.setitem(flops.FORMULAS, aten.addmm, refuses)
+    monkeypatch.setitem(flops.FORMULAS, operation("addmm"), refuses)
     found = measured("user_models:Net")
     assert found.forward_flop is found.backward_flop is found.forward_flop_per_s is None
     assert found.forward_s == 3.0
