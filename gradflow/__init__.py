@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from gradflow.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from gradflow.measuring.stack import measure as measure
     from gradflow.runs.records import Run as Run
@@ -17,8 +19,6 @@ if TYPE_CHECKING:
     from gradflow.specs.stack import StackSpec as StackSpec
     from gradflow.specs.user_code import from_file as from_file
     from gradflow.watching import watch as watch
-
-__version__ = "0.1.0"
 
 _HOMES = {
     "measure": "gradflow.measuring.stack",

@@ -1,7 +1,7 @@
 """Error types, each with the exit code that the command line gives it.
 
 0 ok · 1 a gate or finding the user asked for · 2 usage · 3 measurement failed · 4 no or
-incompatible baseline · 130 interrupted.
+incompatible baseline · 70 an error of gradflow's own · 130 interrupted.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from difflib import SequenceMatcher
 
 EXIT_OK = 0
+EXIT_INTERNAL = 70
 EXIT_INTERRUPTED = 130
 
 

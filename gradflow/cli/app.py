@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import errno
-import gc
-import os
-import signal
 import sys
-import threading
-from contextlib import suppress
-from io import TextIOWrapper
+from collections.abc import Callable
 from itertools import pairwise
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-import gradflow
-from gradflow.cli.check import check
-from gradflow.cli.compare import compare
-from gradflow.cli.guide import guide
-from gradflow.cli.report import report
-from gradflow.cli.run import run
-from gradflow.cli.schemes import schemes
-from gradflow.errors import EXIT_INTERRUPTED, EXIT_OK, GradflowError, MeasurementError
+from gradflow.cli.check import check_command
+from gradflow.cli.compare import compare_command
+from gradflow.cli.guide import guide_command
+from gradflow.cli.process import exit_code, run_process
+from gradflow.cli.report import report_command
+from gradflow.cli.run import run_command
+from gradflow.cli.schemes import schemes_command
 from gradflow.specs.fields import check_choice
+from gradflow.version import __version__
 
 
 class Commands(TyperGroup):
@@ -34,15 +28,6 @@ class Commands(TyperGroup):
         if not ctx.resilient_parsing:  # a shell that completes a line wants no complaint
             check_choice("the command", cmd_name, tuple(self.commands))
         return super().get_command(ctx, cmd_name)
-
-
-app = typer.Typer(
-    cls=Commands,
-    name="gradflow",
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # its help pages take a quarter of a second to import
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
 
 
 class HelpByPanel(TyperCommand):
@@ -61,94 +46,24 @@ class HelpByPanel(TyperCommand):
                 formatter.write_dl(records)
 
 
-_interrupted = threading.Event()
-# Objects that are made between two garbage collections; Python's own number is 700.
-COLLECT_EVERY = 100_000
-STREAM_ERRORS = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF)
+app = typer.Typer(
+    cls=Commands,
+    name="gradflow",
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # its help pages take a quarter of a second to import
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 
 
 def main() -> None:
     """Run the command line and exit with its code; errors are one line on stderr."""
-    signal.signal(signal.SIGINT, _interrupt)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):  # whatever the terminal cannot show is no error
-            stream.reconfigure(errors="replace")
-    # Measuring makes many objects and hardly a cycle: a collection of all of them every few
-    # milliseconds takes a tenth of a run.
-    gc.set_threshold(COLLECT_EVERY)
-    _leave(run_app(sys.argv[1:]))
-
-
-def _leave(code: int) -> NoReturn:
-    """End the process at once: taking the interpreter and torch apart takes half a second."""
-    try:
-        sys.stdout.flush()
-    except OSError as error:
-        code = code or _unwritable(error)
-    with suppress(OSError):
-        sys.stderr.flush()
-    os._exit(code)
-
-
-def _interrupt(*_: object) -> None:
-    """Ctrl-C. Libraries that it hits while they load may turn it into an error of their own."""
-    _interrupted.set()
-    raise KeyboardInterrupt
+    run_process(lambda: run_app(sys.argv[1:]))
 
 
 def run_app(argv: list[str]) -> int:
     """Run a command line; returns the exit code."""
-    try:
-        return _run(argv)
-    except Exception:
-        if not _interrupted.is_set():
-            raise
-        _complain("interrupted; nothing half-written remains")
-        return EXIT_INTERRUPTED
-
-
-def _run(argv: list[str]) -> int:
-    try:
-        words = _with_bare_json(argv or ["--help"])
-        code = int(app(words, prog_name="gradflow", standalone_mode=False) or EXIT_OK)
-        if code == EXIT_INTERRUPTED:  # typer's answer to Ctrl-C
-            _complain("interrupted; nothing half-written remains")
-        return code
-    except GradflowError as error:
-        _complain(str(error))
-        return error.exit_code
-    except typer.TyperException as error:
-        _complain(f"{error.format_message().rstrip('.')}; see --help")
-        return error.exit_code
-    except OSError as error:
-        # Files have names, and are taken care of where they are written: this is a stream.
-        if error.filename is not None or error.errno not in STREAM_ERRORS:
-            raise
-        return _unwritable(error)
-    except (KeyboardInterrupt, typer.Abort):
-        _complain("interrupted; nothing half-written remains")
-        return EXIT_INTERRUPTED
-    except SystemExit:  # typer and Rich exit where a pipe is broken
-        return _unread()
-
-
-def _unread() -> int:
-    """The reader of stdout went away, which is its right; what is left goes nowhere."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return EXIT_OK
-
-
-def _unwritable(error: OSError) -> int:
-    """Stdout cannot be written, or its reader went away."""
-    _unread()
-    if isinstance(error, BrokenPipeError):
-        return EXIT_OK
-    _complain(f"stdout could not be written: {error.strerror or error}; free some space")
-    return MeasurementError.exit_code
-
-
-def _complain(message: str) -> None:
-    typer.echo(f"gradflow: {' '.join(message.split())}", err=True)
+    words = _with_bare_json(argv or ["--help"])
+    return exit_code(lambda: app(words, prog_name="gradflow", standalone_mode=False))
 
 
 def _with_bare_json(argv: list[str]) -> list[str]:
@@ -162,7 +77,7 @@ def _with_bare_json(argv: list[str]) -> list[str]:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"gradflow {gradflow.__version__}")
+        typer.echo(f"gradflow {__version__}")
         raise typer.Exit
 
 
@@ -175,6 +90,14 @@ def root(
     """Does the gradient reach my first layer, is that normal, and what does each layer cost?"""
 
 
-for command in (run, compare, report, check, schemes, guide):
+_COMMANDS: dict[str, Callable[..., None]] = {
+    "run": run_command,
+    "compare": compare_command,
+    "report": report_command,
+    "check": check_command,
+    "schemes": schemes_command,
+    "guide": guide_command,
+}
+for _name, _command in _COMMANDS.items():
     # As the short help too, which Typer would cut off.
-    app.command(cls=HelpByPanel, short_help=command.__doc__)(command)
+    app.command(_name, cls=HelpByPanel, short_help=_command.__doc__)(_command)

@@ -5,7 +5,6 @@ Exit 0 passed, 1 with the reasons, 2 where a run could not be read, 4 without a 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,43 +17,46 @@ from gradflow.cli.common import (
     Plain,
     Quiet,
     Residual,
+    RunFolders,
     check_target,
+    read_runs,
+    run_name,
     say,
     shortcut,
     write_text,
 )
 from gradflow.cli.options import with_fields
-from gradflow.cli.stored_runs import Runs, read_runs
 from gradflow.errors import FindingError, UsageError
+from gradflow.text import json_text
 
 if TYPE_CHECKING:
     from gradflow.judging.gate import Bounds, Judgement
     from gradflow.runs.records import Run
 
-RTOL = 0.1
+_RTOL = 0.1
 
-MaxDecades = Annotated[float | None, typer.Option(help="largest change from output to input")]
-MinGain = Annotated[float | None, typer.Option(help="smallest gain of any unit")]
-MaxGain = Annotated[float | None, typer.Option(help="largest gain of any unit")]
-NoNonfinite = Annotated[bool, typer.Option("--no-nonfinite", help="no NaN or infinity anywhere")]
-BaselineFolder = Annotated[Path | None, typer.Option(help="run folder to hold the norms against")]
-Rtol = Annotated[
+_MaxDecades = Annotated[float | None, typer.Option(help="largest change from output to input")]
+_MinGain = Annotated[float | None, typer.Option(help="smallest gain of any unit")]
+_MaxGain = Annotated[float | None, typer.Option(help="largest gain of any unit")]
+_NoNonfinite = Annotated[bool, typer.Option("--no-nonfinite", help="no NaN or infinity anywhere")]
+_BaselineFolder = Annotated[Path | None, typer.Option(help="run folder to hold the norms against")]
+_Rtol = Annotated[
     float | None,
-    typer.Option(help=f"relative difference from the baseline that passes  [default: {RTOL}]"),
+    typer.Option(help=f"relative difference from the baseline that passes  [default: {_RTOL}]"),
 ]
 
 
 @with_fields()
-def check(
+def check_command(
     given: dict[str, Any],
     *,
-    runs: Runs = None,
-    max_decades: MaxDecades = None,
-    min_gain: MinGain = None,
-    max_gain: MaxGain = None,
-    no_nonfinite: NoNonfinite = False,
-    baseline: BaselineFolder = None,
-    rtol: Rtol = None,
+    runs: RunFolders = None,
+    max_decades: _MaxDecades = None,
+    min_gain: _MinGain = None,
+    max_gain: _MaxGain = None,
+    no_nonfinite: _NoNonfinite = False,
+    baseline: _BaselineFolder = None,
+    rtol: _Rtol = None,
     residual: Residual = False,
     plain: Plain = False,
     out: Out = Path("results"),
@@ -66,13 +68,13 @@ def check(
 
     check_target(json)
     given |= shortcut(given, residual, plain)
-    check_source(runs, given)
+    _check_source(runs, given)
     bounds = Bounds(max_decades, min_gain, max_gain, no_nonfinite)
     if bounds.empty and baseline is None:
         bounds = DEFAULT_BOUNDS
     if rtol is not None and baseline is None:
         raise UsageError("--rtol needs a --baseline", rtol, "give one, or leave --rtol out")
-    rtol = RTOL if rtol is None else rtol
+    rtol = _RTOL if rtol is None else rtol
     check_limits(bounds, rtol, _as_option)
     expected = load_baseline(baseline) if baseline else None  # before anything is measured
     found, unreadable = _wanted(runs, given, out, quiet)
@@ -80,16 +82,16 @@ def check(
         say(f"not judged: {line}", style="red")
     judged: list[tuple[str, Judgement]] = []
     for run in found:
-        judged.append((_name(run), _judge(run, bounds, expected, rtol)))
+        judged.append((run_name(run), _judge(run, bounds, expected, rtol)))
         if json != "-":
-            report(*judged[-1])
+            _say_judgement(*judged[-1])
     if json is not None:
-        write_text(json, as_json(judged, unreadable))
+        write_text(json, _judged_json(judged, unreadable))
     failed = [name for name, judgement in judged if not judgement.passed]
-    conclude(failed, len(unreadable))
+    _conclude(failed, len(unreadable))
 
 
-def check_source(runs: list[str] | None, given: dict[str, Any]) -> None:
+def _check_source(runs: list[str] | None, given: dict[str, Any]) -> None:
     """Refuse runs and options together, and neither.
 
     Raises:
@@ -101,7 +103,7 @@ def check_source(runs: list[str] | None, given: dict[str, Any]) -> None:
         raise UsageError(rule, "both" if runs else "neither", remedy)
 
 
-def conclude(failed: list[str], unreadable: int) -> None:
+def _conclude(failed: list[str], unreadable: int) -> None:
     """End with the exit code that the findings have; a run that nobody could read is no pass.
 
     Raises:
@@ -122,16 +124,12 @@ def _as_option(name: str) -> str:
 def _wanted(
     runs: list[str] | None, given: dict[str, Any], out: Path, quiet: bool
 ) -> tuple[list[Run], list[str]]:
-    """The runs to judge_run, and a line for each that cannot be read."""
+    """The runs to judge, and a line for each that cannot be read."""
     if runs:
         return read_runs(runs)
     from gradflow.cli.run import measure_and_store
 
     return [measure_and_store({"timing": False} | given, out, quiet)], []
-
-
-def _name(run: Run) -> str:
-    return run.path.name if run.path else run.spec.title
 
 
 def _judge(run: Run, bounds: Bounds, baseline: Run | None, rtol: float) -> Judgement:
@@ -141,7 +139,7 @@ def _judge(run: Run, bounds: Bounds, baseline: Run | None, rtol: float) -> Judge
     return found if baseline is None else found + against_baseline(run, baseline, rtol)
 
 
-def report(name: str, judgement: Judgement) -> None:
+def _say_judgement(name: str, judgement: Judgement) -> None:
     """Say what was compared and why it fails."""
     typer.echo(f"{'ok' if judgement.passed else 'FAILED'}  {name}")
     for line in judgement.compared:
@@ -150,7 +148,7 @@ def report(name: str, judgement: Judgement) -> None:
         typer.echo(f"    reason: {reason}")
 
 
-def as_json(judged: Sequence[tuple[str, Judgement]], unreadable: Sequence[str]) -> str:
+def _judged_json(judged: Sequence[tuple[str, Judgement]], unreadable: Sequence[str]) -> str:
     """One JSON object: whether all has passed, each run, and what could not be read."""
     runs = [
         {
@@ -163,4 +161,4 @@ def as_json(judged: Sequence[tuple[str, Judgement]], unreadable: Sequence[str]) 
     ]
     passed = not unreadable and all(judgement.passed for _, judgement in judged)
     content = {"passed": passed, "runs": runs, "unreadable": unreadable}
-    return json.dumps(content, indent=2, allow_nan=False) + "\n"
+    return json_text(content)

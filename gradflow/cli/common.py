@@ -1,19 +1,29 @@
-"""What several commands share: options of the same meaning, output to files, progress."""
+"""What several commands share: common options, stored runs, files, progress, the terminal."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from glob import glob
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from gradflow.errors import UsageError
-from gradflow.text import can_draw, in_ascii
+from gradflow.errors import RunFolderError, UsageError
+from gradflow.progress import Progress
+from gradflow.text import can_draw, in_ascii, printable
 
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from gradflow.runs.records import Run
+
+RunFolders = Annotated[
+    list[str] | None, typer.Argument(help="run folders or globs; with these nothing is measured")
+]
 Out = Annotated[Path, typer.Option(help="folder that runs are stored in")]
 Json = Annotated[
     str | None,
@@ -25,7 +35,10 @@ Plain = Annotated[bool, typer.Option("--plain", help="short for --shortcut plain
 
 # A file, or - for stdout, by the name of its format.
 Targets = dict[str, str | None]
-Progress = Callable[[str, int, int], None]
+Content = TypeVar("Content")
+
+
+# The shortcut
 
 
 def shortcut(given: Mapping[str, Any], residual: bool, plain: bool) -> dict[str, str]:
@@ -55,15 +68,84 @@ def check_shortcut(given: Mapping[str, Any], residual: bool, plain: bool) -> Non
         raise UsageError(rule, f"{short} and --shortcut", "give one of the two")
 
 
+# Stored runs
+
+
+def load_runs(patterns: list[str]) -> list[Run]:
+    """The runs that folders and globs name; unreadable ones are named and skipped.
+
+    Raises:
+        UsageError: a pattern matches nothing, or nothing can be read.
+    """
+    runs, unreadable = read_runs(patterns)
+    for line in unreadable:
+        say(f"skipped: {line}", style="yellow")
+    if not runs:
+        raise UsageError("at least one run can be read", " ".join(patterns), "measure some first")
+    return runs
+
+
+def read_runs(patterns: list[str]) -> tuple[list[Run], list[str]]:
+    """The runs that folders and globs name, each once, and a line for each that cannot be read.
+
+    Raises:
+        UsageError: a pattern matches nothing.
+    """
+    from gradflow.runs.store import load
+
+    runs: list[Run] = []
+    unreadable: list[str] = []
+    for folder in dict.fromkeys(path for pattern in patterns for path in _matching(pattern)):
+        try:
+            runs.append(load(folder))
+        except RunFolderError as error:
+            unreadable.append(str(error))
+    return runs, unreadable
+
+
+def _matching(pattern: str) -> list[Path]:
+    """What has that name, or the folders that a glob matches: plain files are no runs."""
+    with suppress(OSError):  # a name that is too long, for one
+        if Path(pattern).exists():
+            return [Path(pattern)]
+    paths = sorted(glob(pattern))  # noqa: PTH207 (`Path.glob` takes no absolute patterns)
+    matches = [path for name in paths if not (path := Path(name)).is_file()]
+    if not matches:
+        raise UsageError("a run folder or a glob that matches some", pattern, "look into results/")
+    return matches
+
+
+def run_name(run: Run) -> str:
+    """The name of a run's folder, or its title before it is stored."""
+    return run.path.name if run.path else run.spec.title
+
+
+def say_notes(runs: Sequence[Run]) -> None:
+    """Say what does not fit together in these runs, a line each."""
+    from gradflow.runs.consistency import contradiction, first_broken, same_network
+
+    named = [(run_name(run), run) for run in runs]
+    notes = [
+        line
+        for name, run in named
+        for line in contradiction(name, run.summary.verdict, first_broken(run.first_records))
+    ]
+    for line in (*notes, *same_network(named)):
+        say(f"note: {printable(line)}", style="yellow")
+
+
+# Files and stdout
+
+
 def check_target(target: str | None, option: str = "--json") -> None:
     """Refuse, before anything is measured, a file that cannot be written.
 
     Args:
         target: the file, or `-` for stdout.
-        option: that it was given with.
+        option: the option that names the target.
 
     Raises:
-        UsageError: it is a folder, or lies in none.
+        UsageError: the target is a folder, or lies in none.
     """
     if target in (None, "-"):
         return
@@ -89,6 +171,37 @@ def write_text(target: str, text: str) -> None:
         raise UsageError("the file can be written", got, "choose another") from None
 
 
+def write_targets(
+    targets: Targets, formats: Mapping[str, Callable[[Content], str]], content: Content
+) -> None:
+    """The content in each format that has a target.
+
+    Raises:
+        UsageError: a file cannot be written.
+    """
+    for name, target in targets.items():
+        if target is not None:
+            write_text(target, formats[name](content))
+
+
+def show_view(view: RenderableType, *, numbers_coloured: bool = False, then: str = "") -> None:
+    """Print a view on stdout.
+
+    Args:
+        view: what is shown.
+        numbers_coloured: highlight numbers in the cells of tables, on a terminal with colours.
+        then: a last line, which is never wrapped.
+    """
+    from rich.console import Console
+
+    from gradflow.showing.terminal.printing import print_view
+
+    console = Console(highlight=numbers_coloured)
+    print_view(view, console)
+    if then:
+        console.print(then, soft_wrap=True, markup=False, highlight=False)
+
+
 def say(line: str, style: str = "") -> None:
     """One line on stderr."""
     from rich.console import Console  # 50 ms, which `--help` need not wait for
@@ -102,11 +215,11 @@ def progress_bar(quiet: bool) -> Iterator[Progress]:
     if quiet or not sys.stderr.isatty():
         yield lambda *_: None
         return
+    from rich import progress as bars
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    columns = (bars.TextColumn("{task.description}"), bars.BarColumn(), bars.TimeRemainingColumn())
+    with bars.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("loading torch", total=None)
 
         def progress(what: str, done: int, total: int) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,15 +17,18 @@ from gradflow.cli.common import (
     Plain,
     Quiet,
     Residual,
+    RunFolders,
     Targets,
     check_shortcut,
     check_target,
+    load_runs,
     progress_bar,
     say,
-    write_text,
+    say_notes,
+    show_view,
+    write_targets,
 )
 from gradflow.cli.options import with_fields
-from gradflow.cli.stored_runs import Runs, load_runs, say_notes
 from gradflow.cli.theory_only import TheoryOnly, predict_grid
 from gradflow.errors import MeasurementError, RunFolderError, UsageError
 from gradflow.specs.fields import check_choice
@@ -36,45 +41,54 @@ if TYPE_CHECKING:
     from gradflow.runs.records import Run
     from gradflow.sweeps.sweep import Sweep
 
-Fresh = Annotated[bool, typer.Option("--fresh", help="measure anew what is stored already")]
-Reference = Annotated[
+_Fresh = Annotated[bool, typer.Option("--fresh", help="measure anew what is stored already")]
+_Reference = Annotated[
     str | None,
     typer.Option(
         help="what times are divided by: number of the cell, or run folder  [default: 1]",
         metavar="N|FOLDER",
     ),
 ]
-ExecutorName = Annotated[
+_ExecutorName = Annotated[
     str, typer.Option("--executor", help=f"{', '.join(EXECUTORS)}", metavar="NAME")
 ]
-Workers = Annotated[int | None, typer.Option(help="worker processes (one per core or GPU)", min=1)]
-Address = Annotated[str | None, typer.Option(help="of a running Ray cluster")]
-Noise = Annotated[float, typer.Option(help="ratios nearer to 1 than this are no difference")]
-Csv = Annotated[
+_Workers = Annotated[int | None, typer.Option(help="worker processes (one per core or GPU)", min=1)]
+_Address = Annotated[str | None, typer.Option(help="of a running Ray cluster")]
+_Noise = Annotated[float, typer.Option(help="ratios nearer to 1 than this are no difference")]
+_Csv = Annotated[
     str | None, typer.Option("--csv", metavar="FILE", help="the rows as CSV (- stdout)")
 ]
-Markdown = Annotated[
+_Markdown = Annotated[
     str | None, typer.Option("--markdown", metavar="FILE", help="the tables as Markdown (- stdout)")
 ]
 
 
+@dataclass(frozen=True)
+class _ChosenExecutor:
+    """The executor that a person asked for: its name, worker processes, address of a cluster."""
+
+    name: str
+    workers: int | None
+    address: str | None
+
+
 @with_fields(lists=True)
-def compare(
+def compare_command(
     given: dict[str, Any],
     *,
-    runs: Runs = None,
+    runs: RunFolders = None,
     residual: Residual = False,
     plain: Plain = False,
     theory_only: TheoryOnly = False,
-    reference: Reference = None,
-    fresh: Fresh = False,
-    executor: ExecutorName = "auto",
-    workers: Workers = None,
-    address: Address = None,
-    noise: Noise = 0.01,
+    reference: _Reference = None,
+    fresh: _Fresh = False,
+    executor: _ExecutorName = "auto",
+    workers: _Workers = None,
+    address: _Address = None,
+    noise: _Noise = 0.01,
     out: Out = Path("results"),
-    csv: Csv = None,
-    markdown: Markdown = None,
+    csv: _Csv = None,
+    markdown: _Markdown = None,
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
@@ -83,51 +97,40 @@ def compare(
     if residual or plain:
         given["shortcut"] = ["residual"] * residual + ["plain"] * plain
     targets = {"csv": csv, "markdown": markdown, "json": json}
-    check_request(runs, bool(given) or theory_only, targets, noise)
+    _check_request(runs, bool(given) or theory_only, targets, noise)
     if theory_only:
-        predict_grid(make_grid(given), targets, quiet=quiet)
+        predict_grid(_make_grid(given), targets, quiet=quiet)
         return
     if runs:
-        found: Sequence[Run | None] = load_runs(runs)
-        chosen, failures = choose_reference(found, reference), []
+        measured: Sequence[Run | None] = load_runs(runs)
+        failures: list[str] = []
     else:
-        grid = make_grid(given)
-        check_reference(reference, grid)
-        done = measure_grid(grid, out, (executor, workers, address), fresh=fresh, quiet=quiet)
-        found = [done.runs.get(cell) for cell in grid.cells]
-        chosen, failures = choose_reference(found, reference), failure_lines(done.failures)
-    side_by_side([run for run in found if run], chosen, (noise, failures), targets, quiet=quiet)
+        grid = _make_grid(given)
+        _check_reference(reference, grid)
+        chosen = _ChosenExecutor(executor, workers, address)
+        done = _measure_grid(grid, out, chosen, fresh=fresh, quiet=quiet)
+        measured = [done.runs.get(cell) for cell in grid.cells]
+        failures = _failure_lines(done.failures)
+    from gradflow.judging.comparison import compare
+
+    base, present = _choose_reference(measured, reference), [run for run in measured if run]
+    say_notes(present)
+    _side_by_side(compare(present, base, noise, failures), targets, quiet=quiet)
     if failures:
         raise MeasurementError(f"{count(len(failures), 'cell')} could not be measured; see above")
 
 
-def side_by_side(
-    runs: Sequence[Run],
-    reference: Run,
-    how: tuple[float, Sequence[str]],
-    targets: Targets,
-    *,
-    quiet: bool,
-) -> None:
-    """Compare the runs with the reference; write the files and show the tables.
+def _side_by_side(comparison: Comparison, targets: Targets, *, quiet: bool) -> None:
+    """Write a comparison to its targets, and show its tables unless one of them is stdout."""
+    from gradflow.showing.formats import COMPARISON_FORMATS
+    from gradflow.showing.terminal.many_runs import comparison_view
 
-    Args:
-        runs: all of them.
-        reference: one of them.
-        how: the noise threshold, and what could not be measured.
-        targets: files by format.
-        quiet: no tables.
-    """
-    from gradflow.judging.comparison import compare as compared
-
-    say_notes(runs)
-    result = compared(runs, reference, *how)
-    write_files(result, targets)
+    write_targets(targets, COMPARISON_FORMATS, comparison)
     if not quiet and "-" not in targets.values():
-        show(result)
+        show_view(comparison_view(comparison, drawn=can_draw(sys.stdout.encoding)))
 
 
-def check_request(runs: list[str] | None, made: bool, targets: Targets, noise: float) -> None:
+def _check_request(runs: list[str] | None, made: bool, targets: Targets, noise: float) -> None:
     """Refuse what cannot work before anything is measured.
 
     Raises:
@@ -145,7 +148,7 @@ def check_request(runs: list[str] | None, made: bool, targets: Targets, noise: f
         check_target(target, f"--{name}")
 
 
-def make_grid(given: dict[str, Any]) -> Grid:
+def _make_grid(given: dict[str, Any]) -> Grid:
     """The cells that the given lists make; what is left out is said.
 
     Raises:
@@ -160,10 +163,10 @@ def make_grid(given: dict[str, Any]) -> Grid:
     return grid
 
 
-def measure_grid(
+def _measure_grid(
     grid: Grid,
     out: Path,
-    how: tuple[str, int | None, str | None],
+    chosen: _ChosenExecutor,
     *,
     fresh: bool,
     quiet: bool,
@@ -173,7 +176,7 @@ def measure_grid(
     Args:
         grid: the cells.
         out: folder of the runs.
-        how: name of the executor, its workers, its address.
+        chosen: where the cells are measured.
         fresh: do not look for stored runs.
         quiet: no progress.
 
@@ -183,36 +186,36 @@ def measure_grid(
     """
     from gradflow.runs.staging import check_writable
 
-    check_choice("--executor", how[0], EXECUTORS)
+    check_choice("--executor", chosen.name, EXECUTORS)
     check_writable(out)
     with progress_bar(quiet) as progress:
         from gradflow.sweeps.executors import make_executor
         from gradflow.sweeps.sweep import sweep
 
-        executor = make_executor(how[0], len(grid.cells), how[1], how[2])
+        executor = make_executor(chosen.name, len(grid.cells), chosen.workers, chosen.address)
         done = sweep(grid.cells, out, executor, fresh=fresh, progress=progress)
-    say_found(done, len(grid.cells))
-    for line in failure_lines(done.failures):
+    _say_stored(done, len(grid.cells))
+    for line in _failure_lines(done.failures):
         say(f"failed: {line}", style="red")
     if not done.runs:
         raise MeasurementError("no cell could be measured; the reasons are above")
     return done
 
 
-def say_found(done: Sweep, cells: int) -> None:
-    """What was not measured because it was stored."""
+def _say_stored(done: Sweep, cells: int) -> None:
+    """Say how many cells were not measured because they were stored."""
     if done.reused:
         say(f"{len(done.reused)} of {count(cells, 'cell')} stored already (--fresh measures anew)")
     if done.resumed:
         say(f"{len(done.resumed)} of {count(cells, 'cell')} stored already but for their times")
 
 
-def failure_lines(failures: Sequence[tuple[Cell, str]]) -> list[str]:
+def _failure_lines(failures: Sequence[tuple[Cell, str]]) -> list[str]:
     """One line for each cell without a run, or without times."""
     return [f"{cell.spec.title}: {error}" for cell, error in failures]
 
 
-def check_reference(wanted: str | None, grid: Grid) -> None:
+def _check_reference(wanted: str | None, grid: Grid) -> None:
     """Refuse a number that no cell has before anything is measured.
 
     Raises:
@@ -222,7 +225,7 @@ def check_reference(wanted: str | None, grid: Grid) -> None:
         raise _no_reference(wanted, len(grid.cells))
 
 
-def choose_reference(runs: Sequence[Run | None], wanted: str | None) -> Run:
+def _choose_reference(runs: Sequence[Run | None], wanted: str | None) -> Run:
     """The run that times are divided by: the first unless a number or a folder is given.
 
     Args:
@@ -258,27 +261,3 @@ def _reference_folder(runs: Sequence[Run | None], folder: Path) -> Run | None:
 def _no_reference(wanted: str, cells: int) -> UsageError:
     rule = f"--reference is the number of a measured cell, 1 to {cells}, or a run folder"
     return UsageError(rule, wanted, "use --reference 1")
-
-
-def write_files(result: Comparison, targets: Targets) -> None:
-    """The comparison in each format that was asked for.
-
-    Raises:
-        UsageError: a file cannot be written.
-    """
-    from gradflow.showing.formats import COMPARISON_FORMATS
-
-    for name, target in targets.items():
-        if target is not None:
-            write_text(target, COMPARISON_FORMATS[name](result))
-
-
-def show(result: Comparison) -> None:
-    """The tables on stdout."""
-    from rich.console import Console
-
-    from gradflow.showing.terminal.many_runs import comparison_view
-    from gradflow.showing.terminal.printing import print_view
-
-    console = Console(highlight=False)
-    print_view(comparison_view(result, drawn=can_draw(console.encoding)), console)

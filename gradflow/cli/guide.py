@@ -19,7 +19,7 @@ TOPICS = (
 _WIDEST = 100
 _LINK = re.compile(r"!?\[([^\]]+)\]\((?!https?:)([^)]+)\)")
 
-Topic = Annotated[str | None, typer.Argument(help="a topic of the list; without one, the list")]
+_Topic = Annotated[str | None, typer.Argument(help="a topic of the list; without one, the list")]
 
 
 def guide_page(topic: str) -> str:
@@ -32,12 +32,12 @@ def guide_page(topic: str) -> str:
     return files("gradflow").joinpath("guide", f"{topic}.md").read_text(encoding="utf-8")
 
 
-def summary(topic: str) -> str:
+def page_summary(topic: str) -> str:
     """The one line below a page's title, which says what the page is about."""
     return guide_page(topic).splitlines()[2]
 
 
-def guide(topic: Topic = None) -> None:
+def guide_command(topic: _Topic = None) -> None:
     """List the topics of the guide, or show the page of one, in a pager where there is one."""
     text = _contents() if topic is None else guide_page(topic)
     from rich.console import Console
@@ -57,7 +57,7 @@ def guide(topic: Topic = None) -> None:
 
 
 def _contents() -> str:
-    rows = [f"| {topic} | {summary(topic)} |" for topic in TOPICS]
+    rows = [f"| {topic} | {page_summary(topic)} |" for topic in TOPICS]
     table = "\n".join(["| topic | what it tells |", "| --- | --- |", *rows])
     return f"{table}\n\n`gradflow guide TOPIC` shows a page.\n"
 

@@ -8,25 +8,25 @@ from typing import Annotated
 
 import typer
 
-from gradflow.cli.common import Quiet, say, write_text
+from gradflow.cli.common import Quiet, say, show_view, write_text
 
-Results = Annotated[Path, typer.Option(help="folder that runs are stored in")]
-Page = Annotated[Path | None, typer.Option("--out", help="the page (report.html in --results)")]
-Png = Annotated[Path | None, typer.Option(metavar="DIR", help="each chart as a PNG there")]
-Svg = Annotated[Path | None, typer.Option(metavar="DIR", help="each chart as an SVG there")]
-Markdown = Annotated[
+_ResultsFolder = Annotated[Path, typer.Option(help="folder that runs are stored in")]
+_Page = Annotated[Path | None, typer.Option("--out", help="the page (report.html in --results)")]
+_Png = Annotated[Path | None, typer.Option(metavar="DIR", help="each chart as a PNG there")]
+_Svg = Annotated[Path | None, typer.Option(metavar="DIR", help="each chart as an SVG there")]
+_Markdown = Annotated[
     str | None,
     typer.Option(metavar="FILE", help="the runs in a Markdown table, - for stdout"),
 ]
 
 
-def report(
+def report_command(
     *,
-    results: Results = Path("results"),
-    out: Page = None,
-    png: Png = None,
-    svg: Svg = None,
-    markdown: Markdown = None,
+    results: _ResultsFolder = Path("results"),
+    out: _Page = None,
+    png: _Png = None,
+    svg: _Svg = None,
+    markdown: _Markdown = None,
     quiet: Quiet = False,
 ) -> None:
     """Make one page of the stored runs: verdicts, charts, environment; measures nothing."""
@@ -35,33 +35,28 @@ def report(
 
     page = results / "report.html" if out is None else out
     try:
-        found = read_results(results)
+        stored = read_results(results)
     except NothingToReadError as error:
-        say_skipped(error.skipped)
+        _say_skipped(error.skipped)
         raise
-    say_skipped(found.skipped)
-    for line in found.notes:
+    _say_skipped(stored.skipped)
+    for line in stored.notes:
         say(f"note: {line}", style="yellow")
-    report.write_page(found, page)
+    report.write_page(stored, page)
     for folder, kind in ((png, "png"), (svg, "svg")):
         if folder is not None:
-            report.write_pictures(found, folder, kind)
+            report.write_pictures(stored, folder, kind)
     if markdown is not None:
         from gradflow.showing.formats import results_markdown
 
-        write_text(markdown, results_markdown(found))
+        write_text(markdown, results_markdown(stored))
     if markdown != "-" and not quiet:
-        from rich.console import Console
-
         from gradflow.showing.terminal.many_runs import results_view
-        from gradflow.showing.terminal.printing import print_view
 
-        console = Console()
-        print_view(results_view(found), console)
-        console.print(f"page: {page}", soft_wrap=True, markup=False, highlight=False)
+        show_view(results_view(stored), numbers_coloured=True, then=f"page: {page}")
 
 
-def say_skipped(lines: Sequence[str]) -> None:
-    """What was not read."""
+def _say_skipped(lines: Sequence[str]) -> None:
+    """Say in a line each what was not read."""
     for line in lines:
         say(f"gradflow: {line}")

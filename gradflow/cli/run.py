@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,18 +15,20 @@ from gradflow.cli.common import (
     progress_bar,
     say,
     shortcut,
+    show_view,
     write_text,
 )
 from gradflow.cli.options import with_fields
 from gradflow.cli.theory_only import TheoryOnly, predict_run
 from gradflow.specs.parse_request import specification
+from gradflow.text import json_text
 
 if TYPE_CHECKING:
     from gradflow.runs.records import Run
 
 
 @with_fields()
-def run(
+def run_command(
     given: dict[str, Any],
     *,
     residual: Residual = False,
@@ -43,12 +44,14 @@ def run(
     if theory_only:
         predict_run(given, json, quiet=quiet)
         return
-    found = measure_and_store(given, out, quiet)
+    measured = measure_and_store(given, out, quiet)
     if json is not None:
-        write_text(json, as_json(found))
+        write_text(json, _run_json(measured))
     if json != "-" and not quiet:
-        show(found)
-    for warning in found.warnings:
+        from gradflow.showing.terminal.one_run import run_view
+
+        show_view(run_view(measured), numbers_coloured=True, then=f"stored in {measured.path}")
+    for warning in measured.warnings:
         say(f"warning: {warning}", style="yellow")
 
 
@@ -66,27 +69,16 @@ def measure_and_store(given: dict[str, Any], out: Path, quiet: bool) -> Run:
         return save(measure_any(spec, options, progress=progress, scratch=scratch), out)
 
 
-def show(found: Run) -> None:
-    """Table, profile and verdict on stdout."""
-    from rich.console import Console
-
-    from gradflow.showing.terminal.one_run import run_view
-    from gradflow.showing.terminal.printing import print_view
-
-    console = Console()
-    print_view(run_view(found), console)
-    console.print(f"stored in {found.path}", soft_wrap=True, markup=False, highlight=False)
-
-
-def as_json(found: Run) -> str:
+def _run_json(run: Run) -> str:
     """One JSON object: run, spec, summary, verdict."""
     from gradflow.runs.store import about
 
-    content = about(found)
-    shown = {
-        "run": str(found.path),
-        "spec": content["spec"],
-        "summary": content["summary"],
-        "verdict": found.summary.verdict,
-    }
-    return json.dumps(shown, indent=2, allow_nan=False) + "\n"
+    content = about(run)
+    return json_text(
+        {
+            "run": str(run.path),
+            "spec": content["spec"],
+            "summary": content["summary"],
+            "verdict": run.summary.verdict,
+        }
+    )

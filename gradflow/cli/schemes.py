@@ -6,18 +6,18 @@ from typing import Annotated
 
 import typer
 
-from gradflow.cli.common import Json, check_target, write_text
+from gradflow.cli.common import Json, check_target, show_view, write_text
 from gradflow.errors import UsageError
 
-Name = Annotated[
+_Name = Annotated[
     str | None, typer.Argument(help="a scheme of the list, or yours: my_scheme.py:SCHEME")
 ]
-Depth = Annotated[
+_Depth = Annotated[
     int | None, typer.Option(help="constants at this depth only; without it, at several")
 ]
 
 
-def schemes(name: Name = None, *, depth: Depth = None, json: Json = None) -> None:
+def schemes_command(name: _Name = None, *, depth: _Depth = None, json: Json = None) -> None:
     """List the published schemes, or tell all of one: equation, init, constants, claim, errors."""
     check_target(json)
     if depth is not None and depth < 1:
@@ -25,14 +25,9 @@ def schemes(name: Name = None, *, depth: Depth = None, json: Json = None) -> Non
     from gradflow.showing.terminal import schemes as pages
 
     depths = pages.CONSTANT_DEPTHS if depth is None else (depth,)
-    found = None if name is None else pages.find_scheme(name)
+    scheme = None if name is None else pages.find_scheme(name)
     if json is not None:
-        text = pages.zoo_json() if found is None else pages.scheme_json(*found, depths)
+        text = pages.zoo_json() if scheme is None else pages.scheme_json(*scheme, depths)
         write_text(json, text)
     if json != "-":
-        from rich.console import Console
-
-        from gradflow.showing.terminal.printing import print_view
-
-        view = pages.zoo_view() if found is None else pages.scheme_view(*found, depths)
-        print_view(view, Console(highlight=False))
+        show_view(pages.zoo_view() if scheme is None else pages.scheme_view(*scheme, depths))

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from gradflow.cli.common import Targets, write_text
+from gradflow.cli.common import Targets, show_view, write_targets, write_text
 from gradflow.errors import UsageError
 from gradflow.specs.grid import Grid
 from gradflow.specs.parse_request import Asked, specification
@@ -19,7 +19,7 @@ TheoryOnly = Annotated[
 
 
 def predict_run(given: dict[str, Any], target: str | None, *, quiet: bool) -> None:
-    """What `run --theory-only` does."""
+    """Predict one stack; write JSON to the target, show the view unless it would be in the way."""
     from gradflow.judging.outlook import outlook
     from gradflow.showing.formats import prediction_json
     from gradflow.showing.terminal.predictions import prediction_view
@@ -28,21 +28,19 @@ def predict_run(given: dict[str, Any], target: str | None, *, quiet: bool) -> No
     if target is not None:
         write_text(target, prediction_json(predicted))
     if target != "-" and not quiet:
-        _show(prediction_view(predicted))
+        show_view(prediction_view(predicted))
 
 
 def predict_grid(grid: Grid, targets: Targets, *, quiet: bool) -> None:
-    """What `compare --theory-only` does."""
+    """Predict every cell of a grid; write the targets, show the table unless one is stdout."""
     from gradflow.judging.outlook import outlook
     from gradflow.showing.formats import PREDICTION_FORMATS
     from gradflow.showing.terminal.predictions import predictions_view
 
     predicted = [outlook(*_stack(cell.spec, cell.options)) for cell in grid.cells]
-    for name, target in targets.items():
-        if target is not None:
-            write_text(target, PREDICTION_FORMATS[name](predicted))
+    write_targets(targets, PREDICTION_FORMATS, predicted)
     if not quiet and "-" not in targets.values():
-        _show(predictions_view(predicted))
+        show_view(predictions_view(predicted))
 
 
 def _stack(asked: Asked, options: RunOptions) -> tuple[StackSpec, RunOptions]:
@@ -50,11 +48,3 @@ def _stack(asked: Asked, options: RunOptions) -> tuple[StackSpec, RunOptions]:
         rule = "theory predicts stacks that gradflow builds"
         raise UsageError(rule, f"--model {asked.title}", "leave out --model, or --theory-only")
     return asked, options
-
-
-def _show(view: Any) -> None:
-    from rich.console import Console
-
-    from gradflow.showing.terminal.printing import print_view
-
-    print_view(view, Console(highlight=False))

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-import gradflow
 from gradflow.errors import UsageError
 from gradflow.specs.model_request import ModelRequest
 from gradflow.specs.model_spec import Spec, asked_for
+from gradflow.version import __version__
 
 LIBRARY = "transformers"
 
@@ -55,7 +55,7 @@ def _check_cuda(device: torch.device) -> None:
 def describe(spec: Spec | ModelRequest, device: torch.device) -> dict[str, Any]:
     """The environment as it is written to `run.json`."""
     return {
-        "gradflow": gradflow.__version__,
+        "gradflow": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),

@@ -287,7 +287,7 @@ def test_a_bad_value_is_refused_before_torch_is_loaded() -> None:
 
 
 def test_every_command_is_there() -> None:
-    names = [command.callback.__name__ for command in app.registered_commands if command.callback]
+    names = [command.name for command in app.registered_commands]
     assert names[0] == "run"
     assert stack.measure is gradflow.measure
 
@@ -309,19 +309,3 @@ def test_a_full_disk_behind_stdout_is_one_line(words: list[str]) -> None:
 def test_the_shortcut_is_said_once(cli: CommandLine, command: str, short: str) -> None:
     done = cli(command, short, "--shortcut", "plain")
     assert (done.code, short in done.complaint) == (2, True)
-
-
-@pytest.mark.parametrize(
-    ("line", "completed"),
-    [
-        ("gradflow ch", ["check"]),
-        ("gradflow run --dept", ["--depth"]),
-        ("gradflow no-such-command --dept", []),
-    ],
-)
-def test_the_shell_completes_commands_and_options(line: str, completed: list[str]) -> None:
-    place = str(len(line.split()) - 1)
-    asked = {"_GRADFLOW_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": place}
-    done = finish(start(**asked))
-    assert (done.code, done.err) == (0, "")
-    assert done.out.split() == completed

@@ -21,7 +21,7 @@ from gradflow.specs.block_kinds import ACTIVATIONS, BLOCKS, NORM_KINDS
 from gradflow.specs.stack_fields import DTYPES, INITS, LOSSES, NORMS, SHORTCUTS
 
 USAGE, FAILED = 2, 3
-COMMANDS = [command.callback.__name__ for command in app.registered_commands if command.callback]
+COMMANDS = [command.name for command in app.registered_commands]
 
 
 def one_of(flag: str, names: Sequence[str]) -> tuple[str, ...]:
@@ -168,6 +168,51 @@ def test_every_kind_of_error_has_its_exit_code(
 
     monkeypatch.setattr("gradflow.measuring.any.measure_any", fail)
     assert cli.run().code == code
+
+
+def break_down(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("gradflow.measuring.any.measure_any", fail)
+
+
+UNEXPECTED: dict[str, Exception] = {
+    "key": KeyError("a"),
+    "assertion": AssertionError(),
+    "two lines": RuntimeError("first\nsecond"),
+    "recursion": RecursionError("maximum recursion depth exceeded"),
+    "file": PermissionError(errno.EACCES, "Permission denied", "/some/file"),
+}
+
+
+@pytest.mark.parametrize("error", UNEXPECTED.values(), ids=UNEXPECTED)
+def test_an_error_nobody_expects_is_one_line_and_70(
+    cli: CommandLine, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.delenv("GRADFLOW_TRACEBACK", raising=False)
+    break_down(monkeypatch, error)
+    done = cli.run()
+    assert (done.code, done.out) == (errors.EXIT_INTERNAL, "") == (70, "")
+    assert f"an error of gradflow's own: {type(error).__name__}: " in done.complaint
+    assert done.complaint.endswith("; GRADFLOW_TRACEBACK=1 shows the traceback")
+    assert not cli.out.exists() or not list(cli.out.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [("1", True), ("yes", True), ("0", False), ("", False)]
+)
+def test_a_variable_shows_the_traceback(
+    cli: CommandLine, monkeypatch: pytest.MonkeyPatch, value: str, shown: bool
+) -> None:
+    monkeypatch.setenv("GRADFLOW_TRACEBACK", value)
+    break_down(monkeypatch, KeyError("a"))
+    done = cli.run()
+    assert done.code == 70
+    assert ("Traceback (most recent call last)" in done.err) == shown
+    assert ("in fail" in done.err) == shown
+    assert done.err.splitlines()[-1].startswith("gradflow: an error of gradflow's own: KeyError")
+    assert done.err.endswith("the traceback is above\n") == shown
 
 
 def test_a_usage_error_shows_text_as_it_is_and_the_rest_as_python() -> None:

@@ -14,7 +14,7 @@ from reference_tables import commands
 
 import gradflow
 from gradflow.cli.guide import TOPICS
-from gradflow.errors import EXIT_INTERRUPTED, EXIT_OK, GradflowError
+from gradflow.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_OK, GradflowError
 from gradflow.runs.records import TABLES, columns
 from gradflow.runs.summary import Summary
 from gradflow.schemes import SCHEMES
@@ -111,7 +111,7 @@ def test_the_first_page_names_every_block_and_every_name_of_the_package(name: st
 def test_the_guide_names_every_exit_code_and_no_other() -> None:
     table = PAGES["guard.md"].partition("| exit code | meaning |")[2].partition("\n\n")[0]
     kinds = [GradflowError, *GradflowError.__subclasses__()]
-    codes = {EXIT_OK, EXIT_INTERRUPTED, *(kind.exit_code for kind in kinds)}
+    codes = {EXIT_OK, EXIT_INTERNAL, EXIT_INTERRUPTED, *(kind.exit_code for kind in kinds)}
     assert {int(code) for code in re.findall(r"^\| (\d+) \|", table, re.MULTILINE)} == codes
     (usage,) = re.findall(r"^\| 2 \| (.*) \|$", table, re.MULTILINE)
     assert "`check`: no bound is broken, but a run could not be read" in usage

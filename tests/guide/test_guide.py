@@ -25,7 +25,7 @@ def test_a_page_has_a_title_and_a_summary_in_one_line(topic: str) -> None:
     title, empty, summary, then = guide.guide_page(topic).splitlines()[:4]
     assert title.startswith("# ")
     assert (empty, then) == ("", "")
-    assert summary == guide.summary(topic)
+    assert summary == guide.page_summary(topic)
     assert 20 < len(summary) <= 120
     assert summary.endswith((".", "?"))
 
@@ -35,7 +35,7 @@ def test_the_list_shows_every_topic_with_its_summary(cli: CommandLine) -> None:
     assert (done.code, done.err) == (0, "")
     text = " ".join(done.out.split())
     for topic in TOPICS:
-        first = " ".join(guide.summary(topic).replace("`", "").split()[:4])
+        first = " ".join(guide.page_summary(topic).replace("`", "").split()[:4])
         assert f"{topic} {first}" in text
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import typer
 
 from gradflow.cli.app import app
-from gradflow.errors import EXIT_INTERRUPTED, EXIT_OK, GradflowError
+from gradflow.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_OK, GradflowError
 from gradflow.judging.training_outcome import TRAINING_CLASSES
 from gradflow.judging.verdicts import VERDICTS
 from gradflow.runs.records import TABLES
@@ -24,6 +24,7 @@ PAGE = REPOSITORY / "gradflow" / "guide" / "reference.md"
 PUBLIC_MODULES = (
     *("gradflow", "gradflow.watching", "gradflow.watching.callbacks", "gradflow.pytest_plugin"),
 )
+INTERNAL = "An error of gradflow's own, in one line; `GRADFLOW_TRACEBACK=1` shows the traceback."
 _MARKED = re.compile(r"<!-- table: ([\w .]+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
@@ -92,6 +93,7 @@ def exit_code_table() -> str:
     rows = [(str(EXIT_OK), "The command did what it was asked for.")]
     for code, kinds in exit_codes().items():
         rows.append((str(code), " ".join(_first_line(kind) for kind in kinds)))
+    rows.append((str(EXIT_INTERNAL), INTERNAL))
     rows.append((str(EXIT_INTERRUPTED), "Interrupted; nothing half-written remains."))
     return markdown(("exit code", "meaning"), rows)
 

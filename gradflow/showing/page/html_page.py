@@ -22,7 +22,6 @@ import vl_convert
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-import gradflow
 from gradflow.judging.naming import names, shared
 from gradflow.judging.verdicts import VERDICTS
 from gradflow.runs.reading import Results, StoredRun
@@ -35,6 +34,7 @@ from gradflow.showing.sentences import (
     run_sentence,
 )
 from gradflow.text import count, milliseconds, number, printable, signed
+from gradflow.version import __version__
 
 _WARNINGS_SHOWN = 2
 _SKIPPED_SHOWN = 20
@@ -70,7 +70,7 @@ def render(results: Results, shown: ShownRuns) -> str:
     template = environment.from_string(_file("report.html"))
     scripts = [_script(vega()), _script(_file("report.js"))]
     return template.render(
-        version=gradflow.__version__,
+        version=__version__,
         scripts=scripts,
         policy=" ".join(_hash(script) for script in scripts),
         style=Markup(_file("report.css")),
