@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from gradflow.runs.store import save as save
     from gradflow.specs.run_options import RunOptions as RunOptions
     from gradflow.specs.stack import StackSpec as StackSpec
-    from gradflow.specs.user_code import from_file as from_file
+    from gradflow.specs.user_files import from_file as from_file
     from gradflow.watching import watch as watch
 
 _HOMES = {
@@ -28,7 +28,7 @@ _HOMES = {
     "load": "gradflow.runs.store",
     "save": "gradflow.runs.store",
     "watch": "gradflow.watching",
-    "from_file": "gradflow.specs.user_code",
+    "from_file": "gradflow.specs.user_files",
 }
 
 __all__ = [

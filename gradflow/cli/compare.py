@@ -33,7 +33,7 @@ from gradflow.cli.theory_only import TheoryOnly, predict_grid
 from gradflow.errors import MeasurementError, RunFolderError, UsageError
 from gradflow.specs.fields import check_choice
 from gradflow.specs.grid import DEFAULT_GRID, EXECUTORS, Cell, Grid, expand
-from gradflow.specs.parse_request import MODEL_FIELDS, STACK_FIELDS
+from gradflow.specs.requests import MODEL_FIELDS, STACK_FIELDS
 from gradflow.text import can_draw, count
 
 if TYPE_CHECKING:
@@ -189,7 +189,7 @@ def _measure_grid(
     check_choice("--executor", chosen.name, EXECUTORS)
     check_writable(out)
     with progress_bar(quiet) as progress:
-        from gradflow.sweeps.executors import make_executor
+        from gradflow.sweeps.cells import make_executor
         from gradflow.sweeps.sweep import sweep
 
         executor = make_executor(chosen.name, len(grid.cells), chosen.workers, chosen.address)

@@ -18,17 +18,17 @@ import typer
 
 from gradflow.errors import UsageError
 from gradflow.specs.fields import Option, flag, options_of
-from gradflow.specs.model_request import ModelRequest
-from gradflow.specs.ranges import expand_range
+from gradflow.specs.grid import expand_range
+from gradflow.specs.model_spec import ModelRequest
 from gradflow.specs.run_options import RunOptions
 from gradflow.specs.stack import StackSpec
-from gradflow.specs.user_code import from_file, is_reference
+from gradflow.specs.user_files import from_file, names_file_object
 
-PANELS = {StackSpec: "Stack", ModelRequest: "Model", RunOptions: "Measurement"}
-Command = Callable[..., None]
+_PANELS = {StackSpec: "Stack", ModelRequest: "Model", RunOptions: "Measurement"}
+_Command = Callable[..., None]
 
 
-def with_fields(*, lists: bool = False) -> Callable[[Command], Command]:
+def with_fields(*, lists: bool = False) -> Callable[[_Command], _Command]:
     """Give a command an option for every field of the three classes that is one.
 
     The command gets those that were given, with their values, as its first argument, a dictionary
@@ -40,7 +40,7 @@ def with_fields(*, lists: bool = False) -> Callable[[Command], Command]:
     made = [_parameter(name, lists=lists) for name in _options()]
     names = {parameter.name for parameter in made}
 
-    def decorate(command: Command) -> Command:
+    def decorate(command: _Command) -> _Command:
         @wraps(command)
         def wrapper(**values: Any) -> None:
             given = {k: v for k, v in values.items() if k in names and v not in (None, [])}
@@ -79,13 +79,13 @@ def parse_lists(given: dict[str, Any]) -> dict[str, list[Any]]:
 def _list(name: str, value: Any) -> list[Any]:
     about = _options()[name].about
     if about.repeated:
-        return settings_product(value)
+        return _settings_product(value)
     if about.whole or not isinstance(value, str):
         return [_value(name, value) if isinstance(value, str) else value]
     return [v for word in value.split(",") for v in _values(name, word)]
 
 
-def settings_product(given: Sequence[str]) -> list[str]:
+def _settings_product(given: Sequence[str]) -> list[str]:
     """Every combination of settings: `["n_layer=12,24", "n_head=4"]` has two."""
     lists = []
     for text in given:
@@ -122,7 +122,7 @@ def _value(name: str, text: str) -> Any:
     known = _options()[name]
     _, meaning, example, convert = _KINDS[known.kind]
     word = text.strip()
-    if known.about.from_file and is_reference(word):
+    if known.about.from_file and names_file_object(word):
         return from_file(word)
     try:
         if not word:
@@ -148,10 +148,10 @@ class _CommandOption:
 @cache
 def _options() -> dict[str, _CommandOption]:
     """Every option by name, in the order of the help."""
-    hints = {cls: get_type_hints(cls) for cls in PANELS}
+    hints = {cls: get_type_hints(cls) for cls in _PANELS}
     return {
         field.name: _CommandOption(about, field.default, _plain_type(hints[cls][field.name]), panel)
-        for cls, panel in PANELS.items()
+        for cls, panel in _PANELS.items()
         for field, about in options_of(cls)
     }
 
@@ -159,7 +159,7 @@ def _options() -> dict[str, _CommandOption]:
 def _parameter(name: str, *, lists: bool) -> inspect.Parameter:
     known = _options()[name]
     # A network is causal or not, so both can be compared; other flags say how all are measured.
-    is_flag = known.kind is bool and not (lists and known.panel == PANELS[StackSpec])
+    is_flag = known.kind is bool and not (lists and known.panel == _PANELS[StackSpec])
     more = ",..." if lists else ""
     info = typer.Option(
         f"{flag(name)}/{flag('no_' + name)}" if is_flag else flag(name),

@@ -20,7 +20,7 @@ from gradflow.cli.common import (
 )
 from gradflow.cli.options import with_fields
 from gradflow.cli.theory_only import TheoryOnly, predict_run
-from gradflow.specs.parse_request import specification
+from gradflow.specs.requests import specification
 from gradflow.text import json_text
 
 if TYPE_CHECKING:

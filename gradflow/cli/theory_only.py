@@ -9,7 +9,7 @@ import typer
 from gradflow.cli.common import Targets, show_view, write_targets, write_text
 from gradflow.errors import UsageError
 from gradflow.specs.grid import Grid
-from gradflow.specs.parse_request import Asked, specification
+from gradflow.specs.requests import Asked, specification
 from gradflow.specs.run_options import RunOptions
 from gradflow.specs.stack import StackSpec
 

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 
 from gradflow.errors import UsageError
-from gradflow.specs.model_request import ModelRequest
-from gradflow.specs.model_spec import Spec, asked_for
+from gradflow.specs.model_spec import ModelRequest, Spec, asked_for
 from gradflow.version import __version__
 
 LIBRARY = "transformers"

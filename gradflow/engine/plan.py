@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from gradflow.errors import UsageError
-from gradflow.specs import user_code
 from gradflow.specs.run_options import RunOptions
 from gradflow.specs.stack import StackSpec
+from gradflow.specs.user_files import is_user_name
 from gradflow.text import count, gib
 
 # Of the free memory a choice of its own takes no more than this; a given limit is used whole.
@@ -275,8 +275,8 @@ def _refusal(spec: StackSpec, options: RunOptions) -> str | None:
         "training": options.steps > 0,
         "--compile": options.compile,
         "weights of a checkpoint": bool(spec.weights),
-        "a block of your own": user_code.is_user_name(spec.block),
-        "a scheme of your own": user_code.is_user_name(spec.scheme or ""),
+        "a block of your own": is_user_name(spec.block),
+        "a scheme of your own": is_user_name(spec.scheme or ""),
         "branches that are dropped at random": any(w.unit == "stochastic" for w in wirings),
         f"more than {MOST_SEEDS} seeds": options.seeds > MOST_SEEDS,
         "a scheme that profiles each seed": spec.scheme is not None and spec.scheme_record.profiled,

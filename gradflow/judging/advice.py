@@ -6,7 +6,7 @@ from gradflow.judging.verdicts import Finding
 from gradflow.specs.model_spec import ModelSpec, Spec
 from gradflow.specs.run_options import RunOptions
 from gradflow.specs.stack import StackSpec
-from gradflow.specs.user_code import shown
+from gradflow.specs.user_files import without_digest
 
 
 def advice(finding: Finding, spec: Spec, options: RunOptions) -> str:
@@ -38,7 +38,7 @@ def _remedy(finding: Finding, spec: StackSpec, options: RunOptions) -> str:
 
 def _redesign(spec: StackSpec) -> str:
     if spec.scheme is not None:
-        return f"{shown(spec.scheme)} does so here; `gradflow schemes` lists the others."
+        return f"{without_digest(spec.scheme)} does so here; `gradflow schemes` lists the others."
     if not spec.has_shortcut:
         return "Add shortcuts: --shortcut residual."
     if spec.norm == "none":

@@ -9,11 +9,10 @@ from typing import Any
 
 from gradflow.runs.described import Described
 from gradflow.specs.fields import deciding, options_of
-from gradflow.specs.model_request import ModelRequest, without_digest
-from gradflow.specs.model_spec import asked_for
+from gradflow.specs.model_spec import ModelRequest, asked_for
 from gradflow.specs.run_options import RunOptions
 from gradflow.specs.stack import StackSpec
-from gradflow.specs.user_code import shown
+from gradflow.specs.user_files import without_digest
 
 # Depth is an axis of its own, and these always stand in a name where they differ.
 _LEADING = ("like", "weights", "shortcut", "block", "norm")
@@ -28,7 +27,7 @@ _WORDS: dict[str, Callable[[Any], str]] = {
     "loss": lambda loss: f"{loss} loss",
     "qk_norm": lambda _: "qk-norm",
     "bias": lambda bias: f"bias {bias}",
-    "scheme": shown,
+    "scheme": without_digest,
     "set": str,
     "input": lambda value: f"input {without_digest(value)}",
     "seeds": lambda seeds: f"{seeds} seeds",
@@ -105,8 +104,10 @@ def names(runs: Sequence[Described]) -> list[Name]:
 def _called(runs: Sequence[Described]) -> dict[str, str]:
     """What schemes and blocks are called: with the digest only where it tells two files apart."""
     known = {str(_value(run, n)) for run in runs for n in ("scheme", "shortcut", "block")}
-    often = Counter(map(shown, known))
-    return {name: shown(name) if often[shown(name)] == 1 else name for name in known}
+    often = Counter(map(without_digest, known))
+    return {
+        name: without_digest(name) if often[without_digest(name)] == 1 else name for name in known
+    }
 
 
 def shared(runs: Sequence[Described]) -> str:
@@ -128,7 +129,7 @@ def word(name: str, value: object) -> str:
     plain = name.replace("_", " ")
     if value is True:
         return plain
-    return shown(str(value)) if name in _LEADING else f"{plain} {value}"
+    return without_digest(str(value)) if name in _LEADING else f"{plain} {value}"
 
 
 def _design(run: Described, words: Sequence[str], leading: Sequence[str]) -> str:

@@ -14,7 +14,7 @@ from gradflow.engine.timing import Timer, stack_timer
 from gradflow.measuring.stack import measure
 from gradflow.progress import Progress
 from gradflow.runs.records import Run
-from gradflow.specs.model_request import ModelRequest
+from gradflow.specs.model_spec import ModelRequest
 from gradflow.specs.run_options import RunOptions
 from gradflow.specs.stack import StackSpec
 

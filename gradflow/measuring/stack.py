@@ -39,9 +39,9 @@ from gradflow.networks.stack import Block
 from gradflow.networks.units.template import Compiled
 from gradflow.progress import Progress, counter
 from gradflow.runs.records import Run, StepRecord, Timing
+from gradflow.specs.requests import as_trained
 from gradflow.specs.run_options import RunOptions
 from gradflow.specs.stack import StackSpec
-from gradflow.specs.training_spec import as_trained
 from gradflow.training.steps import train_stack
 
 WalkT = TypeVar("WalkT", Walk, SeedWalk)

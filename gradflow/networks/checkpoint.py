@@ -16,8 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from gradflow.errors import UsageError
-from gradflow.specs.checkpoint_folders import INDEX, Pretrained, files_of
-from gradflow.specs.checkpoint_formats import Source
+from gradflow.specs.checkpoints import INDEX, ParameterSource, Pretrained, files_of
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -98,13 +97,13 @@ class Tensors:
             found = dict.fromkeys(self._file(found).keys(), found)
         self._where = found
 
-    def fill(self, parameter: Tensor, name: str, source: Source | None = None) -> None:
+    def fill(self, parameter: Tensor, name: str, source: ParameterSource | None = None) -> None:
         """Copy a tensor, or the part that the source says, into a parameter.
 
         Raises:
             UsageError: it is missing, broken, or of another shape.
         """
-        source = source or Source("")
+        source = source or ParameterSource("")
         flip = source.transposed and parameter.ndim == 2
         shape = list(reversed(parameter.shape)) if flip else list(parameter.shape)
         out = shape[-1]

@@ -14,7 +14,7 @@ from gradflow.networks.blocks import Linear
 from gradflow.networks.checkpoint import embed, load_head
 from gradflow.networks.initial import Slot, fill, generator
 from gradflow.networks.norms import norm_of_kind
-from gradflow.specs.checkpoint_folders import Pretrained
+from gradflow.specs.checkpoints import Pretrained
 from gradflow.specs.stack import StackSpec
 
 CPU = torch.device("cpu")

@@ -25,9 +25,9 @@ from gradflow.networks.units.hyper import HyperUnit, ManifoldUnit
 from gradflow.networks.units.ngpt import NgptUnit
 from gradflow.networks.units.streams import B2tUnit, DualUnit, SiameseUnit, ValueResidualUnit
 from gradflow.networks.units.template import Scale, Unit
-from gradflow.specs import user_code
 from gradflow.specs.fields import check_choice
 from gradflow.specs.stack import StackSpec
+from gradflow.specs.user_files import is_user_name
 
 # The template, and wirings of their own (`Wiring.unit`).
 UNITS: dict[str, type[Unit]] = {
@@ -100,7 +100,7 @@ def redraw(block: Block, spec: StackSpec, seed: int, layer: int, device: torch.d
 def _draw_block(spec: StackSpec, seed: int, layer: int, device: torch.device) -> Block:
     """What does not depend on a forward pass."""
     block = Block(spec, layer)
-    if user_code.is_user_name(spec.block):  # whose modules may have buffers
+    if is_user_name(spec.block):  # whose modules may have buffers
         block.to(device, getattr(torch, spec.dtype))
     slots = [slot for unit in block.units for slot in unit_slots(spec, unit)]
     block.source = fill(slots, spec, device, generator(device, seed, "layer", layer))

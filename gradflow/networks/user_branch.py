@@ -22,16 +22,16 @@ from gradflow.errors import UsageError
 from gradflow.networks.blocks import Branch, MakeBranch
 from gradflow.networks.initial import Slot, bias_std, fans, weight_std
 from gradflow.schemes.wiring import Wiring
-from gradflow.specs import user_code
+from gradflow.specs.block_kinds import branch_class
 from gradflow.specs.stack import StackSpec
-from gradflow.specs.user_blocks import branch_class
+from gradflow.specs.user_files import is_user_name, told, without_digest
 
 
 def make_branch(
     spec: StackSpec, wiring: Wiring, name: str, branches: Mapping[str, MakeBranch]
 ) -> Branch:
     """The branch of a unit: one of `branches`, or the user's own."""
-    if user_code.is_user_name(spec.block):
+    if is_user_name(spec.block):
         return UserBranch(spec, wiring)
     return branches[name](spec, wiring)
 
@@ -66,7 +66,7 @@ class UserBranch(Branch):
 
     def __init__(self, spec: StackSpec, wiring: Wiring) -> None:
         super().__init__()
-        self.title = user_code.shown(spec.block)
+        self.title = without_digest(spec.block)
         self.module, other = (_made(spec, wiring, seed) for seed in (0, 1))
         self.norms_inside = bool(getattr(self.module, "norms_inside", False))
         self.feeds_activation = tuple(getattr(self.module, "feeds_activation", ()))
@@ -106,7 +106,7 @@ class UserBranch(Branch):
         except Exception as error:
             if "memory" in str(error):  # `measure` tells how much is needed
                 raise
-            got = f"{user_code.told(error)}, with x {_described(x)}"
+            got = f"{told(error)}, with x {_described(x)}"
             raise UsageError(f"{self.title} computes f(x)", got, "mend its forward") from None
         if _described(y) != _described(x):
             rule = f"{self.title} gives a tensor like x, {_described(x)}"
@@ -136,8 +136,8 @@ def _made(spec: StackSpec, wiring: Wiring, seed: int) -> nn.Module:
         try:
             module = made(spec, wiring)
         except Exception as error:  # noqa: BLE001 (a user's code may raise anything)
-            rule = f"{user_code.shown(name)} is made from (spec, wiring)"
-            raise UsageError(rule, user_code.told(error), "mend its constructor") from None
+            rule = f"{without_digest(name)} is made from (spec, wiring)"
+            raise UsageError(rule, told(error), "mend its constructor") from None
     assert isinstance(module, nn.Module)
     return module
 

@@ -15,7 +15,7 @@ from gradflow.errors import RunFolderError, UsageError
 from gradflow.runs.consistency import Broken, contradiction, same_network
 from gradflow.runs.store import plain, read_about
 from gradflow.runs.summary import Summary
-from gradflow.specs.json_types import expect, expect_items, typed
+from gradflow.specs.fields import expect, expect_items, typed
 from gradflow.specs.model_spec import Spec, spec_from_json
 from gradflow.specs.run_options import RunOptions
 from gradflow.text import printable

@@ -30,7 +30,7 @@ from gradflow.runs.records import (
 )
 from gradflow.runs.staging import check_writable, not_stored, publish, remove_abandoned, staging
 from gradflow.runs.summary import Summary
-from gradflow.specs.json_types import expect, expect_items, typed
+from gradflow.specs.fields import expect, expect_items, typed
 from gradflow.specs.model_spec import spec_from_json
 from gradflow.specs.run_options import RunOptions
 from gradflow.specs.stack import run_key

@@ -13,7 +13,7 @@ from gradflow.judging.verdicts import VERDICTS, verdict_named
 from gradflow.runs.described import Described
 from gradflow.runs.reading import Results, StoredRun
 from gradflow.runs.summary import Summary
-from gradflow.specs.user_code import shown
+from gradflow.specs.user_files import without_digest
 from gradflow.text import count, in_superscript, number, signed, two_digits
 
 _MOST_DESIGNS = 6
@@ -91,7 +91,7 @@ def run_sentence(run: StoredRun) -> str:
     verdict = verdict_named(summary.verdict)
     told = [f"{verdict.of_one}{_where(summary)}{_change(summary, depth)}."]
     if summary.departures:
-        told.append(f"This is {shown(str(run.spec.scheme))} with {summary.departures}.")
+        told.append(f"This is {without_digest(str(run.spec.scheme))} with {summary.departures}.")
     advice = [] if verdict.passes else [summary.advice]
     trained = _training_sentence(summary) if summary.outcome else ""
     return " ".join(filter(None, [*told, *advice, theory_sentence(summary), trained]))

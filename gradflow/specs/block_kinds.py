@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
+
+from gradflow.errors import UsageError
+from gradflow.specs.user_files import loaded, object_name, without_digest
 
 
 @dataclass(frozen=True)
@@ -20,8 +25,8 @@ class BlockKind:
     options: tuple[str, ...] = ()
 
 
-ATTENTION_OPTIONS = ("heads", "kv_heads", "head_dim", "rope", "causal", "qk_norm")
-FFN_OPTIONS = ("ffn_mult", "ffn_width", "gated")
+_ATTENTION_OPTIONS = ("heads", "kv_heads", "head_dim", "rope", "causal", "qk_norm")
+_FFN_OPTIONS = ("ffn_mult", "ffn_width", "gated")
 
 BLOCKS: dict[str, BlockKind] = {
     "mlp": BlockKind(("mlp",), "vectors", "relu", "phi(Wx + b)"),
@@ -34,21 +39,21 @@ BLOCKS: dict[str, BlockKind] = {
         "tokens",
         "gelu",
         "multi-head self-attention",
-        (*ATTENTION_OPTIONS, "bias", "seq_len"),
+        (*_ATTENTION_OPTIONS, "bias", "seq_len"),
     ),
     "ffn": BlockKind(
         ("ffn",),
         "tokens",
         "gelu",
         "Linear, activation, Linear",
-        (*FFN_OPTIONS, "bias", "seq_len"),
+        (*_FFN_OPTIONS, "bias", "seq_len"),
     ),
     "transformer": BlockKind(
         ("attention", "ffn"),
         "tokens",
         "gelu",
         "an attention unit, then an ffn unit",
-        (*ATTENTION_OPTIONS, *FFN_OPTIONS, "bias", "seq_len"),
+        (*_ATTENTION_OPTIONS, *_FFN_OPTIONS, "bias", "seq_len"),
     ),
 }
 
@@ -84,3 +89,72 @@ ACTIVATIONS = ("relu", "gelu", "gelu-tanh", "tanh", "silu", "erf", "linear")
 
 # Torch's own number of groups would not divide narrow widths; 8 is GroupNorm's usual small choice.
 GROUPS = 8
+
+
+def user_block_kind(name: str, options: Collection[str]) -> BlockKind:
+    """What a user's own branch says of itself in attributes of its class.
+
+    Args:
+        name: of the block, as `from_file` returns it.
+        options: the options that belong to some blocks only.
+
+    Raises:
+        UsageError: its file was not loaded, or an attribute breaks the interface.
+    """
+    # Queries and keys are inside a branch: only its own code could normalise them.
+    known = [option for option in options if option != "qk_norm"]
+    domain = _declared(name, "domain", "tokens", DOMAINS)
+    usual = "gelu" if domain == "tokens" else "relu"
+    activation = _declared(name, "activation", usual, ACTIVATIONS)
+    own = (*_declared_options(name, known), *DOMAINS[domain].sizes)
+    return BlockKind((object_name(name),), domain, activation, "a branch of your own", own)
+
+
+def branch_class(name: str) -> Any:
+    """The class of a user's branch.
+
+    Raises:
+        UsageError: its file was not loaded, or it is no class of modules.
+    """
+    found = loaded(name)
+    if not isinstance(found, type) or not any(map(_is_module, found.__mro__)):
+        what = found.__name__ if isinstance(found, type) else type(found).__name__
+        rule = f"{without_digest(name)} is a class of torch.nn.Module"
+        raise UsageError(rule, what, "derive it from nn.Module, or give another name of the file")
+    return found
+
+
+def _is_module(base: type) -> bool:
+    return (base.__module__, base.__name__) == ("torch.nn.modules.module", "Module")
+
+
+def _declared(name: str, attribute: str, default: str, known: Collection[str]) -> str:
+    """A class attribute that is one of the known names.
+
+    Raises:
+        UsageError: it is none of them.
+    """
+    value = getattr(branch_class(name), attribute, default)
+    _check_declared(name, attribute, value, known)
+    return str(value)
+
+
+def _declared_options(name: str, known: Collection[str]) -> tuple[str, ...]:
+    """The class attribute `options`: fields of the spec that mean something for the branch.
+
+    Raises:
+        UsageError: it is no tuple, or names a field that is no option of blocks.
+    """
+    values = getattr(branch_class(name), "options", ())
+    if not isinstance(values, tuple):
+        rule = f"options of {without_digest(name)} is a tuple of names"
+        raise UsageError(rule, repr(values), "use for example ('heads',)")
+    for value in values:
+        _check_declared(name, "options", value, known)
+    return values
+
+
+def _check_declared(name: str, attribute: str, value: object, known: Collection[str]) -> None:
+    if value not in tuple(known):
+        rule = f"{attribute} of {without_digest(name)} is one of the known names"
+        raise UsageError(rule, repr(value), f"use {', '.join(known)}")

@@ -10,10 +10,10 @@ from typing import Any
 
 from gradflow.errors import UsageError
 from gradflow.schemes.wiring import Wiring
-from gradflow.specs import user_code
 from gradflow.specs.block_kinds import BlockKind
 from gradflow.specs.fields import flag
 from gradflow.specs.stack_fields import StackFields
+from gradflow.specs.user_files import without_digest
 
 # By kind of unit (`Wiring.unit`), what it has in place of the option; None: as without it.
 OWN_FORMS: dict[str, dict[str, Any]] = {
@@ -50,7 +50,7 @@ def check_unit(spec: StackFields, wiring: Wiring) -> None:
             remedy = f"use {_option(name, value if same is None else same)}"
             left_out = value is None and same is None
             raise UsageError(
-                f"--scheme {user_code.shown(str(spec.scheme))} decides {flag(name)} itself",
+                f"--scheme {without_digest(str(spec.scheme))} decides {flag(name)} itself",
                 _option(name, given),
                 f"leave out {flag(name)}" if left_out else remedy,
             )
@@ -78,7 +78,7 @@ def check_no_norm_kind(scheme: str | None, norm_kind: str | None) -> None:
         UsageError: a kind of norm is given.
     """
     if norm_kind is not None and scheme is not None:
-        rule = f"--scheme {user_code.shown(scheme)} has no norms"
+        rule = f"--scheme {without_digest(scheme)} has no norms"
         raise UsageError(rule, _option("norm_kind", norm_kind), "leave out --norm-kind")
 
 
@@ -88,6 +88,6 @@ def _check_values(spec: StackFields) -> None:
     if (spec.kv_heads or heads) * spec.head_size != spec.width:
         parts = {"heads": heads, "kv_heads": spec.kv_heads, "head_dim": spec.head_dim}
         got = " ".join(_option(name, part) for name, part in parts.items() if part is not None)
-        rule = f"--scheme {user_code.shown(str(spec.scheme))} hands on values as wide as the stream"
+        rule = f"--scheme {without_digest(str(spec.scheme))} hands on values as wide as the stream"
         remedy = f"use --kv-heads {heads} --head-dim {max(spec.width // heads, 1)}"
         raise UsageError(rule, f"--width {spec.width} {got}", remedy)

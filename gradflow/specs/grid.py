@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import product
 from typing import Any
 
 from gradflow.errors import UsageError
-from gradflow.specs import user_code
 from gradflow.specs.fields import check_choice, flag
-from gradflow.specs.model_request import ModelRequest, locate_model
-from gradflow.specs.parse_request import STACK_FIELDS, Asked, specification
+from gradflow.specs.model_spec import ModelRequest, locate_model
+from gradflow.specs.requests import STACK_FIELDS, Asked, specification
 from gradflow.specs.run_options import TRAINING_DEFAULTS, RunOptions
 from gradflow.specs.stack import StackSpec, run_key
 from gradflow.specs.stack_fields import BLOCK_OPTIONS, DEFAULT_BLOCK, block_kind
+from gradflow.specs.user_files import is_user_name, reference_of, without_digest
 from gradflow.specs.user_schemes import scheme_named
 
 # What bare `gradflow compare` measures.
@@ -27,9 +28,9 @@ DEFAULT_GRID: dict[str, list[Any]] = {
 # Where cells are measured; the executors themselves need torch, so their names stand here.
 EXECUTORS = ("auto", "serial", "processes", "ray")
 
-MEASURING = {f.name for f in fields(RunOptions)}
+_MEASURING = {f.name for f in fields(RunOptions)}
 # Layers of a model that does not say how many it has.
-USUAL_DEPTH = 12
+_USUAL_DEPTH = 12
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Cell:
             object.__setattr__(self, "code", ())
             return
         names = [str(name) for name in (self.spec.scheme, self.spec.block)]
-        code = [(name, user_code.reference_of(name)) for name in names]
+        code = [(name, reference_of(name)) for name in names]
         object.__setattr__(self, "code", tuple(pair for pair in code if pair[1]))
 
     @property
@@ -62,7 +63,7 @@ class Cell:
     @property
     def layers(self) -> int:
         """How much work it is, in layers; of a model not more than a guess."""
-        return self.spec.depth or USUAL_DEPTH
+        return self.spec.depth or _USUAL_DEPTH
 
     @property
     def is_lasting(self) -> bool:
@@ -102,7 +103,7 @@ def expand(lists: Mapping[str, Sequence[Any]]) -> Grid:
     for values in product(*lists.values()):
         chosen = dict(zip(lists, values, strict=True))
         kept = {name: value for name, value in chosen.items() if not _idle(name, chosen)}
-        RunOptions(**{k: v for k, v in kept.items() if k in MEASURING})
+        RunOptions(**{k: v for k, v in kept.items() if k in _MEASURING})
         try:
             spec, options = specification(kept)
         except UsageError as error:
@@ -126,7 +127,7 @@ def _check_names(lists: Mapping[str, Sequence[Any]]) -> None:
 
 
 def _check_value(name: str, value: Any) -> None:
-    if user_code.is_user_name(value):
+    if is_user_name(value):
         StackSpec(**{name: value})
     elif name == "scheme" and value is not None:
         scheme_named(value)
@@ -181,4 +182,45 @@ def _left_out(name: str, lists: Mapping[str, Sequence[Any]]) -> Iterator[str]:
 
 def _spelled(chosen: Mapping[str, Any], lists: Mapping[str, Sequence[Any]]) -> str:
     varying = {name: chosen[name] for name in chosen if len(lists[name]) > 1} or chosen
-    return " ".join(f"{flag(n)} {user_code.shown(str(value))}" for n, value in varying.items())
+    return " ".join(f"{flag(n)} {without_digest(str(value))}" for n, value in varying.items())
+
+
+_RANGE = re.compile(r"(\d+)\.\.(\d+)(?::(log)?(\d+)?)?")
+# Of a logarithmic range without a count: 10, 32, 100, ...
+_PER_DECADE = 2
+
+
+def expand_range(word: str) -> list[int] | None:
+    """The whole numbers of a range, each once and rising; None where the word is no range.
+
+    `a..b` counts in ones, `a..b:s` in steps of s, `a..b:log` goes in half decades and `a..b:logN`
+    in N numbers, both ends among them.
+
+    Raises:
+        ValueError: a range that holds nothing, or has no steps.
+    """
+    match = _RANGE.fullmatch(word)
+    if match is None or word.endswith(":"):
+        return None
+    low, high, by = int(match[1]), int(match[2]), int(match[4] or 0)
+    if low > high or (match[4] and by < 1):
+        raise ValueError(word)
+    return _log_range(low, high, by) if match[3] else list(range(low, high + 1, by or 1))
+
+
+def _log_range(low: int, high: int, count: int) -> list[int]:
+    if low < 1:
+        raise ValueError(low)
+    ratio = high / low
+    if count:
+        return _rounded([low * ratio ** (i / max(count - 1, 1)) for i in range(count)], high)
+    step = 10 ** (1 / _PER_DECADE)
+    numbers, place = [], 0
+    while low * step**place < high * (1 - 1e-9):
+        numbers.append(low * step**place)
+        place += 1
+    return _rounded([*numbers, high], high)
+
+
+def _rounded(numbers: list[float], high: int) -> list[int]:
+    return list(dict.fromkeys(min(high, round(number)) for number in numbers))

@@ -15,7 +15,7 @@ from gradflow.errors import UsageError
 
 
 @dataclass(frozen=True)
-class Shape:
+class PublishedShape:
     """One published network.
 
     Attributes:
@@ -49,63 +49,63 @@ _GPT2_SOURCE = "Radford et al. 2019 (GPT-2), table 2; sizes as released"
 _LLAMA3_SOURCE = "Llama Team 2024, arXiv:2407.21783, table 3; init of the release's library"
 _BERT_SOURCE = "Devlin et al. 2018, arXiv:1810.04805, section 3"
 
-SHAPES: dict[str, Shape] = {
-    "gpt2": Shape(
+SHAPES: dict[str, PublishedShape] = {
+    "gpt2": PublishedShape(
         _GPT2 | {"depth": 12, "width": 768, "heads": 12, "seq_len": 1024},
         124_439_808,
         _GPT2_SOURCE,
     ),
-    "gpt2-medium": Shape(
+    "gpt2-medium": PublishedShape(
         _GPT2 | {"depth": 24, "width": 1024, "heads": 16, "seq_len": 1024},
         354_823_168,
         _GPT2_SOURCE,
     ),
-    "gpt2-large": Shape(
+    "gpt2-large": PublishedShape(
         _GPT2 | {"depth": 36, "width": 1280, "heads": 20, "seq_len": 1024},
         774_030_080,
         _GPT2_SOURCE,
     ),
-    "gpt2-xl": Shape(
+    "gpt2-xl": PublishedShape(
         _GPT2 | {"depth": 48, "width": 1600, "heads": 25, "seq_len": 1024},
         1_557_611_200,
         _GPT2_SOURCE,
     ),
     # Every second layer of the original has banded attention; here all are dense.
-    "gpt3-175b": Shape(
+    "gpt3-175b": PublishedShape(
         _GPT2 | {"depth": 96, "width": 12_288, "heads": 96, "seq_len": 2048},
         174_600_000_000,
         "Brown et al. 2020, arXiv:2005.14165, tables 2.1 and D.1",
     ),
-    "llama-7b": Shape(
+    "llama-7b": PublishedShape(
         _LLAMA
         | {"depth": 32, "width": 4096, "heads": 32, "ffn_width": 11_008, "seq_len": 2048}
         | {"rope": 10_000.0, "classes": 32_000, "norm_eps": 1e-6},
         6_738_415_616,
         "Touvron et al. 2023, arXiv:2302.13971, table 2; ffn and init of the release",
     ),
-    "llama-70b": Shape(
+    "llama-70b": PublishedShape(
         _LLAMA
         | {"depth": 80, "width": 8192, "heads": 64, "ffn_width": 28_672, "seq_len": 4096}
         | {"kv_heads": 8, "rope": 10_000.0, "classes": 32_000},
         68_976_648_192,
         "Touvron et al. 2023 (Llama 2), arXiv:2307.09288, table 1; ffn and init of the release",
     ),
-    "llama3-8b": Shape(
+    "llama3-8b": PublishedShape(
         _LLAMA3 | {"depth": 32, "width": 4096, "heads": 32, "ffn_width": 14_336},
         8_030_261_248,
         _LLAMA3_SOURCE,
     ),
-    "llama3-70b": Shape(
+    "llama3-70b": PublishedShape(
         _LLAMA3 | {"depth": 80, "width": 8192, "heads": 64, "ffn_width": 28_672},
         70_553_706_496,
         _LLAMA3_SOURCE,
     ),
-    "llama3-405b": Shape(
+    "llama3-405b": PublishedShape(
         _LLAMA3 | {"depth": 126, "width": 16_384, "heads": 128, "ffn_width": 53_248},
         405_853_388_800,
         _LLAMA3_SOURCE,
     ),
-    "qwen3-8b": Shape(
+    "qwen3-8b": PublishedShape(
         _LLAMA
         | {"depth": 36, "width": 4096, "heads": 32, "kv_heads": 8, "head_dim": 128}
         | {"ffn_width": 12_288, "seq_len": 32_768, "rope": 1_000_000.0, "qk_norm": True}
@@ -113,12 +113,14 @@ SHAPES: dict[str, Shape] = {
         8_190_735_360,
         "Qwen Team 2025, arXiv:2505.09388, table 1; widths and init of the release",
     ),
-    "bert-base": Shape(_BERT | {"depth": 12, "width": 768, "heads": 12}, 110_000_000, _BERT_SOURCE),
-    "bert-large": Shape(
+    "bert-base": PublishedShape(
+        _BERT | {"depth": 12, "width": 768, "heads": 12}, 110_000_000, _BERT_SOURCE
+    ),
+    "bert-large": PublishedShape(
         _BERT | {"depth": 24, "width": 1024, "heads": 16}, 340_000_000, _BERT_SOURCE
     ),
     # 196 patches of 16 x 16 pixels and the class token.
-    "vit-b": Shape(
+    "vit-b": PublishedShape(
         _COMMON
         | {"depth": 12, "width": 768, "heads": 12, "ffn_mult": 4, "seq_len": 197}
         | {"norm": "pre", "norm_kind": "layernorm", "norm_eps": 1e-6, "activation": "gelu"}
@@ -128,7 +130,7 @@ SHAPES: dict[str, Shape] = {
     ),
     # 500 encoder and 500 decoder layers in the paper; here an encoder of 1,000, of the width that
     # the published number of parameters leaves room for.
-    "deepnet-1000": Shape(
+    "deepnet-1000": PublishedShape(
         {"scheme": "deepnorm", "depth": 1000, "width": 512, "heads": 8, "ffn_mult": 4}
         | {"activation": "relu", "batch_size": 1},
         3_800_000_000,
@@ -146,7 +148,7 @@ _OVERRULES: dict[str, tuple[str, ...]] = {
 }
 
 
-def find(name: str) -> Shape:
+def _published_shape(name: str) -> PublishedShape:
     """The shape of that name.
 
     Raises:
@@ -170,13 +172,13 @@ def missing(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """
     present = {field for field, value in given.items() if value is not None}
     overruled = {other for field in present for other in _OVERRULES.get(field, ())}
-    shape = find(name).fields
+    shape = _published_shape(name).fields
     return {field: shape[field] for field in shape if field not in present | overruled}
 
 
 def changed(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """The values that are other than the shape's, a transformer's; None counts for none."""
-    shape = {"block": "transformer"} | dict(find(name).fields)
+    shape = {"block": "transformer"} | dict(_published_shape(name).fields)
     return {
         field: values[field]
         for field in shape

@@ -13,9 +13,8 @@ from typing import Any
 from gradflow.errors import UsageError
 from gradflow.schemes import Scheme
 from gradflow.schemes.wiring import Place
-from gradflow.specs import user_code
 from gradflow.specs.block_kinds import BLOCKS, DOMAINS, BlockKind
-from gradflow.specs.checkpoint_folders import Pretrained, locate
+from gradflow.specs.checkpoints import Pretrained, locate_checkpoint
 from gradflow.specs.fields import (
     Real,
     Whole,
@@ -28,6 +27,7 @@ from gradflow.specs.fields import (
 from gradflow.specs.fixed_options import check_no_norm_kind, own_forms
 from gradflow.specs.published_shapes import missing
 from gradflow.specs.stack_fields import BLOCK_OPTIONS, DEFAULT_BLOCK, StackFields, kind_of
+from gradflow.specs.user_files import is_user_name, loaded, without_digest
 from gradflow.specs.user_schemes import check_scheme, scheme_named
 
 # What a scheme may bring: its units it wires itself.
@@ -103,7 +103,7 @@ def resolve(given: GivenStack) -> dict[str, Any]:
     """
     _check_stored(given)
     given = given.after(_by_weights, _by_shape, _by_scheme)
-    named = {} if not user_code.is_user_name(given["block"]) else {"block": None}
+    named = {} if not is_user_name(given["block"]) else {"block": None}
     check_names(StackFields, {**given.values, **named})
     given = given.after(_by_option, _by_unit, _by_domain, _by_block)
     check_names(StackFields, {**given.values, **named})
@@ -117,7 +117,7 @@ def _check_stored(given: GivenStack) -> None:
     """Refuse the name of a user's code that is not loaded, where the values do not tell of it."""
     for name in filter(StackFields.is_stored, (given["scheme"], given["block"])):
         if any(given[field] is None for field in _TOLD):
-            user_code.loaded(name)  # which says what to do
+            loaded(name)  # which says what to do
 
 
 def _by_weights(given: GivenStack) -> dict[str, Any]:
@@ -125,7 +125,7 @@ def _by_weights(given: GivenStack) -> dict[str, Any]:
     weights = given["weights"]
     if weights is None:
         return {}
-    weights = weights if isinstance(weights, Pretrained) else locate(weights)
+    weights = weights if isinstance(weights, Pretrained) else locate_checkpoint(weights)
     for name in ("like", "scheme", "init", "weight_var", "bias_var"):
         if given[name] is not None:
             remedy = f"leave out {flag(name)}"
@@ -148,7 +148,7 @@ def _by_shape(given: GivenStack) -> dict[str, Any]:
         return {}
     shape = missing(given["like"], given.values)
     given = given.filled({"block": DEFAULT_BLOCK})
-    if not user_code.is_user_name(given["block"]):
+    if not is_user_name(given["block"]):
         check_choice("--block", given["block"], tuple(BLOCKS))
     brought = given.scheme_record.defaults if given.scheme_record else {}
     other = BLOCK_OPTIONS.keys() - {*given.kind.options}
@@ -177,15 +177,15 @@ def _shortcut(record: Scheme) -> str:
 
 def _check_scheme_fits(given: GivenStack, record: Scheme) -> None:
     """Refuse options that the scheme decides itself, and a block that it is not defined on."""
-    if user_code.is_user_name(given["scheme"]):
+    if is_user_name(given["scheme"]):
         check_scheme(given["scheme"], _BROUGHT, BLOCKS)
-    title = user_code.shown(given["scheme"])
+    title = without_digest(given["scheme"])
     for name, value in {"norm": None, "shortcut": _shortcut(record)}.items():
         if given[name] not in (None, value):
             remedy = f"leave out {flag(name)}, or --scheme"
             rule = f"--scheme {title} wires its units itself"
             raise UsageError(rule, f"{flag(name)} {given[name]}", remedy)
-    if user_code.is_user_name(given["block"]):
+    if is_user_name(given["block"]):
         domains = tuple(dict.fromkeys(BLOCKS[block].domain for block in record.blocks))
         what = f"the domain of a block for --scheme {title}"
         check_choice(what, given.kind.domain, domains)

@@ -20,7 +20,7 @@ from gradflow.specs.fields import (
 )
 from gradflow.text import size_in_bytes
 
-KEEPS = ("auto", "graph", "boundaries", "sqrt")
+_KEEPS = ("auto", "graph", "boundaries", "sqrt")
 _OPTIMIZERS = ("adamw", "sgd")
 _FLAG = Switch("is a flag")
 
@@ -88,7 +88,7 @@ class RunOptions:
     keep: str = option(
         "auto",
         "what stays in memory for the backward pass",
-        KEEPS,
+        _KEEPS,
         decides="memory",
         built_only=True,
     )

@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-from gradflow.specs import user_code
-from gradflow.specs.checkpoint_folders import Pretrained
+from gradflow.specs.checkpoints import Pretrained
 from gradflow.specs.fields import flag, keyed, known_fields
 from gradflow.specs.fixed_options import check_unit
 from gradflow.specs.published_shapes import SHAPES, changed
@@ -18,6 +17,7 @@ from gradflow.specs.resolve import GivenStack, resolve
 from gradflow.specs.run_options import RunOptions
 from gradflow.specs.stack_fields import StackFields
 from gradflow.specs.stack_rules import check_fit, check_user_code
+from gradflow.specs.user_files import without_digest
 
 
 class Storable(Protocol):
@@ -78,16 +78,16 @@ class StackSpec(StackFields):
         if self.like is None:
             return ""
         values = changed(self.like, vars(self))
-        others = " ".join(f"{flag(k)} {user_code.shown(str(v))}" for k, v in values.items())
+        others = " ".join(f"{flag(k)} {without_digest(str(v))}" for k, v in values.items())
         shape = f"shape of {self.like}, {SHAPES[self.like].source}"
         return f"{shape}; but for {others}" if others else shape
 
     @property
     def _design(self) -> str:
-        block = user_code.shown(self.block)
+        block = without_digest(self.block)
         if self.scheme is not None:
             kind = f"{self.norm_kind}, " if self.norm_kind else ""
-            return f"{user_code.shown(self.scheme)} {block}, {kind}depth {self.depth}"
+            return f"{without_digest(self.scheme)} {block}, {kind}depth {self.depth}"
         norm = "no norm" if self.norm == "none" else f"{self.norm}-{self.norm_kind}"
         return f"{self.shortcut} {block}, {norm}, depth {self.depth}"
 
@@ -114,8 +114,8 @@ class StackSpec(StackFields):
     @property
     def slug(self) -> str:
         """The stack as a part of a folder name."""
-        design = user_code.shown(self.scheme or f"{self.shortcut}-{self.norm}")
-        text = f"{self._model or user_code.shown(self.block)}-{design}-d{self.depth}"
+        design = without_digest(self.scheme or f"{self.shortcut}-{self.norm}")
+        text = f"{self._model or without_digest(self.block)}-{design}-d{self.depth}"
         return re.sub(r"[^\w.-]+", "-", text)
 
     def to_json(self) -> dict[str, Any]:

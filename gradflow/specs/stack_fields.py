@@ -11,7 +11,6 @@ from typing import Any
 
 from gradflow.schemes import Scheme
 from gradflow.schemes.wiring import Place, Wiring
-from gradflow.specs import user_code
 from gradflow.specs.block_kinds import (
     ACTIVATIONS,
     BLOCKS,
@@ -19,19 +18,20 @@ from gradflow.specs.block_kinds import (
     NORM_KINDS,
     BlockKind,
     Domain,
+    user_block_kind,
 )
-from gradflow.specs.checkpoint_folders import Pretrained
+from gradflow.specs.checkpoints import Pretrained
 from gradflow.specs.fields import Real, Switch, Whole, option, options_of
 from gradflow.specs.published_shapes import SHAPES
-from gradflow.specs.user_blocks import declared, declared_options
+from gradflow.specs.user_files import is_loaded, is_user_name, object_name
 from gradflow.specs.user_schemes import scheme_named
 
 DEFAULT_BLOCK = "transformer"
 SHORTCUTS = ("residual", "plain")
 NORMS = ("none", "pre", "post")
-BIASES = ("all", "qkv", "none")
+_BIASES = ("all", "qkv", "none")
 INITS = ("he", "xavier", "lecun", "normal", "gpt2", "orthogonal", "torch")
-LOSSES = ("cotangent", "mse", "ce")
+LOSS_KINDS = ("cotangent", "mse", "ce")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
@@ -114,7 +114,7 @@ class StackFields:
         of_block=True,
     )
     bias: str | None = option(
-        None, "linear maps of token blocks that have one (all)", BIASES, fill="all", of_block=True
+        None, "linear maps of token blocks that have one (all)", _BIASES, fill="all", of_block=True
     )
     seq_len: int | None = option(
         None, "tokens in a sample (32)", values=Whole(1), fill=32, of_block=True
@@ -124,7 +124,7 @@ class StackFields:
     )
     batch_size: int = option(None, "samples (8; 64 for mlp)", values=Whole(1))
     loss: str = option(
-        "cotangent", "what puts the gradient in at the output; of a model also own", LOSSES
+        "cotangent", "what puts the gradient in at the output; of a model also own", LOSS_KINDS
     )
     classes: int = option(None, "classes of the ce head (10)", values=Whole(2), fill=10)
     dtype: str = option("float32", "number format of the whole pass", DTYPES)
@@ -132,7 +132,7 @@ class StackFields:
     @staticmethod
     def is_stored(name: str | None) -> bool:
         """Whether it names a user's code that is not loaded: then the fields have its choices."""
-        return user_code.is_user_name(name) and not user_code.is_loaded(str(name))
+        return is_user_name(name) and not is_loaded(str(name))
 
     @property
     def kind(self) -> BlockKind:
@@ -257,21 +257,12 @@ BLOCK_OPTIONS: dict[str, Any] = {
 
 
 def block_kind(name: str) -> BlockKind:
-    """The entry of `BLOCKS`, or what a user's own block says of itself (`user_blocks`).
+    """The entry of `BLOCKS`, or what a user's own block says of itself (`user_block_kind`).
 
     Raises:
         UsageError: the file of a user's block was not loaded, or an attribute breaks the interface.
     """
-    if not user_code.is_user_name(name):
-        return BLOCKS[name]
-    # Queries and keys are inside a branch: only its own code could normalise them.
-    known = [option for option in BLOCK_OPTIONS if option != "qk_norm"]
-    domain = declared(name, "domain", "tokens", DOMAINS)
-    usual = "gelu" if domain == "tokens" else "relu"
-    activation = declared(name, "activation", usual, ACTIVATIONS)
-    options = (*declared_options(name, known), *DOMAINS[domain].sizes)
-    unit = user_code.thing(name)
-    return BlockKind((unit,), domain, activation, "a branch of your own", options)
+    return user_block_kind(name, BLOCK_OPTIONS) if is_user_name(name) else BLOCKS[name]
 
 
 def kind_of(values: Mapping[str, Any]) -> BlockKind:
@@ -285,5 +276,5 @@ def kind_of(values: Mapping[str, Any]) -> BlockKind:
         return block_kind(block)
     options = tuple(name for name in BLOCK_OPTIONS if values[name] is not None)
     sized = (domain for domain, facts in DOMAINS.items() if {*facts.sizes} & {*options})
-    unit = user_code.thing(block)
+    unit = object_name(block)
     return BlockKind((unit,), next(sized, "vectors"), values["activation"], "", options)

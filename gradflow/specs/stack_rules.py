@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from gradflow.errors import UsageError
-from gradflow.specs import user_code
 from gradflow.specs.block_kinds import BLOCKS, GROUPS, POINTWISE
 from gradflow.specs.fields import flag
 from gradflow.specs.fixed_options import check_unit
 from gradflow.specs.stack_fields import BLOCK_OPTIONS, StackFields
+from gradflow.specs.user_files import is_user_name
 from gradflow.specs.user_schemes import check_wirings
 
 
@@ -17,7 +17,7 @@ def check_user_code(spec: StackFields) -> None:
     Raises:
         UsageError: a wiring breaks a rule of the interface.
     """
-    own = [name for name in (spec.scheme, spec.block) if user_code.is_user_name(name)]
+    own = [name for name in (spec.scheme, spec.block) if is_user_name(name)]
     if not own or spec.scheme is None or any(map(spec.is_stored, own)):
         return
     check_wirings(spec.scheme, spec.block, spec.wirings(), spec.domain.norm_kinds)

@@ -14,7 +14,7 @@ from typing import Any
 from gradflow.errors import UsageError
 from gradflow.schemes import Scheme, published_scheme
 from gradflow.schemes.wiring import LEARNED, NORM_PLACES, Place, Wiring
-from gradflow.specs import user_code
+from gradflow.specs.user_files import is_user_name, loaded, told, without_digest
 from gradflow.specs.user_units import check_kind, check_streams, check_whole, is_count, is_number
 
 # Norms that stand inside a branch, with the branches that have room for them.
@@ -40,13 +40,13 @@ def scheme_named(name: str) -> Scheme:
     Raises:
         UsageError: the name is unknown, its file was not loaded, or it is no scheme.
     """
-    if not user_code.is_user_name(name):
+    if not is_user_name(name):
         return published_scheme(name)
-    scheme = user_code.loaded(name)
+    scheme = loaded(name)
     if not isinstance(scheme, Scheme):
-        rule = f"{user_code.shown(name)} is a gradflow.schemes.Scheme"
+        rule = f"{without_digest(name)} is a gradflow.schemes.Scheme"
         raise UsageError(rule, type(scheme).__name__, "make one, or give another name of the file")
-    title = user_code.shown(name)
+    title = without_digest(name)
     return replace(
         scheme,
         wire=_Guarded(
@@ -77,7 +77,7 @@ class _Guarded:
         except UsageError:  # a place that the scheme is not defined for
             raise
         except Exception as error:  # noqa: BLE001 (a user's code may raise anything)
-            got = f"{user_code.told(error)}, for {where}"
+            got = f"{told(error)}, for {where}"
             raise UsageError(self.rule, got, "mend it") from None
         if not isinstance(value, self.kind):
             raise UsageError(self.rule, type(value).__name__, "mend it")
@@ -101,7 +101,7 @@ def check_scheme(name: str, fields: Collection[str], blocks: Collection[str]) ->
     Raises:
         UsageError: an attribute is of the wrong kind, or names what there is not.
     """
-    scheme, title = scheme_named(name), user_code.shown(name)
+    scheme, title = scheme_named(name), without_digest(name)
     for text in _TEXTS:
         _expect(isinstance(getattr(scheme, text), str), f"{text} of {title} is text", scheme, text)
     # A string is a collection too, of its letters.
@@ -132,9 +132,9 @@ def check_wirings(
     Raises:
         UsageError: the first value that breaks the interface, with its place.
     """
-    own = _OwnUnits(name, block) if user_code.is_user_name(name) else None
+    own = _OwnUnits(name, block) if is_user_name(name) else None
     for place, wiring in wirings:
-        where = f"of {user_code.shown(name)} at layer {place.layer} ({place.kind})"
+        where = f"of {without_digest(name)} at layer {place.layer} ({place.kind})"
         _check_numbers(wiring, where)
         _check_parts(wiring, where, place.kind)
         _check_norms(wiring, where, norm_kinds, place.kind)
@@ -148,7 +148,11 @@ class _OwnUnits:
     """The units of a user's scheme, one after the other, and then all together."""
 
     def __init__(self, name: str, block: str) -> None:
-        self.scheme, self.title, self.block = scheme_named(name), user_code.shown(name), block
+        self.scheme, self.title, self.block = (
+            scheme_named(name),
+            without_digest(name),
+            block,
+        )
         self.kinds: dict[str, Place] = {}
         self.has_norms, self.has_shortcut = self.scheme.final_norm, False
 

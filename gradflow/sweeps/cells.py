@@ -14,16 +14,17 @@ from typing import Any, Protocol
 import torch
 
 from gradflow.engine.environment import describe, library, resolve_device
-from gradflow.errors import GradflowError, first_line
+from gradflow.errors import GradflowError, UsageError, first_line
 from gradflow.judging.comparison import SPEED_KEYS
 from gradflow.measuring.any import measure_any
 from gradflow.runs.records import Run
-from gradflow.specs import user_code
-from gradflow.specs.grid import Cell
+from gradflow.specs.fields import check_choice
+from gradflow.specs.grid import EXECUTORS, Cell
+from gradflow.specs.user_files import load_again
 
 
 @dataclass(frozen=True)
-class Outcome:
+class CellResult:
     """A measured cell, or the error in its place: one line."""
 
     cell: Cell
@@ -47,7 +48,7 @@ class Executor(Protocol):
             UsageError: the cell's device is not there.
         """
 
-    def outcomes(self, cells: Sequence[Cell]) -> Generator[Outcome]:
+    def outcomes(self, cells: Sequence[Cell]) -> Generator[CellResult]:
         """Measure the cells; outcomes come as they finish. Closing it ends all work."""
 
 
@@ -61,7 +62,7 @@ def local_environment(cell: Cell) -> dict[str, Any]:
     return {key: here[key] for key in ("gradflow", *SPEED_KEYS)} | library(cell.spec)
 
 
-def measure_cell(cell: Cell, *, timing: bool = False, device: str | None = None) -> Outcome:
+def measure_cell(cell: Cell, *, timing: bool = False, device: str | None = None) -> CellResult:
     """Measure one cell with one thread; an error becomes its outcome.
 
     Args:
@@ -74,15 +75,15 @@ def measure_cell(cell: Cell, *, timing: bool = False, device: str | None = None)
     try:
         torch.set_num_threads(1)
         for name, reference in cell.code:
-            user_code.load_again(name, reference)
+            load_again(name, reference)
         run = measure_any(cell.spec, options)
     except GradflowError as error:
-        return Outcome(cell, error=first_line(error))
+        return CellResult(cell, error=first_line(error))
     except Exception as error:  # noqa: BLE001 (any error of one cell must not end the others)
-        return Outcome(cell, error=f"{type(error).__name__}: {first_line(error)}")
+        return CellResult(cell, error=f"{type(error).__name__}: {first_line(error)}")
     finally:
         torch.set_num_threads(threads)
-    return Outcome(cell, replace(run, options=replace(cell.options, timing=timing)))
+    return CellResult(cell, replace(run, options=replace(cell.options, timing=timing)))
 
 
 class Serial:
@@ -94,7 +95,34 @@ class Serial:
         """That of this machine."""
         return local_environment(cell)
 
-    def outcomes(self, cells: Sequence[Cell]) -> Generator[Outcome]:
+    def outcomes(self, cells: Sequence[Cell]) -> Generator[CellResult]:
         """Measure in order."""
         for cell in cells:
             yield measure_cell(cell)
+
+
+def make_executor(
+    name: str, cells: int, workers: int | None = None, address: str | None = None
+) -> Executor:
+    """The executor of that name; `auto` takes processes where there is more than one cell.
+
+    Raises:
+        UsageError: the name is unknown, an option belongs to another executor, or the extra is
+            missing.
+    """
+    check_choice("--executor", name, EXECUTORS)
+    if address is not None and name != "ray":
+        rule = "--address is that of a Ray cluster"
+        raise UsageError(rule, f"--executor {name}", "add --executor ray")
+    if workers is not None and name in ("serial", "ray"):
+        rule = "--workers counts worker processes"
+        raise UsageError(rule, f"--executor {name}", "leave it out, or use --executor processes")
+    if name == "ray":
+        from gradflow.sweeps.cluster import Ray
+
+        return Ray(address)
+    if name == "processes" or (name == "auto" and cells > 1):
+        from gradflow.sweeps.processes import Processes
+
+        return Processes(workers)
+    return Serial()

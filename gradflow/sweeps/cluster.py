@@ -15,16 +15,16 @@ from gradflow.engine.environment import describe, library
 from gradflow.errors import UsageError, first_line
 from gradflow.specs.grid import Cell
 from gradflow.specs.stack import StackSpec
-from gradflow.sweeps.cells import Outcome, measure_cell
+from gradflow.sweeps.cells import CellResult, measure_cell
 
 # How often Ray tries a cell again whose worker or node was lost.
-RETRIES = 2
+_RETRIES = 2
 # How long a cluster may take to accept a connection.
-KNOCK_SECONDS = 5.0
+_KNOCK_SECONDS = 5.0
 # A run is a few megabytes, and finished ones are taken away at once.
-OBJECT_STORE_BYTES = 256 * 2**20
+_OBJECT_STORE_BYTES = 256 * 2**20
 # All nodes of a cluster share these; they may well differ in processor and threads.
-SHARED_KEYS = ("gradflow", "torch", "dtype", "matmul_precision")
+_SHARED_KEYS = ("gradflow", "torch", "dtype", "matmul_precision")
 
 
 class Ray:
@@ -59,9 +59,9 @@ class Ray:
         """
         here = describe(cell.spec, torch.device("cpu"))
         device = self._device(cell).partition(":")[0]
-        return {key: here[key] for key in SHARED_KEYS} | {"device": device} | library(cell.spec)
+        return {key: here[key] for key in _SHARED_KEYS} | {"device": device} | library(cell.spec)
 
-    def outcomes(self, cells: Sequence[Cell]) -> Generator[Outcome]:
+    def outcomes(self, cells: Sequence[Cell]) -> Generator[CellResult]:
         """Measure on the cluster, timings included; they are marked as contended.
 
         Raises:
@@ -81,7 +81,7 @@ class Ray:
     def _submit(self, cell: Cell, told: dict[str, Any]) -> Any:
         device = self._device(cell)
         resources = {"num_cpus": 1, "num_gpus": 1 if device == "cuda" else 0}
-        task = self.ray.remote(max_retries=RETRIES, **resources)(_on_cluster)
+        task = self.ray.remote(max_retries=_RETRIES, **resources)(_on_cluster)
         return task.remote(cell, device, told)
 
     def _device(self, cell: Cell) -> str:
@@ -106,7 +106,7 @@ class Ray:
         if self.ray.is_initialized():
             return
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else Ray warns of it
-        own = {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+        own = {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
         quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
         try:
             _knock(self.address)
@@ -122,14 +122,16 @@ class Ray:
             self.ray.shutdown()  # ends what is still at work
             self._connected = False
 
-    def _outcome(self, reference: Any, cell: Cell) -> Outcome:
+    def _outcome(self, reference: Any, cell: Cell) -> CellResult:
         try:
             outcome = self.ray.get(reference)
         except self.ray.exceptions.RayTaskError as error:
-            return Outcome(cell, error=f"{type(error.cause).__name__}: {first_line(error.cause)}")
+            return CellResult(
+                cell, error=f"{type(error.cause).__name__}: {first_line(error.cause)}"
+            )
         except self.ray.exceptions.RayError as error:
-            return Outcome(cell, error=f"Ray lost it: {first_line(error)}")
-        assert isinstance(outcome, Outcome)
+            return CellResult(cell, error=f"Ray lost it: {first_line(error)}")
+        assert isinstance(outcome, CellResult)
         return outcome
 
 
@@ -146,10 +148,10 @@ def _knock(address: str | None) -> None:
     """Raise OSError where nothing listens: Ray itself would go on trying for minutes."""
     host, _, port = (address or "").removeprefix("ray://").rpartition(":")
     if host and port.isdecimal():
-        socket.create_connection((host, int(port)), timeout=KNOCK_SECONDS).close()
+        socket.create_connection((host, int(port)), timeout=_KNOCK_SECONDS).close()
 
 
-def _on_cluster(cell: Cell, device: str, told: dict[str, Any]) -> Outcome:
+def _on_cluster(cell: Cell, device: str, told: dict[str, Any]) -> CellResult:
     outcome = measure_cell(cell, timing=cell.options.timing, device=device)
     if outcome.run is None:
         return outcome

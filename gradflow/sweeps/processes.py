@@ -24,10 +24,10 @@ from typing import Any
 import torch
 
 from gradflow.specs.grid import Cell
-from gradflow.sweeps.cells import Outcome, local_environment, measure_cell
+from gradflow.sweeps.cells import CellResult, local_environment, measure_cell
 
 # A cell whose worker died is tried this often before it is reported.
-ATTEMPTS = 2
+_ATTEMPTS = 2
 
 
 @dataclass
@@ -56,7 +56,7 @@ class Processes:
         """That of this machine."""
         return local_environment(cell)
 
-    def outcomes(self, cells: Sequence[Cell]) -> Generator[Outcome]:
+    def outcomes(self, cells: Sequence[Cell]) -> Generator[CellResult]:
         """Measure side by side; no worker outlives the generator."""
         waiting, deaths = deque(cells), Counter[Cell]()
         pool: list[_Worker] = []
@@ -143,26 +143,26 @@ def _hand_out(worker: _Worker, waiting: deque[Cell]) -> None:
             return  # it died meanwhile: `_collect` finds that out
 
 
-def _collect(worker: _Worker) -> Outcome | None:
+def _collect(worker: _Worker) -> CellResult | None:
     """The outcome, or None where the worker has died."""
     try:
         outcome = worker.pipe.recv()
     except (EOFError, OSError):
         return None
-    assert isinstance(outcome, Outcome)
+    assert isinstance(outcome, CellResult)
     return outcome
 
 
-def _bury(worker: _Worker, waiting: deque[Cell], deaths: Counter[Cell]) -> Outcome | None:
+def _bury(worker: _Worker, waiting: deque[Cell], deaths: Counter[Cell]) -> CellResult | None:
     """A dead worker's cell goes back to the queue, or is given up."""
     cell = worker.cell
     assert cell is not None
     _stop(worker)
     deaths[cell] += 1
-    if deaths[cell] < ATTEMPTS:
+    if deaths[cell] < _ATTEMPTS:
         waiting.appendleft(cell)
         return None
-    return Outcome(cell, error=_obituary(worker.process.exitcode or 0, ATTEMPTS))
+    return CellResult(cell, error=_obituary(worker.process.exitcode or 0, _ATTEMPTS))
 
 
 def _obituary(exitcode: int, times: int) -> str:

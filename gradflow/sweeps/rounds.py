@@ -16,9 +16,9 @@ from gradflow.measuring.any import timed_bytes, timer_for
 from gradflow.runs.records import Timing
 from gradflow.specs.grid import Cell
 
-Summarise = Callable[[Sequence[tuple[Any, float]], Sequence[float]], Timing | None]
+_Summarise = Callable[[Sequence[tuple[Any, float]], Sequence[float]], Timing | None]
 # (cell that had its turn, round from 0 for the warm-up, rounds that are wanted)
-Tick = Callable[[Cell, int, int], None]
+_OnTurn = Callable[[Cell, int, int], None]
 
 
 class Rounds:
@@ -37,11 +37,11 @@ class Rounds:
         self.passes: dict[Cell, list[tuple[Any, float]]] = {cell: [] for cell in cells}
         self.failed: dict[Cell, str] = {}
         self._timers: dict[Cell, Timer] = {}
-        self._summaries: dict[Cell, Summarise] = {}
+        self._summaries: dict[Cell, _Summarise] = {}
         self._rates: dict[tuple[str, str], float] = {}
         self._resident = _fit_together(self.cells)
 
-    def run(self, tick: Tick = lambda *_: None) -> None:
+    def run(self, tick: _OnTurn = lambda *_: None) -> None:
         """A warm-up round, then rounds until repeats and time budget are reached."""
         repeats = max(cell.options.repeats for cell in self.cells)
         budget = max(cell.options.time_budget for cell in self.cells)

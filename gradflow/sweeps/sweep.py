@@ -7,9 +7,11 @@ its times is kept on a shelf, so a killed sweep measures no statistics twice.
 
 from __future__ import annotations
 
+import os
+import shutil
 import uuid
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,19 +25,17 @@ from gradflow.networks.stack import rehearse
 from gradflow.progress import Progress
 from gradflow.runs import store
 from gradflow.runs.records import Run
-from gradflow.runs.staging import remove_abandoned
-from gradflow.specs import user_code
+from gradflow.runs.staging import abandoned, locked_folder, not_stored, remove_abandoned
 from gradflow.specs.fields import deciding
 from gradflow.specs.grid import Cell
-from gradflow.specs.model_request import ModelRequest
-from gradflow.specs.model_spec import asked_for
+from gradflow.specs.model_spec import ModelRequest, asked_for
 from gradflow.specs.run_options import RunOptions
 from gradflow.specs.stack import StackSpec
+from gradflow.specs.user_files import is_user_name
 from gradflow.sweeps.cells import Executor
 from gradflow.sweeps.rounds import Rounds
-from gradflow.sweeps.shelf import Shelf, look_up, shelf_in
 
-Environments = Mapping[Cell, dict[str, Any]]
+_Environments = Mapping[Cell, dict[str, Any]]
 
 
 @dataclass
@@ -83,7 +83,7 @@ def sweep(
         MeasurementError: a result could not be stored; what was stored before is kept.
     """
     for cell in cells:
-        if isinstance(cell.spec, StackSpec) and user_code.is_user_name(cell.spec.block):
+        if isinstance(cell.spec, StackSpec) and is_user_name(cell.spec.block):
             rehearse(cell.spec)  # a mistake in it is no failure of a cell
     remove_abandoned(out)
     here = _environments(cells, executor)
@@ -97,7 +97,7 @@ def sweep(
     return work.done
 
 
-def _environments(cells: Sequence[Cell], executor: Executor) -> Environments:
+def _environments(cells: Sequence[Cell], executor: Executor) -> _Environments:
     kinds = {_place(cell): cell for cell in cells}
     found = {kind: executor.environment(cell) for kind, cell in kinds.items()}
     return {cell: found[_place(cell)] for cell in cells}
@@ -114,7 +114,7 @@ class _Work:
     """A sweep under way. `waiting` are cells that lack their times alone, with their folders."""
 
     cells: Sequence[Cell]
-    here: Environments
+    here: _Environments
     out: Path
     shelf: Shelf
     executor: Executor
@@ -128,7 +128,7 @@ class _Work:
             self.shelf.adopt(self.out, self.cells)
         on_shelf = store.run_folders(self.shelf.folder)
         newest_first = [*reversed(store.run_folders(self.out)), *on_shelf]
-        for cell, run in look_up(newest_first, self.cells):
+        for cell, run in _look_up(newest_first, self.cells):
             if (
                 cell not in self.done.runs
                 and cell.is_lasting
@@ -262,3 +262,75 @@ def _statistics_share(cell: Cell) -> int:
 
 def _timing_share(cell: Cell) -> int:
     return cell.layers * (cell.options.repeats + 1) if cell.options.timing else 0
+
+
+SHELF_PREFIX = ".sweep-"
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """The hidden folder of one sweep."""
+
+    folder: Path
+
+    def put(self, cell: Cell, run: Run) -> Path:
+        """Keep a run; returns its folder.
+
+        Raises:
+            MeasurementError: the disk is full, or failed.
+        """
+        return store.save_as(run, self.folder, f"cell-{cell.key}")
+
+    def drop(self, folder: Path) -> None:
+        """Forget a run that has its times; others than those on the shelf stay."""
+        if folder.parent == self.folder:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def adopt(self, out: Path, cells: Collection[Cell]) -> None:
+        """Take over what killed sweeps left of these cells; the rest waits for whoever wants it."""
+        keys = {cell.key for cell in cells}
+        for other in abandoned(out, SHELF_PREFIX):
+            remove_abandoned(other)
+            for folder in store.run_folders(other):
+                if store.folder_key(folder) in keys:
+                    folder.rename(_free(self.folder / folder.name))
+            _remove_empty(other)
+
+
+@contextmanager
+def shelf_in(out: Path) -> Iterator[Shelf]:
+    """A shelf in a folder of runs; gone at the end if nothing is left on it.
+
+    Raises:
+        MeasurementError: the disk is full, or failed.
+    """
+    try:
+        folder, lock = locked_folder(out, SHELF_PREFIX)
+    except OSError as error:
+        raise not_stored(out, error) from None
+    try:
+        yield Shelf(folder)
+    finally:
+        _remove_empty(folder)
+        os.close(lock)
+
+
+def _look_up(folders: Iterable[Path], cells: Collection[Cell]) -> Iterator[tuple[Cell, Run]]:
+    """Each cell with each run that has its key; damaged folders are passed over."""
+    by_key: dict[str, list[Cell]] = {}
+    for cell in cells:
+        by_key.setdefault(cell.key, []).append(cell)
+    for folder in folders:
+        for cell in by_key.get(store.folder_key(folder), ()):
+            with suppress(GradflowError):
+                yield cell, store.load(folder)
+
+
+def _free(wanted: Path) -> Path:
+    names = (wanted.with_name(f"{wanted.name}-{i}") for i in range(2, 1000))
+    return next(path for path in (wanted, *names) if not path.exists())
+
+
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()

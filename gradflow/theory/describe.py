@@ -13,7 +13,7 @@ from typing import Any
 from gradflow.schemes.classic import FIXUP_LAST
 from gradflow.schemes.wiring import Place, Wiring
 from gradflow.specs.stack import StackSpec
-from gradflow.specs.user_code import is_user_name
+from gradflow.specs.user_files import is_user_name
 from gradflow.theory.template import (
     NORM_EPS,
     Head,

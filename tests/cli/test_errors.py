@@ -18,7 +18,7 @@ from gradflow import errors
 from gradflow.cli.app import app
 from gradflow.engine import memory
 from gradflow.specs.block_kinds import ACTIVATIONS, BLOCKS, NORM_KINDS
-from gradflow.specs.stack_fields import DTYPES, INITS, LOSSES, NORMS, SHORTCUTS
+from gradflow.specs.stack_fields import DTYPES, INITS, LOSS_KINDS, NORMS, SHORTCUTS
 
 USAGE, FAILED = 2, 3
 COMMANDS = [command.name for command in app.registered_commands]
@@ -35,7 +35,7 @@ NAMED = {
     "--norm-kind": NORM_KINDS,
     "--activation": ACTIVATIONS,
     "--init": INITS,
-    "--loss": LOSSES,
+    "--loss": LOSS_KINDS,
     "--dtype": DTYPES,
 }
 # What is wrong with the command line, and what the line says: rule, value, remedy.
@@ -239,7 +239,7 @@ WORDS = st.sampled_from(
         *(f"--norm-kind={name}" for name in NORM_KINDS),
         *(f"--activation={name}" for name in ACTIVATIONS),
         *(f"--init={name}" for name in INITS),
-        *(f"--loss={name}" for name in LOSSES),
+        *(f"--loss={name}" for name in LOSS_KINDS),
         *(f"--dtype={name}" for name in DTYPES),
         *("--plain", "--causal", "--no-causal", "--raw-range", "--json", "--quiet"),
         *("--width=1", "--width=7", "--width=8", "--heads=1", "--heads=2", "--heads=3"),

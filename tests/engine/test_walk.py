@@ -31,7 +31,7 @@ from gradflow.engine.walk import walk
 from gradflow.runs.records import LayerRecord
 from gradflow.specs.block_kinds import ACTIVATIONS, BLOCKS
 from gradflow.specs.stack import StackSpec
-from gradflow.specs.stack_fields import LOSSES
+from gradflow.specs.stack_fields import LOSS_KINDS
 
 # Every activation, mask, head and initialisation at least once.
 VARIANTS = (
@@ -279,7 +279,7 @@ def test_a_relu_layer_keeps_its_input_and_its_output() -> None:
     assert [row.saved_bytes for row in rows] == [None, *[2 * batch_of_float32] * 3]
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", LOSS_KINDS)
 @pytest.mark.parametrize("block", BLOCKS)
 def test_the_loss_is_that_of_the_oracle(block: str, loss: str) -> None:
     spec = small(block, loss=loss, dtype="float64")

@@ -19,7 +19,7 @@ from gradflow.runs.records import TABLES, columns
 from gradflow.runs.summary import Summary
 from gradflow.schemes import SCHEMES
 from gradflow.specs.block_kinds import BLOCKS
-from gradflow.specs.checkpoint_formats import ARCHITECTURES
+from gradflow.specs.checkpoints import ARCHITECTURES
 from gradflow.specs.fields import flag
 from gradflow.specs.published_shapes import SHAPES
 from gradflow.specs.run_options import RunOptions

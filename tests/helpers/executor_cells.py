@@ -11,7 +11,7 @@ from gradflow.runs.records import LayerRecord, ParamRecord
 from gradflow.specs.grid import Cell
 from gradflow.specs.run_options import RunOptions
 from gradflow.specs.stack import StackSpec
-from gradflow.sweeps.cells import Outcome
+from gradflow.sweeps.cells import CellResult
 
 OPTIONS = RunOptions(device="cpu", seeds=2, timing=False)
 
@@ -27,7 +27,7 @@ NO_GPU = Cell(StackSpec(), replace(OPTIONS, device="cuda:99"))
 TOO_LARGE = tiny(10**9, width=4096)
 
 
-def in_bytes(outcome: Outcome, folder: Path) -> tuple[bytes, bytes]:
+def in_bytes(outcome: CellResult, folder: Path) -> tuple[bytes, bytes]:
     assert outcome.run is not None
     write_records(folder / "layers.csv", LayerRecord, outcome.run.layer_records)
     write_records(folder / "params.csv", ParamRecord, outcome.run.param_records)

@@ -18,7 +18,7 @@ from gradflow.networks.stack import build_stack
 from gradflow.runs.records import LayerRecord, ParamRecord
 from gradflow.specs.block_kinds import BLOCKS, NORM_KINDS, POINTWISE
 from gradflow.specs.stack import StackSpec
-from gradflow.specs.stack_fields import LOSSES, NORMS, SHORTCUTS
+from gradflow.specs.stack_fields import LOSS_KINDS, NORMS, SHORTCUTS
 
 CPU = torch.device("cpu")
 
@@ -104,7 +104,7 @@ def name(spec: StackSpec) -> str:
 # Kinds without statistics meet one loss only, to keep the table small.
 CELLS = tuple(
     cell
-    for cell in product(BLOCKS, SHORTCUTS, NORMS, NORM_KINDS, LOSSES)
+    for cell in product(BLOCKS, SHORTCUTS, NORMS, NORM_KINDS, LOSS_KINDS)
     if cell[3] not in POINTWISE or cell[4] == "cotangent"
 )
 # Stacks with those parts.

@@ -14,12 +14,11 @@ import torch
 from commandline import CommandLine
 
 from gradflow.errors import MeasurementError, UsageError
-from gradflow.measuring.models.hugging_face import changes, resolve
+from gradflow.measuring.models.hugging_face import changes, hugging_face_build
 from gradflow.measuring.models.run import measure_model
 from gradflow.runs import store
 from gradflow.runs.records import Run
-from gradflow.specs.model_request import ModelRequest
-from gradflow.specs.model_spec import ModelSpec
+from gradflow.specs.model_spec import ModelRequest, ModelSpec
 from gradflow.specs.run_options import RunOptions
 from gradflow.watching.discovery import find_layers
 
@@ -76,7 +75,7 @@ def test_norms_are_those_of_autograd() -> None:
     request = small("gpt2", set=still)
     run = measure_model(request, OPTIONS)
     torch.manual_seed(0)
-    model = resolve(request).model().double()
+    model = hugging_face_build(request).model().double()
     ids = torch.randint(29, (2, 5), generator=torch.Generator().manual_seed(0))
     out = model(ids, output_hidden_states=True)
     source = torch.Generator().manual_seed(0)
@@ -119,11 +118,11 @@ def test_the_shared_block_of_albert_has_a_row_for_each_call() -> None:
     units = [unit, *(f"{unit}#{n}" for n in (2, 3, 4))]
     assert [row.unit for row in run.layer_records] == ["input", *units]
     assert [row.unit for row in run.time_records] == units
-    model = resolve(run.spec.request).model().double()
+    model = hugging_face_build(run.spec.request).model().double()
     assert {row.unit for row in run.param_records} == {unit}  # all calls take part in its gradient
     assert len(run.param_records) == len(list(model.get_submodule(unit).parameters()))
     torch.manual_seed(0)
-    model = resolve(run.spec.request).model().double()
+    model = hugging_face_build(run.spec.request).model().double()
     ids = torch.randint(29, (2, 5), generator=torch.Generator().manual_seed(0))
     out = model(ids, output_hidden_states=True)
     source = torch.Generator().manual_seed(0)
@@ -136,7 +135,7 @@ def test_the_shared_block_of_albert_has_a_row_for_each_call() -> None:
 
 def test_depth_and_width_go_by_each_configurations_own_names() -> None:
     asked = ModelRequest(model="hf:llama", depth=3, width=512)
-    config = resolve(asked).config
+    config = hugging_face_build(asked).config
     assert (config.num_hidden_layers, config.hidden_size) == (3, 512)
     assert (config.num_attention_heads, config.intermediate_size) == (4, 1376)
     found = changes(transformers.T5Config(), ModelRequest(model="hf:t5", depth=3, width=256))
@@ -147,7 +146,7 @@ def test_depth_and_width_go_by_each_configurations_own_names() -> None:
 
 
 def test_lists_with_an_item_for_each_layer_follow_the_depth() -> None:
-    config = resolve(ModelRequest(model="hf:gemma2", depth=3)).config
+    config = hugging_face_build(ModelRequest(model="hf:gemma2", depth=3)).config
     assert len(config.layer_types) == 3
 
 
@@ -186,7 +185,7 @@ def test_what_does_not_fit_is_refused_before_it_is_built() -> None:
 def test_a_folder_has_weights_of_its_own(tmp_path: Path) -> None:
     torch.manual_seed(7)
     request = small("llama", dtype="float32")
-    model = resolve(request).model()
+    model = hugging_face_build(request).model()
     model.save_pretrained(tmp_path / "mine")  # type: ignore[operator]
     asked = ModelRequest(model=f"hf:{tmp_path}/mine", batch_size=2, seq_len=5)
     run = measure_model(asked, OPTIONS)
@@ -200,7 +199,7 @@ def test_a_folder_has_weights_of_its_own(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_all_weights_is_refused(tmp_path: Path) -> None:
-    model = resolve(small("llama", dtype="float32")).model()
+    model = hugging_face_build(small("llama", dtype="float32")).model()
     model.save_pretrained(tmp_path / "mine")  # type: ignore[operator]
     asked = ModelRequest(model=f"hf:{tmp_path}/mine", depth=3, batch_size=2, seq_len=5)
     with pytest.raises(UsageError, match=r"9 without: model\.layers\.2\."):
@@ -208,7 +207,7 @@ def test_a_folder_without_all_weights_is_refused(tmp_path: Path) -> None:
 
 
 def test_pickled_weights_are_refused(tmp_path: Path) -> None:
-    model = resolve(small("llama", dtype="float32")).model()
+    model = hugging_face_build(small("llama", dtype="float32")).model()
     model.config.save_pretrained(tmp_path)  # type: ignore[union-attr]
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(UsageError, match="which can run code"):

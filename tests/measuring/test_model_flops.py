@@ -19,7 +19,7 @@ from gradflow.engine import flops
 from gradflow.engine.timing import SMALLEST
 from gradflow.measuring.models.run import measure_model
 from gradflow.runs.summary import Summary
-from gradflow.specs.model_request import ModelRequest
+from gradflow.specs.model_spec import ModelRequest
 from gradflow.specs.run_options import RunOptions
 from gradflow.torch_internals import operation
 from gradflow.watching.discovery import find_layers

@@ -24,8 +24,7 @@ from gradflow.errors import UsageError
 from gradflow.measuring.models.run import measure_model
 from gradflow.runs import store
 from gradflow.runs.records import Run
-from gradflow.specs.model_request import ModelRequest
-from gradflow.specs.model_spec import ModelSpec
+from gradflow.specs.model_spec import ModelRequest, ModelSpec
 from gradflow.specs.run_options import RunOptions
 
 SIZES = {"input": "5,6", "dtype": "float64"}

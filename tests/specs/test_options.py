@@ -20,8 +20,7 @@ from gradflow.runs.store import save
 from gradflow.showing.formats import comparison_csv
 from gradflow.specs.fields import deciding, options_of
 from gradflow.specs.grid import Cell
-from gradflow.specs.model_request import ModelRequest
-from gradflow.specs.model_spec import ModelSpec
+from gradflow.specs.model_spec import ModelRequest, ModelSpec
 from gradflow.specs.run_options import TRAINING_DEFAULTS, RunOptions
 from gradflow.specs.stack import StackSpec, run_key
 from gradflow.sweeps.sweep import _same_numbers

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from gradflow.cli.options import parse, parse_lists
 from gradflow.errors import UsageError
-from gradflow.specs.ranges import expand_range
+from gradflow.specs.grid import expand_range
 
 RANGES = {
     "10..10000:log": [10, 32, 100, 316, 1000, 3162, 10000],

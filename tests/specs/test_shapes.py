@@ -21,7 +21,7 @@ from gradflow.schemes import SCHEMES
 from gradflow.specs.grid import expand
 from gradflow.specs.published_shapes import SHAPES
 from gradflow.specs.stack import StackSpec
-from gradflow.specs.user_code import from_file
+from gradflow.specs.user_files import from_file
 from gradflow.theory import predict
 
 

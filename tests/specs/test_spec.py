@@ -21,7 +21,7 @@ from gradflow.specs.block_kinds import ACTIVATIONS, BLOCKS, NORM_KINDS
 from gradflow.specs.published_shapes import SHAPES
 from gradflow.specs.run_options import RunOptions
 from gradflow.specs.stack import StackSpec, run_key
-from gradflow.specs.stack_fields import DTYPES, INITS, LOSSES, NORMS, SHORTCUTS
+from gradflow.specs.stack_fields import DTYPES, INITS, LOSS_KINDS, NORMS, SHORTCUTS
 
 NAMES = {
     "block": tuple(BLOCKS),
@@ -30,7 +30,7 @@ NAMES = {
     "norm_kind": NORM_KINDS,
     "activation": ACTIVATIONS,
     "init": INITS,
-    "loss": LOSSES,
+    "loss": LOSS_KINDS,
     "dtype": DTYPES,
 }
 

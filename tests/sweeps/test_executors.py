@@ -19,8 +19,7 @@ from executor_cells import NO_GPU, OPTIONS, TOO_LARGE, in_bytes, tiny
 from gradflow.errors import MeasurementError, UsageError
 from gradflow.specs.grid import Cell
 from gradflow.sweeps import cells, processes
-from gradflow.sweeps.cells import Outcome, Serial
-from gradflow.sweeps.executors import make_executor
+from gradflow.sweeps.cells import CellResult, Serial, make_executor
 from gradflow.sweeps.processes import Processes
 
 CELLS = [
@@ -34,7 +33,7 @@ CELLS = [
 
 
 @pytest.fixture(scope="module")
-def outcomes() -> dict[str, dict[Cell, Outcome]]:
+def outcomes() -> dict[str, dict[Cell, CellResult]]:
     """The same cells by both executors of this machine."""
     return {
         "serial": {outcome.cell: outcome for outcome in Serial().outcomes(CELLS)},
@@ -43,7 +42,7 @@ def outcomes() -> dict[str, dict[Cell, Outcome]]:
 
 
 def test_all_executors_write_the_same_bytes(
-    outcomes: dict[str, dict[Cell, Outcome]], tmp_path: Path
+    outcomes: dict[str, dict[Cell, CellResult]], tmp_path: Path
 ) -> None:
     measured = [cell for cell, outcome in outcomes["serial"].items() if outcome.run]
     assert len(measured) == 4
@@ -54,7 +53,7 @@ def test_all_executors_write_the_same_bytes(
 
 @pytest.mark.parametrize("name", ["serial", "processes"])
 def test_errors_of_a_cell_are_one_line_and_the_others_are_kept(
-    outcomes: dict[str, dict[Cell, Outcome]], name: str
+    outcomes: dict[str, dict[Cell, CellResult]], name: str
 ) -> None:
     found = outcomes[name]
     assert list(found) == CELLS if name == "serial" else set(found) == set(CELLS)
@@ -66,7 +65,7 @@ def test_errors_of_a_cell_are_one_line_and_the_others_are_kept(
 
 @pytest.mark.parametrize("name", ["serial", "processes"])
 def test_a_run_keeps_the_options_of_its_cell(
-    outcomes: dict[str, dict[Cell, Outcome]], name: str
+    outcomes: dict[str, dict[Cell, CellResult]], name: str
 ) -> None:
     run = outcomes[name][CELLS[0]].run
     assert run
@@ -76,7 +75,7 @@ def test_a_run_keeps_the_options_of_its_cell(
 
 @pytest.mark.slow
 def test_the_command_line_is_that_of_the_parent(
-    outcomes: dict[str, dict[Cell, Outcome]],
+    outcomes: dict[str, dict[Cell, CellResult]],
 ) -> None:
     runs = [outcomes[name][CELLS[0]].run for name in outcomes]
     assert runs[0]

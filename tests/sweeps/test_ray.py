@@ -19,7 +19,7 @@ from executor_cells import NO_GPU, TOO_LARGE, in_bytes, tiny
 from gradflow.engine.environment import without_path
 from gradflow.errors import UsageError
 from gradflow.specs.grid import Cell
-from gradflow.sweeps.cells import Outcome, Serial
+from gradflow.sweeps.cells import CellResult, Serial
 from gradflow.sweeps.cluster import Ray
 
 pytest.importorskip("ray")
@@ -52,7 +52,7 @@ def cluster() -> Iterator[Any]:
     made.shutdown()
 
 
-def measured(cluster: Any, cells: Sequence[Cell]) -> dict[Cell, Outcome]:
+def measured(cluster: Any, cells: Sequence[Cell]) -> dict[Cell, CellResult]:
     return {outcome.cell: outcome for outcome in Ray(cluster.address).outcomes(cells)}
 
 

@@ -24,9 +24,8 @@ from gradflow.specs.grid import Cell, expand
 from gradflow.specs.run_options import RunOptions
 from gradflow.specs.stack import StackSpec
 from gradflow.sweeps import rounds
-from gradflow.sweeps.cells import Outcome, Serial
-from gradflow.sweeps.shelf import PREFIX, shelf_in
-from gradflow.sweeps.sweep import Sweep, sweep
+from gradflow.sweeps.cells import CellResult, Serial
+from gradflow.sweeps.sweep import SHELF_PREFIX, Sweep, shelf_in, sweep
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -61,15 +60,17 @@ class Counting(Serial):
     failing: tuple[Cell, ...] = ()
     measured: list[Cell] = field(default_factory=list)
 
-    def outcomes(self, cells: Sequence[Cell]) -> Generator[Outcome]:
+    def outcomes(self, cells: Sequence[Cell]) -> Generator[CellResult]:
         for cell in cells:
             if len(self.measured) == self.stop:
                 raise KeyboardInterrupt
             self.measured.append(cell)
             (outcome,) = super().outcomes([cell])
-            yield Outcome(cell, error="it failed") if cell in self.failing else self.sent(outcome)
+            yield (
+                CellResult(cell, error="it failed") if cell in self.failing else self.sent(outcome)
+            )
 
-    def sent(self, outcome: Outcome) -> Outcome:
+    def sent(self, outcome: CellResult) -> CellResult:
         """As a cluster would send it: timed there, beside others."""
         if not self.shared or outcome.run is None:
             return outcome
@@ -90,7 +91,7 @@ def hidden(out: Path) -> list[str]:
 
 
 def waits_for_times(out: Path) -> list[Path]:
-    return sorted(out.glob(f"{PREFIX}*/cell-*"))
+    return sorted(out.glob(f"{SHELF_PREFIX}*/cell-*"))
 
 
 # --- the first time ---------------------------------------------------------------------------
@@ -126,7 +127,7 @@ def test_without_timing_each_result_is_at_its_place_as_it_comes(tmp_path: Path) 
     seen = []
 
     class Watching(Counting):
-        def outcomes(self, cells: Sequence[Cell]) -> Generator[Outcome]:
+        def outcomes(self, cells: Sequence[Cell]) -> Generator[CellResult]:
             for outcome in super().outcomes(cells):
                 yield outcome
                 seen.append(len(store.run_folders(tmp_path)))
@@ -140,7 +141,7 @@ def test_statistics_are_on_the_shelf_as_they_come(tmp_path: Path) -> None:
     seen = []
 
     class Watching(Counting):
-        def outcomes(self, cells: Sequence[Cell]) -> Generator[Outcome]:
+        def outcomes(self, cells: Sequence[Cell]) -> Generator[CellResult]:
             for outcome in super().outcomes(cells):
                 yield outcome
                 seen.append(len(waits_for_times(tmp_path)))
@@ -376,7 +377,7 @@ def test_what_was_left_and_is_no_answer_any_more_goes(tmp_path: Path) -> None:
 
 def test_debris_of_a_killed_save_goes(tmp_path: Path) -> None:
     stopped(tmp_path, Counting(stop=2))
-    (shelf,) = tmp_path.glob(f"{PREFIX}*")
+    (shelf,) = tmp_path.glob(f"{SHELF_PREFIX}*")
     for place in (tmp_path, shelf):
         (place / f"{STAGING}killed").mkdir()
         (place / f"{STAGING}killed" / "layers.csv").write_text("half")
@@ -470,7 +471,7 @@ def test_a_disk_without_room_for_the_shelf_is_one_error(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("gradflow.sweeps.shelf.locked_folder", full)
+    monkeypatch.setattr("gradflow.sweeps.sweep.locked_folder", full)
     with pytest.raises(MeasurementError, match="disk full"):
         run_sweep(tmp_path)
 

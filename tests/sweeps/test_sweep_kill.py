@@ -16,7 +16,7 @@ import pytest
 from commandline import PROGRAM, Outcome, finish
 
 from gradflow.runs import store
-from gradflow.sweeps.shelf import PREFIX
+from gradflow.sweeps.sweep import SHELF_PREFIX
 
 pytestmark = pytest.mark.slow
 
@@ -50,7 +50,7 @@ def wait_until(true: Callable[[], Any]) -> None:
 
 
 def on_shelf(out: Path) -> list[Path]:
-    return sorted(out.glob(f"{PREFIX}*/cell-*"))
+    return sorted(out.glob(f"{SHELF_PREFIX}*/cell-*"))
 
 
 def workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
@@ -132,7 +132,7 @@ def test_workers_are_killed_and_the_table_is_complete(tmp_path: Path) -> None:
 
 
 MOMENTS: dict[str, Callable[[Path, subprocess.Popen[str]], Any]] = {
-    "loading": lambda out, _: list(out.glob(f"{PREFIX}*")),
+    "loading": lambda out, _: list(out.glob(f"{SHELF_PREFIX}*")),
     "starting workers": lambda _, sweep: workers(sweep),
     "measuring": lambda out, _: len(on_shelf(out)) >= 4,
     "timing": lambda out, _: len(on_shelf(out)) == len(DEPTHS),

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from gradflow.errors import UsageError
 from gradflow.measuring.stack import measure
 from gradflow.runs.records import LayerRecord, Run
+from gradflow.specs.requests import as_trained
 from gradflow.specs.run_options import TRAINING_DEFAULTS, RunOptions
 from gradflow.specs.stack import StackSpec, run_key
-from gradflow.specs.training_spec import as_trained
 from gradflow.training.steps import Problem, TaskNetwork, train, train_stack
 from gradflow.training.tasks import build_task
 

@@ -12,7 +12,7 @@ from zoo import WIDTH, Inner, LoopedStack, Recursive, Residual, Universal, chain
 
 import gradflow
 from gradflow.measuring.models.run import measure_model
-from gradflow.specs.model_request import ModelRequest
+from gradflow.specs.model_spec import ModelRequest
 from gradflow.specs.run_options import RunOptions
 from gradflow.watching import Flow
 from gradflow.watching.discovery import repeats

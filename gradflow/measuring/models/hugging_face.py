@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from gradflow.errors import UsageError, closest_first
-from gradflow.specs.located import Located, users_own
-from gradflow.specs.model_request import LIBRARY, ModelRequest, without_digest
+from gradflow.specs.model_spec import HF_PREFIX, ModelRequest
+from gradflow.specs.user_files import LocatedName, errors_of_users_code, without_digest
 
 EXTRA = "gradflow-bench[hf]"
 TOKENS, PIXELS = "input_ids", "pixel_values"
@@ -112,18 +112,18 @@ def library() -> Any:
     return found
 
 
-def resolve(request: ModelRequest) -> Build:
+def hugging_face_build(request: ModelRequest) -> Build:
     """The configuration and the class that a request names.
 
     Raises:
         UsageError: no such type or class, or a setting that it does not have or that breaks it.
     """
     hf = library()
-    name = request.model.removeprefix(LIBRARY)
-    place = request.model.place if isinstance(request.model, Located) else None
-    if place is None and "@" in name:
+    name = request.model.removeprefix(HF_PREFIX)
+    target = request.model.target if isinstance(request.model, LocatedName) else None
+    if target is None and "@" in name:
         request.model.where()  # type: ignore[attr-defined]  # which says what to do
-    folder = str(place.folder) if place else None
+    folder = str(target.folder) if target else None
     named: Any = None if folder else getattr(hf, name, None)
     configuration = getattr(named, "config_class", None) if isinstance(named, type) else None
     if configuration is not None:
@@ -131,7 +131,7 @@ def resolve(request: ModelRequest) -> Build:
     else:
         default = _default_config(hf, name, folder)
         model_class = _stored_class(hf, default) or _class_of(hf, default)
-    with users_own(without_digest(request.model)):
+    with errors_of_users_code(without_digest(request.model)):
         config = _with(default, changes(default, request), folder)
     config.use_cache = False  # what a decoder keeps for later tokens is nothing to a gradient
     causal = model_class.__name__ in _causal(hf).values()
@@ -203,7 +203,7 @@ def tokens(build: Build, request: ModelRequest) -> int:
 
 def _default_config(hf: Any, name: str, folder: str | None) -> Any:
     if folder is not None:
-        with users_own("config.json"):
+        with errors_of_users_code("config.json"):
             return hf.AutoConfig.from_pretrained(folder, local_files_only=True)
     known = list(hf.CONFIG_MAPPING.keys())
     if name not in known:

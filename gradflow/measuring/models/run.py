@@ -20,15 +20,14 @@ from gradflow.engine.timing import Clock, Timer, clock_for, matmul_flop_per_s, t
 from gradflow.errors import MeasurementError, is_out_of_memory
 from gradflow.judging.assembly import Measured, assembled_run
 from gradflow.measuring.columns import with_times
-from gradflow.measuring.models.hugging_face import resolve
+from gradflow.measuring.models.hugging_face import hugging_face_build
 from gradflow.measuring.models.one_pass import settings_kept, untouched
 from gradflow.measuring.models.subjects import Example, Subject, backward, build_subject
 from gradflow.progress import Progress
 from gradflow.runs.records import Run, StepRecord, Timing
-from gradflow.specs.located import users_own
-from gradflow.specs.model_request import ModelRequest, without_digest
-from gradflow.specs.model_spec import ModelSpec
+from gradflow.specs.model_spec import ModelRequest, ModelSpec
 from gradflow.specs.run_options import RunOptions
+from gradflow.specs.user_files import errors_of_users_code, without_digest
 from gradflow.text import gib
 from gradflow.training.steps import Problem, step_record, train
 from gradflow.watching import watch
@@ -144,8 +143,8 @@ def model_bytes(request: ModelRequest, options: RunOptions) -> int:
     """Parameters and gradients of a model of `transformers`; of others nothing is known."""
     if not request.is_from_library:
         return 0
-    build = resolve(request)
-    with users_own(without_digest(request.model)):
+    build = hugging_face_build(request)
+    with errors_of_users_code(without_digest(request.model)):
         numbers = build.parameters
     copies = TRAINED_COPIES if options.steps else COPIES
     return numbers * copies * int(getattr(torch, request.dtype).itemsize)
@@ -210,7 +209,7 @@ class _Work:
             found.losses += [loss] * (step == 0)
 
         def loss(_: nn.Module, example: Example) -> Tensor:
-            with users_own(without_digest(self.request.model)):
+            with errors_of_users_code(without_digest(self.request.model)):
                 return subject.loss(subject.model, example)
 
         what = f"training, seed {seed}"

@@ -18,11 +18,22 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from gradflow.errors import UsageError
-from gradflow.measuring.models.hugging_face import Build, as_inputs, inputs, resolve, tokens
+from gradflow.measuring.models.hugging_face import (
+    Build,
+    as_inputs,
+    hugging_face_build,
+    inputs,
+    tokens,
+)
 from gradflow.measuring.models.one_pass import called, projection, real_output, untouched
-from gradflow.specs.located import Located, load, users_own
-from gradflow.specs.model_request import ModelRequest, without_digest
+from gradflow.specs.model_spec import ModelRequest
 from gradflow.specs.run_options import RunOptions
+from gradflow.specs.user_files import (
+    LocatedName,
+    errors_of_users_code,
+    import_object,
+    without_digest,
+)
 from gradflow.torch_internals import map_tensors
 from gradflow.training.tasks import MarkovTask, PrototypeTask, Samples, Task
 
@@ -73,12 +84,12 @@ def users_batches(
 
 def _each(thing: Any, shown: str) -> Iterator[Any]:
     """One batch after the other: what is no iterable of batches is one batch itself."""
-    with users_own(shown):
+    with errors_of_users_code(shown):
         made = thing() if callable(thing) else thing
         single = isinstance(made, Tensor | Mapping | tuple) or not isinstance(made, Iterable)
         source = iter([made] if single else made)
     while True:
-        with users_own(shown):
+        with errors_of_users_code(shown):
             try:
                 batch = next(source)
             except StopIteration:
@@ -199,15 +210,15 @@ def build_subject(
     """
     seed_all(seed)
     dtype = getattr(torch, request.dtype)
-    build = resolve(request) if request.is_from_library else None
-    with users_own(without_digest(request.model)):
+    build = hugging_face_build(request) if request.is_from_library else None
+    with errors_of_users_code(without_digest(request.model)):
         model = build.model() if build else _own_model(request)
         model = converted(model, device, dtype).train()
     torch.set_grad_enabled(True)  # whatever its code has left
     move = partial(moved, device=device, dtype=dtype)
     loss = partial(loss_of, kind=request.loss, seed=seed)
-    if isinstance(request.input, Located):
-        batches = partial(users_batches, load(request.input), request, move)
+    if isinstance(request.input, LocatedName):
+        batches = partial(users_batches, import_object(request.input), request, move)
         return _whole(Subject(model, batches, loss))
     given = move(inputs(build, request, seed) if build else own_input(model, request, seed))
     subject = _whole(Subject(model, lambda: repeat(Example(given)), loss))
@@ -216,7 +227,7 @@ def build_subject(
 
 def backward(subject: Subject, example: Example, request: ModelRequest) -> Tensor:
     """One forward and one backward pass; returns the loss."""
-    with users_own(without_digest(request.model)), torch.enable_grad():
+    with errors_of_users_code(without_digest(request.model)), torch.enable_grad():
         loss = subject.loss(subject.model, example)
         loss.backward()  # type: ignore[no-untyped-call]  # torch's stubs
     return loss.detach()
@@ -225,7 +236,7 @@ def backward(subject: Subject, example: Example, request: ModelRequest) -> Tenso
 def _whole(subject: Subject) -> Subject:
     """Lazy parameters get their sizes when the model is first called."""
     if any(map(is_lazy, subject.model.parameters())):
-        with torch.no_grad(), untouched(subject.model), users_own("the model"):
+        with torch.no_grad(), untouched(subject.model), errors_of_users_code("the model"):
             called(subject.model, next(subject.batches()).given)
     return subject
 
@@ -269,8 +280,8 @@ def vocabulary(model: nn.Module) -> int | None:
 
 def _own_model(request: ModelRequest) -> nn.Module:
     """What the user's function returns; sizes and settings are its arguments."""
-    assert isinstance(request.model, Located)
-    thing = load(request.model)
+    assert isinstance(request.model, LocatedName)
+    thing = import_object(request.model)
     named = {name: getattr(request, name) for name in ("depth", "width")}
     given = {name: value for name, value in named.items() if value is not None} | request.settings
     shown = without_digest(request.model)
@@ -349,7 +360,7 @@ def _classes(model: nn.Module, example: Example) -> int:
     Raises:
         UsageError: its shape is not that of logits.
     """
-    with untouched(model), users_own("the model"):
+    with untouched(model), errors_of_users_code("the model"):
         y = real_output(called(model, example.given))
     x = _main(example.given)
     if y.ndim < 2 or y.shape[:-1] != (x.shape if _is_ids(x) else x.shape[:1]) or y.shape[-1] < 2:

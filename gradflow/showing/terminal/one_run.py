@@ -25,9 +25,9 @@ from gradflow.runs.records import LayerRecord, Run, StepRecord
 from gradflow.runs.summary import Summary
 from gradflow.showing.sentences import gain_sentence, loss_words, trend_sentence
 from gradflow.showing.terminal.printing import UnitCell, plain_table
+from gradflow.specs.requests import training_line
 from gradflow.specs.stack import StackSpec
-from gradflow.specs.training_spec import training_line
-from gradflow.specs.user_code import shown
+from gradflow.specs.user_files import without_digest
 from gradflow.text import BARS, count, gib, giga, milliseconds, number
 
 # Rows shown at each end of a long table.
@@ -86,7 +86,7 @@ def run_view(run: Run) -> RenderableType:
 def departure_lines(run: Run) -> Iterator[str]:
     """Which parts of a published scheme this run has replaced by options."""
     if run.summary.departures:
-        yield f"scheme {shown(str(run.spec.scheme))}, {run.summary.departures}"
+        yield f"scheme {without_digest(str(run.spec.scheme))}, {run.summary.departures}"
 
 
 def subtitle(run: Run) -> Iterator[str]:

@@ -16,7 +16,7 @@ from gradflow.showing.terminal.printing import plain_table
 from gradflow.specs.block_kinds import NORM_KINDS
 from gradflow.specs.stack import StackSpec
 from gradflow.specs.stack_fields import block_kind
-from gradflow.specs.user_code import from_file, is_reference, shown
+from gradflow.specs.user_files import from_file, names_file_object, without_digest
 from gradflow.specs.user_schemes import scheme_named
 from gradflow.text import json_text
 
@@ -43,10 +43,10 @@ def find_scheme(name: str) -> tuple[str, Scheme]:
     Raises:
         UsageError: the name is unknown, or the file breaks the interface.
     """
-    if is_reference(name):
+    if names_file_object(name):
         name = from_file(name)
         StackSpec(scheme=name)  # holds it against the interface
-        return shown(name), scheme_named(name)
+        return without_digest(name), scheme_named(name)
     if name in _NORM_OPTIONS:
         rule = "a scheme is a whole recipe; a norm is an option of any"
         raise UsageError(rule, name, f"use --scheme pre-ln {_NORM_OPTIONS[name]}")

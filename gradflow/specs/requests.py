@@ -1,22 +1,66 @@
-"""What training does to a specification, and what it trains on, in words. Torch-free."""
+"""From options by name to what is measured: a stack or a model, and what training makes of it."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any
 
 from gradflow.errors import UsageError
+from gradflow.specs.fields import flag, options_of
+from gradflow.specs.model_spec import ModelRequest
 from gradflow.specs.run_options import RunOptions
 from gradflow.specs.stack import StackSpec
+from gradflow.specs.user_files import without_digest
+
+Asked = StackSpec | ModelRequest
+STACK_FIELDS = {f.name: f for f in fields(StackSpec)}
+MODEL_FIELDS = {f.name: f for f in fields(ModelRequest)}
+# Models keep all their graphs, and run as they are.
+_BUILT_ONLY = frozenset(f.name for f, about in options_of(RunOptions) if about.built_only)
+
+
+def specification(values: Mapping[str, Any]) -> tuple[Asked, RunOptions]:
+    """What the given options measure, and how; the rest are defaults.
+
+    Raises:
+        UsageError: a value breaks a rule, or does not go with --model.
+    """
+    if "model" in values:
+        return _model(values)
+    given = {name: value for name, value in values.items() if name in STACK_FIELDS}
+    for name in values:
+        if name in MODEL_FIELDS and name not in STACK_FIELDS:
+            remedy = "add for example --model hf:gpt2"
+            raise UsageError(f"{flag(name)} goes with --model", "no --model", remedy)
+    options = RunOptions(**{k: v for k, v in values.items() if k not in STACK_FIELDS})
+    return as_trained(StackSpec(**given), options), options
+
+
+def _model(values: Mapping[str, Any]) -> tuple[Asked, RunOptions]:
+    request = ModelRequest(**{k: v for k, v in values.items() if k in MODEL_FIELDS})
+    shown = without_digest(request.model)
+    for name, value in values.items():
+        if (name in STACK_FIELDS and name not in MODEL_FIELDS) or (name in _BUILT_ONLY and value):
+            remedy = f"leave out {flag(name)}; --set changes a setting of the model"
+            raise UsageError(f"{flag(name)} is for stacks", f"--model {shown}", remedy)
+    # A model runs as it is: its gradients stay as its number format delivers them.
+    others = {k: v for k, v in values.items() if k not in MODEL_FIELDS}
+    options = RunOptions(**others | {"raw_range": True})
+    if options.steps and request.loss == "cotangent":
+        request = replace(request, loss="ce")
+    return request, options
+
 
 # The built-in task of each shape of the stream; `gradflow.training.tasks` has the tasks themselves.
-MEANINGS = {
+_MEANINGS = {
     "tokens": "next token of a Markov source of {} symbols",
     "vectors": "{} prototypes in noise",
     "images": "{} colours in noise",
 }
 
 # Three tables of 8 bytes a pair: 400 MB.
-MOST_SYMBOLS = 4096
+_MOST_SYMBOLS = 4096
 
 
 def as_trained(spec: StackSpec, options: RunOptions) -> StackSpec:
@@ -50,8 +94,10 @@ def as_trained(spec: StackSpec, options: RunOptions) -> StackSpec:
 
 
 def _check_tokens(spec: StackSpec) -> None:
-    if spec.classes > MOST_SYMBOLS:
-        rule = f"the Markov source has at most {MOST_SYMBOLS:,} symbols, for its table of all pairs"
+    if spec.classes > _MOST_SYMBOLS:
+        rule = (
+            f"the Markov source has at most {_MOST_SYMBOLS:,} symbols, for its table of all pairs"
+        )
         raise UsageError(rule, f"--classes {spec.classes}", "use for example --classes 64")
     if spec.norm_kind == "batchnorm":
         rule = "batchnorm mixes a token with the next, which training predicts"
@@ -60,7 +106,7 @@ def _check_tokens(spec: StackSpec) -> None:
 
 def training_line(spec: StackSpec, options: RunOptions) -> str:
     """The task and how it is trained, in one line."""
-    task = MEANINGS[spec.kind.domain].format(spec.classes)
+    task = _MEANINGS[spec.kind.domain].format(spec.classes)
     causal = ", causal attention" if spec.causal else ""
     warmup = f", {options.warmup} steps of warm-up" if options.warmup else ""
     how = f"{options.steps} steps of {options.optimizer}, lr {options.lr:g}{warmup}"

@@ -28,14 +28,13 @@ from gradflow.runs.records import LayerRecord, Run
 from gradflow.runs.store import load, save
 from gradflow.schemes import SCHEMES
 from gradflow.schemes.wiring import READOUTS, UNIT_SETTINGS, Place, Wiring
-from gradflow.specs import user_code
+from gradflow.specs import user_files
 from gradflow.specs.grid import Cell, expand
 from gradflow.specs.run_options import RunOptions
 from gradflow.specs.stack import StackSpec
 from gradflow.specs.stack_fields import block_kind
 from gradflow.specs.user_schemes import INSIDE, MATRICES
-from gradflow.sweeps.cells import measure_cell
-from gradflow.sweeps.executors import make_executor
+from gradflow.sweeps.cells import make_executor, measure_cell
 from gradflow.theory.describe import describe_stack
 from gradflow.theory.template import NoTheoryError
 
@@ -58,7 +57,7 @@ FFN_CLASS = {
 @pytest.fixture
 def forget(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Start as another process would: with no file loaded."""
-    return lambda: monkeypatch.setattr(user_code, "_LOADED", {})
+    return lambda: monkeypatch.setattr(user_files, "LOADED", {})
 
 
 def measured(**options: Any) -> Run:
@@ -342,7 +341,7 @@ def test_reading_never_runs_the_file(
     assert cli("check", str(run.path)).code == 0
     assert cli("report", "--results", str(tmp_path / "runs")).code == 0
     assert not trace.exists()
-    assert user_code._LOADED == {}
+    assert user_files.LOADED == {}
 
 
 def test_a_reference_in_a_stored_run_is_no_name(tmp_path: Path, forget: Callable[[], None]) -> None:
