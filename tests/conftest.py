@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 from commandline import CommandLine
 from hypothesis import settings
 
@@ -13,13 +12,22 @@ from hypothesis import settings
 settings.register_profile("gradflow", deadline=None, max_examples=50, derandomize=True)
 settings.load_profile("gradflow")
 
-# Tensors here are tiny: threads would only wait for each other.
-torch.set_num_threads(1)
+# torch is imported where tests run: the process that hands them to workers need not wait for it.
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Tensors here are tiny: threads would only wait for each other."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """pytest-randomly reseeds `random` and numpy, but not torch."""
+    import torch
+
     torch.manual_seed(0)
 
 
