@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from gradflow.errors import RunFolderError, UsageError
-from gradflow.progress import Progress
+from gradflow.measuring.progress import Progress
 from gradflow.text import can_draw, in_ascii, printable
 
 if TYPE_CHECKING:

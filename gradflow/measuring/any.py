@@ -11,8 +11,8 @@ from gradflow.engine.compiled import compiled_join
 from gradflow.engine.cuda_graphs import graphs_on
 from gradflow.engine.memory import footprint, make_plan, resident_bytes
 from gradflow.engine.timing import Timer, stack_timer
+from gradflow.measuring.progress import Progress
 from gradflow.measuring.stack import measure
-from gradflow.progress import Progress
 from gradflow.runs.records import Run
 from gradflow.specs.model_spec import ModelRequest
 from gradflow.specs.run_options import RunOptions

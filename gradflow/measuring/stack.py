@@ -35,9 +35,9 @@ from gradflow.engine.walk import Walk, walk
 from gradflow.errors import MeasurementError, is_out_of_memory
 from gradflow.judging.assembly import Measured, assembled_run
 from gradflow.measuring.columns import with_theory, with_times
+from gradflow.measuring.progress import Progress, counter
 from gradflow.networks.stack import Block
 from gradflow.networks.units.template import Compiled
-from gradflow.progress import Progress, counter
 from gradflow.runs.records import Run, StepRecord, Timing
 from gradflow.specs.requests import as_trained
 from gradflow.specs.run_options import RunOptions

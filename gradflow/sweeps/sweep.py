@@ -21,8 +21,8 @@ import torch
 from gradflow.engine.timing import Clock
 from gradflow.errors import GradflowError
 from gradflow.measuring.columns import with_times
+from gradflow.measuring.progress import Progress
 from gradflow.networks.stack import rehearse
-from gradflow.progress import Progress
 from gradflow.runs import store
 from gradflow.runs.records import Run
 from gradflow.runs.staging import abandoned, locked_folder, not_stored, remove_abandoned

@@ -23,7 +23,7 @@ from gradflow.measuring.columns import with_times
 from gradflow.measuring.models.hugging_face import hugging_face_build
 from gradflow.measuring.models.one_pass import settings_kept, untouched
 from gradflow.measuring.models.subjects import Example, Subject, backward, build_subject
-from gradflow.progress import Progress
+from gradflow.measuring.progress import Progress
 from gradflow.runs.records import Run, StepRecord, Timing
 from gradflow.specs.model_spec import ModelRequest, ModelSpec
 from gradflow.specs.run_options import RunOptions

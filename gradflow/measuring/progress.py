@@ -1,4 +1,4 @@
-"""How long work tells how far it is. Torch-free."""
+"""The interface by which long work tells how far it has come. Torch-free."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Callable
 # (what is going on, steps done, steps in all)
 Progress = Callable[[str, int, int], None]
 
-MOST_CALLS = 1000
+_MOST_CALLS = 1000
 
 
 def counter(progress: Progress, phase: str, total: int) -> Callable[[], None]:
-    """Tells it of a phase, when it is called once for each of `total` steps."""
+    """Return what a phase calls at each of its `total` steps, to tell `progress` of them."""
     done = 0
     # A bar has no more than so many places, and each call takes as long as a small layer.
-    stride = max(1, total // MOST_CALLS)
+    stride = max(1, total // _MOST_CALLS)
 
     def tick() -> None:
         nonlocal done
