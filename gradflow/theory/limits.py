@@ -1,4 +1,4 @@
-"""Where theory holds, and how closely. The bounds are measured: tests/test_theory_measured.py."""
+"""Where theory holds, and how closely; tests/theory/test_theory_measured.py measures the bounds."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from gradflow.theory.mean_field.norms import KNOWN_NORMS, POINTWISE_PHI
 from gradflow.theory.mean_field.recursion import MomentPasses
 from gradflow.theory.template import NoTheoryError, Stack, TemplateUnit
 
-LEAST_WIDTH = 32
-LEAST_ELEMENTS = 64  # that a norm averages
-LEAST_ROWS = 16  # of a batchnorm
-MOST_NOISE = 4.0  # nats^2 of |g|^2
-MOST_DRIFT = 0.02  # likewise
-MOST_TOLERANCE = 0.15  # decades of |g|
-MOST_ENTRIES = 1 << 23  # of the T x T kernels of all causal units: they take 50 bytes each
+_LEAST_WIDTH = 32
+_LEAST_ELEMENTS = 64  # elements that a norm averages
+_LEAST_ROWS = 16  # rows that a batchnorm averages
+_MOST_NOISE = 4.0  # nats^2 of |g|^2
+_MOST_DRIFT = 0.02  # nats^2 of |g|^2
+_MOST_TOLERANCE = 0.15  # decades of |g|
+_MOST_ENTRIES = 1 << 23  # entries, of 50 bytes each, of the T x T kernels of all causal units
 
-BORDER = 0.2  # of the profile, over the pixels on a side; measured: up to 0.15
-CLOSE, WIDE = 0.025, 0.1  # decades of |g|; the latter for post-norm and causal
+_BORDER = 0.2  # share of the profile times the pixels on a side; measured: up to 0.15
+_CLOSE, _WIDE = 0.025, 0.1  # decades of |g|; the latter for post-norm and causal
 
 
 def check_spec(spec: StackSpec) -> None:
-    """Refuse what the template does not describe.
+    """Refuse a specification whose loss has no formula.
 
     Raises:
-        NoTheoryError: the loss has no formula.
+        NoTheoryError: the loss is mse.
     """
     if spec.loss == "mse":
         raise NoTheoryError("the gradient of mse contains the output, and so the weights")
@@ -40,9 +40,9 @@ def check_stack(stack: Stack) -> None:
     """Refuse a stack with a unit, norm or size that the formulas do not cover.
 
     Raises:
-        NoTheoryError: says which.
+        NoTheoryError: the message says which.
     """
-    if stack.shape.width < LEAST_WIDTH:
+    if stack.shape.width < _LEAST_WIDTH:
         raise NoTheoryError(f"width {stack.shape.width} is too small: theory is of infinite width")
     units = tuple(dict.fromkeys(stack.units))
     for unit in units:
@@ -69,7 +69,7 @@ def _check_head(stack: Stack, units: tuple[TemplateUnit, ...]) -> None:
     if not any(unit.a or unit.norms for unit in units):
         raise NoTheoryError("cross-entropy leans on the output, which a plain net amplifies")
     for norm in ("batchnorm", "groupnorm") if stack.shape.domain == "images" else ():
-        # They average over few samples or pixels, whose gradients are alike here.
+        # These norms average over few samples or pixels, whose gradients are alike here.
         if any(norm in unit.norms for unit in units):
             raise NoTheoryError(f"{norm} under cross-entropy: an image's pixels share one gradient")
 
@@ -77,7 +77,7 @@ def _check_head(stack: Stack, units: tuple[TemplateUnit, ...]) -> None:
 def _check_tokens(stack: Stack, units: tuple[TemplateUnit, ...]) -> None:
     if any("batchnorm" in unit.norms for unit in units):
         raise NoTheoryError("batchnorm beside attention: tokens of one sample and of others differ")
-    if stack.shape.causal and len(stack.units) * stack.shape.tokens**2 > MOST_ENTRIES:
+    if stack.shape.causal and len(stack.units) * stack.shape.tokens**2 > _MOST_ENTRIES:
         raise NoTheoryError(
             f"a causal mask over {stack.shape.tokens} tokens in {len(stack.units):,} units: "
             "theory would hold too many T x T kernels"
@@ -113,23 +113,20 @@ def _check_norm(norm: str) -> None:
 
 
 def check_passes(stack: Stack, passes: MomentPasses, layout: Layout, noise: LevelNoise) -> Array:
-    """Refuse a result beyond the range of its own formulas.
-
-    Returns:
-        Its `tolerance`.
+    """Return the `tolerance` of a result, or refuse one beyond the range of its own formulas.
 
     Raises:
-        NoTheoryError: says why.
+        NoTheoryError: the message says why.
     """
     for kind, count in {(norm.kind, norm.number) for tape in passes.tapes for norm in tape.norms}:
-        if count < (LEAST_ROWS if kind == "batchnorm" else LEAST_ELEMENTS):
+        if count < (_LEAST_ROWS if kind == "batchnorm" else _LEAST_ELEMENTS):
             raise NoTheoryError(f"{kind} over {count:.0f} independent elements is too noisy")
-    if not noise.variance[0] <= MOST_NOISE:
+    if not noise.variance[0] <= _MOST_NOISE:
         raise NoTheoryError(
             f"width {stack.shape.width} is too small for this depth: seeds would differ by "
             f"{0.5 / np.log(10) * np.sqrt(noise.variance[0]):.2g} decades"
         )
-    if not noise.drift + passes.drift <= MOST_DRIFT:
+    if not noise.drift + passes.drift <= _MOST_DRIFT:
         unit = stack.units[0]
         what = "a plain net" if unit.w_transform is None else "a highway"
         raise NoTheoryError(
@@ -137,7 +134,7 @@ def check_passes(stack: Stack, passes: MomentPasses, layout: Layout, noise: Leve
             f"further apart, and width {stack.shape.width} makes them unlike"
         )
     rows = tolerance(stack, passes, layout)
-    if not rows[0] <= MOST_TOLERANCE:
+    if not rows[0] <= _MOST_TOLERANCE:
         raise NoTheoryError(_imprecise(stack))
     return rows
 
@@ -149,16 +146,17 @@ def _imprecise(stack: Stack) -> str:
 
 
 def tolerance(stack: Stack, passes: MomentPasses, layout: Layout) -> Array:
-    """What the formulas may be off by, decades of |g|, at the input and after every unit.
+    """Return what the formulas may be off by, decades of |g|, at the input and after every unit.
 
-    0.05 decades of |g|^2, or 0.2 where a norm follows the shortcut or a mask is causal. Besides,
-    0.5/n nats of |g|^2 per plain unit of width n, an order that `corrections` has in part; and for
-    batchnorm 0.5 nats per unit (1 beside a shortcut) for each mean square correlation between rows
-    that finite width brings (`_correlations`): fitted. In a resnet the norms see covariances
-    between pixels that the border makes unlike, of which theory has the averages: `BORDER`.
+    0.05 decades of |g|^2, or 0.2 where a norm follows the shortcut or a mask is causal. Each plain
+    unit of width n adds 0.5/n nats of |g|^2, an order that `mean_field.norms` has in part. Each
+    unit with batchnorm adds 0.5 nats (1 beside a shortcut), a fitted factor, times the mean square
+    correlation between rows that finite width brings (`_correlations`). In a resnet the norms see
+    covariances between pixels that the border makes unlike, of which theory has the averages:
+    `_BORDER`.
     """
     post = any(unit.norm_out and unit.a for unit in stack.units)
-    base = WIDE if post or stack.shape.causal else CLOSE
+    base = _WIDE if post or stack.shape.causal else _CLOSE
     rows = np.full(len(stack.units) + 1, base)
     if any("batchnorm" in unit.norms for unit in stack.units):
         each = np.array([1.0 if unit.a else 0.5 for unit in stack.units])
@@ -166,7 +164,7 @@ def tolerance(stack: Stack, passes: MomentPasses, layout: Layout) -> Array:
         rows[:-1] += 0.5 / np.log(10) * drift[::-1].cumsum()[::-1]
     bordered = stack.shape.side > 1 and any(unit.kind == "resnet" for unit in stack.units)
     if bordered and any("batchnorm" in unit.norms for unit in stack.units):
-        rows += BORDER / stack.shape.side * 0.5 / np.log(10) * np.abs(passes.levels)
+        rows += _BORDER / stack.shape.side * 0.5 / np.log(10) * np.abs(passes.levels)
     plain = np.array([0.0 if unit.a else 0.5 / stack.shape.width for unit in stack.units])
     rows[:-1] += 0.5 / np.log(10) * plain[::-1].cumsum()[::-1]
     rows[-1] = 0.0
@@ -174,11 +172,11 @@ def tolerance(stack: Stack, passes: MomentPasses, layout: Layout) -> Array:
 
 
 def _correlations(stack: Stack, passes: MomentPasses, layout: Layout) -> Array:
-    """E c^2 between rows after each unit: c^2' = r^2 c^2 + 1/n.
+    """Return E c^2 between rows after each unit: c^2' = r^2 c^2 + 1/n.
 
-    r is what a unit leaves of a small correlation: (a^2 V_x + b^2 s (E phi')^2 V_u)/V_y, V the
-    variances without the rows' common part. A convolution averages over 9 pairs of pixels. In a
-    resnet the new part 1/n is that of the branch, by its share of V_y.
+    A unit leaves the share r = (a^2 V_x + b^2 s (E phi')^2 V_u)/V_y of a small correlation, V the
+    variances without the rows' common part; a convolution averages over 9 pairs of pixels. In a
+    resnet only the branch, by its share of V_y, brings the new part 1/n.
     """
     found, c = np.zeros(len(stack.units)), 0.0
     apart = _apart([x.s for x in passes.streams], layout)
@@ -194,13 +192,13 @@ def _correlations(stack: Stack, passes: MomentPasses, layout: Layout) -> Array:
 
 
 def _apart(streams: list[Moments], layout: Layout) -> list[float]:
-    """Variances without the rows' common part, but for a factor."""
+    """Return the streams' variances without the rows' common part, up to a common factor."""
     squares = np.array([layout.mean_square(s) for s in streams])
     return [float(x) for x in squares * (1 - layout.cosines(streams))]
 
 
 def _passed(unit: TemplateUnit, tape: BranchTape, layout: Layout) -> float:
-    """What the branch makes of a small covariance between rows."""
+    """Return the factor of the branch on a small covariance between rows."""
     if tape.back is None:
         return 0.0
     slope = layout.mean(tape.back[1])

@@ -1,7 +1,7 @@
-"""Elementary functions that take a float or an array alike, and are quick on floats.
+"""Elementary functions of a float or an array that are quick on floats.
 
-A NumPy call on a single number costs ten times the arithmetic; the predictor of a deep stack is a
-long chain of such calls.
+A NumPy call on a single number costs ten times the arithmetic, and the prediction of a deep stack
+is a long chain of such calls.
 """
 
 from __future__ import annotations
@@ -18,32 +18,27 @@ TINY = 1e-300
 
 
 def sqrt(x: Number) -> Number:
-    """Square root."""
+    """Return the square root of x."""
     return math.sqrt(x) if isinstance(x, float) else np.asarray(np.sqrt(x))
 
 
 def asin(x: Number) -> Number:
-    """Inverse sine; rounding beyond +-1 is cut off."""
+    """Return the inverse sine of x, cut off at +-1 against rounding."""
     return math.asin(max(-1.0, min(1.0, x))) if isinstance(x, float) else _array_asin(x)
 
 
 def acos(x: Number) -> Number:
-    """Inverse cosine; rounding beyond +-1 is cut off."""
+    """Return the inverse cosine of x, cut off at +-1 against rounding."""
     return math.pi / 2 - asin(x)
 
 
 def atan(x: Number) -> Number:
-    """Inverse tangent."""
+    """Return the inverse tangent of x."""
     return math.atan(x) if isinstance(x, float) else np.asarray(np.arctan(x))
 
 
-def exp(x: Number) -> Number:
-    """Exponential."""
-    return math.exp(x) if isinstance(x, float) else np.asarray(np.exp(x))
-
-
 def cosine(q1: Number, q2: Number, p: Number) -> Number:
-    """p / sqrt(q1 q2), within +-1; 0 where a variance is 0."""
+    """Return p / sqrt(q1 q2) within +-1; 0 where a variance is 0."""
     if isinstance(p, float):
         length = math.sqrt(q1 * q2)
         return max(-1.0, min(1.0, p / length)) if length else 0.0
@@ -51,22 +46,22 @@ def cosine(q1: Number, q2: Number, p: Number) -> Number:
 
 
 def least(x: Array) -> float:
-    """The minimum; `np.min` takes four times as long for so few numbers."""
+    """Return the minimum of x; `np.min` takes four times as long for few numbers."""
     return float(x.item(x.argmin()))
 
 
 def most(x: Array) -> float:
-    """The maximum, as `least`."""
+    """Return the maximum of x; `np.max` takes four times as long for few numbers."""
     return float(x.item(x.argmax()))
 
 
 def constant(value: float, like: Number) -> Number:
-    """The value in the shape of `like`."""
+    """Return the value in the shape of `like`."""
     return value if isinstance(like, float) else np.full_like(like, value)
 
 
 def quadrature_key(x: float) -> float:
-    """To eight digits: a key under which nearly equal numbers share one quadrature."""
+    """Return x to eight digits: a key under which nearly equal numbers share one quadrature."""
     return float(f"{x:.8g}")
 
 
@@ -75,5 +70,5 @@ def _array_asin(x: Array) -> Array:
 
 
 def _within_1(x: Array) -> Array:
-    """Quicker than `np.clip` on few numbers."""
+    """Return x cut off at +-1; quicker than `np.clip` on few numbers."""
     return np.minimum(np.maximum(x, -1.0), 1.0)

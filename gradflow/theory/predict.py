@@ -1,8 +1,17 @@
 """`predict`: the gradient's profile of a stack by theory, with its band, or why there is none.
 
 The prediction is log10 of |dL/dy_u| relative to |dL/dy_D|. It holds for every loss whose gradient
-at y_D has independent elements that do not depend on the stack's weights: the default cotangent
-exactly, cross-entropy by a head of its own (its tokens share the softmax's mean: `_start`).
+at y_D has independent elements that do not depend on the stack's weights: for the default cotangent
+exactly, for cross-entropy through a head after these derivations, v the logits' variance, c their
+cosine between two tokens, C the number of classes:
+
+- g = W^T (p - e), p the softmax and e a random label. With E sum p p' = (1 + h)/C, h the excess of
+  `mean_field.attention`, and E p_label = 1/C: E |p - e|^2 = 1 - 1/C + h(v)/C, and for two tokens
+  E (p - e).(p' - e') = h(v c)/C. The head's norm scales both alike.
+- Scatter of ln |g_u|^2/|g_D|^2: let the token mean have the share R_u of |g_u|^2. If its energy at
+  the output is off by d, relatively, the ratio moves by (R_u - R_D) d. The softmax's common part is
+  the share a of that energy, of relative variance k (`scatter`), and the labels the rest, a sum of
+  C - 1 squared normals: Var d = (a^2 k + (1 - a)^2 2/(C - 1))/B for B independent samples.
 """
 
 from __future__ import annotations
@@ -19,7 +28,7 @@ import numpy as np
 from gradflow.specs.stack import StackSpec
 from gradflow.theory.describe import describe_stack
 from gradflow.theory.finite_width.band import LevelNoise, finite_width
-from gradflow.theory.highway.recursion import run as run_highway
+from gradflow.theory.highway import run_highway
 from gradflow.theory.limits import check_passes, check_spec, check_stack
 from gradflow.theory.maths import Array
 from gradflow.theory.mean_field.attention import LOGIT_LIMIT, excess, excess_array, scatter
@@ -39,12 +48,12 @@ class Prediction:
     """What theory says of a stack; one entry per row of `LayerRecord`: the input, then the units.
 
     Attributes:
-        log10_grad_norm: of the norm of the gradient, relative to that at the output; None where
-            theory has no answer.
-        spread: standard deviation of one seed about it, decades.
+        log10_grad_norm: log10 of the gradient's norm over that at the output; None where theory
+            has no answer.
+        spread: standard deviation of one seed about `log10_grad_norm`, decades.
         tolerance: what theory itself may be off by, decades.
         act_rms: root mean square of the stream.
-        act_cos: cosine between tokens (samples, where there are none).
+        act_cos: cosine between tokens of the stream (between samples, where there are no tokens).
         reason: why there is no prediction, else None.
     """
 
@@ -56,9 +65,9 @@ class Prediction:
     reason: str | None = None
 
     def band(self, seeds: int = 1) -> tuple[tuple[float, float], ...]:
-        """Lowest and highest value expected of the mean over `seeds`, row by row.
+        """Return the lowest and highest value expected of the mean over `seeds`, row by row.
 
-        Tolerance plus two standard deviations. Empty where there is no prediction.
+        The band is the tolerance plus two standard deviations; empty where there is no prediction.
         """
         if self.log10_grad_norm is None:
             return ()
@@ -69,7 +78,7 @@ class Prediction:
 
 
 def predict(spec: StackSpec) -> Prediction:
-    """The prediction for a stack that gradflow builds.
+    """Predict the gradient's profile of a stack that gradflow builds.
 
     Args:
         spec: the stack; its seed and dtype do not matter.
@@ -88,10 +97,10 @@ def predict(spec: StackSpec) -> Prediction:
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """Without the cyclic garbage collector, as it was after it.
+    """Switch off the cyclic garbage collector, and restore it.
 
-    The tapes of a deep stack are a million tuples without a cycle, which it would search again and
-    again: a third of the time.
+    The tapes of a deep stack are a million tuples without a cycle, which the collector would search
+    again and again: a third of the time.
     """
     enabled = gc.isenabled()
     gc.disable()
@@ -103,7 +112,7 @@ def _uncollected() -> Iterator[None]:
 
 
 def predict_stack(stack: Stack) -> Prediction:
-    """The prediction for units of the template, as a scheme makes them.
+    """Predict the gradient's profile of units of the template, as a scheme makes them.
 
     Args:
         stack: shape, units, and the head if the loss is cross-entropy.
@@ -119,7 +128,7 @@ def predict_stack(stack: Stack) -> Prediction:
 
 
 def total_decades(spec: StackSpec) -> float:
-    """log10 of the gradient norm at the input over that at the output, at infinite width.
+    """Return log10 of the gradient norm at the input over that at the output, at infinite width.
 
     Raises:
         NoTheoryError: there is no prediction; finite width is no obstacle here.
@@ -169,7 +178,7 @@ def _of_state(stack: Stack, levels: Array) -> Array:
 
 
 def layout_of(stack: Stack) -> Layout:
-    """Which rows of the stream differ."""
+    """Return the layout of the stream's moments: which of its rows differ."""
     attends = any(unit.kind == "attention" for unit in stack.units)
     if stack.shape.causal and attends:
         return CausalTokens(stack.shape)
@@ -194,7 +203,7 @@ def _to_prediction(
 
 
 def _fewer_probes(stack: Stack) -> float:
-    """1/N that cross-entropy adds: few classes; one gradient for all pixels of an image."""
+    """Return what cross-entropy adds to 1/N: few classes; one gradient for an image's pixels."""
     if stack.head is None:
         return 0.0
     pooled = 1 / stack.shape.batch if stack.shape.domain == "images" else 0.0
@@ -202,12 +211,7 @@ def _fewer_probes(stack: Stack) -> float:
 
 
 def _start_noise(stack: Stack, passes: MomentPasses, layout: Layout) -> Array:
-    """Variance of ln |g|^2 that cross-entropy brings by what the tokens of a sample share.
-
-    (R_u - R_D)^2 (a^2 k + (1 - a)^2 2/(C - 1))/B: R the share of the token mean in |g|^2, a that of
-    the softmax's common part in the mean, k the relative variance of `scatter`; the rest are the
-    labels. Derived here; samples are taken for independent.
-    """
+    """Return the variance of ln |g|^2 by what tokens share under cross-entropy (see the top)."""
     if stack.head is None or stack.shape.domain != "tokens":
         return np.zeros(len(passes.gradients))
     tokens, classes = stack.shape.tokens, stack.head.classes
@@ -221,12 +225,7 @@ def _start_noise(stack: Stack, passes: MomentPasses, layout: Layout) -> Array:
 
 
 def _start(stack: Stack, y: Stream, layout: Layout) -> Moments:
-    """Moments of the gradient at y_D, but for a factor: 1 for each row, and what rows share.
-
-    Cross-entropy: g = W^T (p - e), p the softmax of logits of variance v, e the random label.
-    E |p - e|^2 = 1 - 1/C + h(v)/C and E (p - e)(p' - e') = h(v c)/C for two tokens whose logits
-    have cosine c, h the excess of `attention`. The head's norm scales both alike.
-    """
+    """Return the moments of the gradient at y_D over its mean square: 1, and what rows share."""
     if stack.head is None or stack.shape.domain != "tokens":
         return layout.start(1.0)
     logits = _head_input(stack.head, y, layout)
@@ -240,7 +239,7 @@ def _start(stack: Stack, y: Stream, layout: Layout) -> Moments:
 
 
 def _check_head_logits(stack: Stack, variance: float) -> None:
-    """Without a final norm two streams add up; the moments of the softmax end there."""
+    """Refuse logits beyond the softmax's moments: streams that add up without a final norm."""
     if stack.state is not None and variance > LOGIT_LIMIT:
         raise NoTheoryError(
             f"cross-entropy over logits of variance {variance:.2g}, above {LOGIT_LIMIT:g}, of "
@@ -249,12 +248,13 @@ def _check_head_logits(stack: Stack, variance: float) -> None:
 
 
 def _head_input(head: Head, y: Stream, layout: Layout) -> Stream:
-    """What the head projects."""
+    """Return the stream that the head projects."""
     read = tuple([head.read**2 * entry for entry in y.s])
     return normalise(head.norm, Stream(read, head.read * y.mean), layout)[0]
 
 
 def _shared_softmax(logits: Array, classes: int) -> Array:
+    """Return the T x T covariance of the gradients of causal tokens over their mean square."""
     h = excess_array(logits, np.full(logits.shape, classes))
     g: Array = h / (classes - 1 + np.diagonal(h).mean())
     np.fill_diagonal(g, 1.0)

@@ -3,7 +3,7 @@
     x' = Np(a x + b No(f(c Ni(x))))
 
 f is a branch with independent weights of zero mean; the norms N have gains 1 and shifts 0. A
-published scheme is a choice of these numbers. Nothing here computes.
+published scheme is a choice of these numbers. This module only holds them.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 
-NORM_EPS = 1e-5  # that of the norms, as `StackSpec` has it by default
+NORM_EPS = 1e-5  # epsilon of the norms, the default of `StackSpec`
 
 
 class NoTheoryError(Exception):
-    """Theory does not hold; the message says why."""
+    """Theory does not hold for a stack; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -28,28 +28,32 @@ class WeightMoments:
 
 @dataclass(frozen=True, kw_only=True)
 class TemplateUnit:
-    """One step of the stream; the names of matrices are those of `blocks`.
+    """One unit; its matrices are named as in `networks.blocks`.
 
     Attributes:
         kind: `mlp` phi(Wx), `conv` phi(conv3x3(x)), `ffn` W_out M(phi(W_in x)), `resnet`
             W_out phi(M(W_in phi(x))) or `attention` W_out M(softmax(q k) v), M the norm `norm_mid`.
-        activation: of all but attention.
+        activation: phi; attention has none.
         w_in: W, the convolution, or the first matrix of two; the values of attention.
         w_out: the output projection; unused by mlp and conv.
-        w_gate: of a gated ffn, W_out M(phi(W_gate x) * W_in x); None: it has no gate.
-        w_query: queries; `w_key` keys, of attention only.
-        w_transform: of a highway layer, T(x) = sigmoid(W_T x + b_T), `gate_bias` b_T; None: it is
-            of the template.
+        w_gate: the gate of a gated ffn, W_out M(phi(W_gate x) * W_in x); None for no gate.
+        w_query: the queries of attention.
+        w_key: the keys of attention.
+        w_transform: W_T of a highway layer's T(x) = sigmoid(W_T x + b_T); None elsewhere.
+        gate_bias: b_T of a highway layer.
         a: weight of the shortcut; 0 for a plain unit.
         b: weight of the branch's output.
         c: weight of the branch's input.
-        norm_in: kind of Ni, or None; so for `norm_branch` No, `norm_out` Np and `norm_mid` M.
-        qk_norm: queries and keys are normalised per head.
+        norm_in: kind of the norm Ni, or None.
+        norm_branch: kind of the norm No, or None.
+        norm_out: kind of the norm Np, or None.
+        norm_mid: kind of the norm M, or None.
+        qk_norm: whether queries and keys are normalised per head.
+        alpha: alpha of the pointwise norms dyt, tanh(alpha x), and derf, erf(alpha x).
         logits: factor on the variance of attention's logits, over that of q.k / sqrt(c).
-        read: factor on the branch's input before Ni; a norm leaves nothing of it but for its eps.
-        norm_value: kind of norm of the values, per head; `norm_shared` that of the unit's input,
-            for shortcut and branch alike.
-        alpha: of the pointwise norms dyt, tanh(alpha x), and derf, erf(alpha x).
+        read: factor on the branch's input before Ni, of which a norm leaves its eps alone.
+        norm_value: kind of norm of the values, per head, or None.
+        norm_shared: kind of norm of the unit's input, for shortcut and branch alike, or None.
     """
 
     kind: str
@@ -77,12 +81,12 @@ class TemplateUnit:
 
     @property
     def is_single(self) -> bool:
-        """Whether the branch ends in its activation, so that its output has a mean."""
+        """Tell whether the branch ends in its activation, so that its output has a mean."""
         return self.kind in ("mlp", "conv")
 
     @cached_property
     def norms(self) -> tuple[str, ...]:
-        """The kinds of norm that it has."""
+        """Return the kinds of norm that the unit has."""
         placed = (self.norm_in, self.norm_branch, self.norm_mid, self.norm_out)
         own = (self.norm_value, self.norm_shared)
         return tuple(kind for kind in (*placed, *own) if kind is not None)
@@ -90,12 +94,14 @@ class TemplateUnit:
 
 @dataclass(frozen=True, kw_only=True)
 class StreamShape:
-    """StreamShape of the stream, and what all units share.
+    """The shape of the stream, and what all units share.
 
     Attributes:
         domain: `vectors`, `tokens` or `images`.
         width: features, or channels.
-        batch: samples; `tokens` in a sample; `side`: pixels on a side of an image.
+        batch: samples.
+        tokens: tokens in a sample.
+        side: pixels on a side of an image.
         hidden: width inside an ffn.
         heads: attention heads.
         causal: whether attention sees the past only.
@@ -112,7 +118,7 @@ class StreamShape:
 
     @property
     def rows(self) -> int:
-        """Vectors of features in a batch: over these batchnorm averages."""
+        """Return the vectors of features in a batch, over which batchnorm averages."""
         return self.batch * self.tokens * self.side**2
 
 
@@ -121,9 +127,9 @@ class Head:
     """A classifier after the stack, with cross-entropy against random labels.
 
     Attributes:
-        classes: their number.
-        weights: of the projection.
-        norm: before it.
+        classes: number of classes.
+        weights: moments of the projection.
+        norm: kind of the norm before the projection, or None.
         read: factor on the stream before that norm.
     """
 
@@ -138,11 +144,11 @@ class State:
     """What goes from unit to unit in place of one stream.
 
     Attributes:
-        kind: of the units that make it, as in `wiring.UNIT_SETTINGS`.
-        copies: of the input at the start, where all streams remain copies.
+        kind: the kind of the units, a key of `unit_theory.UNIT_THEORY`.
+        copies: copies of the input at the start, where all streams remain copies.
         norm: kind of norm that units and readout have besides those of the template.
-        head_size: values that a norm of theirs averages.
-        layer: units to a layer.
+        head_size: values that a norm of attention's values averages.
+        layer: units in a layer.
     """
 
     kind: str
@@ -161,7 +167,8 @@ class Stack:
         units: first to last.
         input_square: E x^2 of the input's elements, which are independent.
         head: what turns y_D into the loss; None for a random cotangent.
-        state: of several streams; None for one. The units are those of the branches.
+        state: what the units hand on; None for one stream of the template. With a state the units
+            are those of the branches.
     """
 
     shape: StreamShape

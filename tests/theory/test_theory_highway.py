@@ -16,9 +16,16 @@ from theory_profiles import profiles, worst
 from gradflow.networks.blocks import PHI
 from gradflow.specs.stack import StackSpec
 from gradflow.theory import StreamShape, TemplateUnit, WeightMoments, predict, total_decades
-from gradflow.theory.highway.gate_moments import branch_moments, gate_moments, gate_pair
-from gradflow.theory.highway.layer import Step, power
-from gradflow.theory.highway.recursion import Gradient, backward, neighbour_modes
+from gradflow.theory.highway import (
+    Gathered,
+    HighwayTape,
+    branch_moments,
+    gate_moments,
+    gate_pair,
+    highway_backward,
+    neighbour_modes,
+    stream_moment,
+)
 from gradflow.theory.mean_field.layouts import Exchangeable
 
 Array = NDArray[np.float64]
@@ -35,7 +42,7 @@ def phi_and_slope(name: str, z: Array) -> tuple[Array, Array]:
 
 @pytest.mark.parametrize("name", ["relu", "tanh", "gelu"])
 def test_the_moments_of_the_parts_are_those_of_samples(name: str) -> None:
-    """WeightMoments make 0.7 of the variance of 1.4, random biases the rest."""
+    """Weights make 0.7 of the variance of 1.4, random biases the rest."""
     source = np.random.default_rng(0)
     w = math.sqrt(0.7 * 1.4) * source.standard_normal(SAMPLES)
     z = w + math.sqrt(0.3 * 1.4) * source.standard_normal(SAMPLES)
@@ -76,10 +83,12 @@ UNIT = TemplateUnit(
 )
 
 
-def step_of(x: Array) -> Step:
+def tape_of(x: Array) -> HighwayTape:
     moments = tuple(float((x**k).mean()) for k in range(5))
     q = moments[2]
-    return Step(UNIT, moments, q, (1.0, 1.0), gate_moments(BIAS, q), branch_moments("relu", 2 * q))
+    return HighwayTape(
+        UNIT, moments, q, (1.0, 1.0), gate_moments(BIAS, q), branch_moments("relu", 2 * q)
+    )
 
 
 def projected(g: Array, x: Array) -> Array:
@@ -106,11 +115,11 @@ def test_a_gradient_gathers_along_the_stream_and_its_mean(shared: float) -> None
         back = (1 - t) * g + (g * t * (z > 0)) @ w + (g * (h - x) * t * (1 - t)) @ v
         found.append(projected(back, x))
         moments.append((y * y).mean())
-    layout, step = Exchangeable(StreamShape(domain="vectors", width=WIDTH)), step_of(x)
-    assert power(step, 2) == pytest.approx(np.mean(moments), rel=0.01)
-    g = Gradient(1.0, shared**2 * np.eye(2)[None])
-    own, p = backward(step, g, np.ones(1), layout).g
-    m, q = step.x[1:3]
+    layout, tape = Exchangeable(StreamShape(domain="vectors", width=WIDTH)), tape_of(x)
+    assert stream_moment(tape, 2) == pytest.approx(np.mean(moments), rel=0.01)
+    g = Gathered(1.0, shared**2 * np.eye(2)[None])
+    own, p = highway_backward(tape, g, np.ones(1), layout).g
+    m, q = tape.x[1:3]
     total = own + p[0, 0, 0] + 2 * m * p[0, 0, 1] + q * p[0, 1, 1]
     one, along = np.array([1.0, m]), np.array([m, q])
     sums = (one @ p[0] @ one, one @ p[0] @ along, along @ p[0] @ along)
