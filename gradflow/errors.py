@@ -66,7 +66,7 @@ class BaselineError(GradflowError):
 
 
 def closest_first(name: str, known: Iterable[str]) -> list[str]:
-    """The known names, those most like a misspelt one first; what is equally like keeps order."""
+    """The known names, the most similar to a misspelt one first; equally similar keep order."""
     return sorted(known, key=lambda other: -SequenceMatcher(None, name, other).ratio())
 
 

@@ -124,7 +124,7 @@ def _as_option(name: str) -> str:
 def _wanted(
     runs: list[str] | None, given: dict[str, Any], out: Path, quiet: bool
 ) -> tuple[list[Run], list[str]]:
-    """The runs to judge, and a line for each that cannot be read."""
+    """The runs to judge, and a line for each run that cannot be read."""
     if runs:
         return read_runs(runs)
     from gradflow.cli.run import measure_and_store
@@ -140,7 +140,7 @@ def _judge(run: Run, bounds: Bounds, baseline: Run | None, rtol: float) -> Judge
 
 
 def _say_judgement(name: str, judgement: Judgement) -> None:
-    """Say what was compared and why it fails."""
+    """Print whether a run passed, what was compared, and the reasons of a failure."""
     typer.echo(f"{'ok' if judgement.passed else 'FAILED'}  {name}")
     for line in judgement.compared:
         typer.echo(f"    compared: {line}")

@@ -104,7 +104,7 @@ def read_runs(patterns: list[str]) -> tuple[list[Run], list[str]]:
 
 
 def _matching(pattern: str) -> list[Path]:
-    """What has that name, or the folders that a glob matches: plain files are no runs."""
+    """The path of that name, or the folders that a glob matches: plain files are no runs."""
     with suppress(OSError):  # a name that is too long, for one
         if Path(pattern).exists():
             return [Path(pattern)]
@@ -121,7 +121,7 @@ def run_name(run: Run) -> str:
 
 
 def say_notes(runs: Sequence[Run]) -> None:
-    """Say what does not fit together in these runs, a line each."""
+    """Say in a line each what does not fit together in the runs."""
     from gradflow.runs.consistency import contradiction, first_broken, same_network
 
     named = [(run_name(run), run) for run in runs]
@@ -156,7 +156,7 @@ def check_target(target: str | None, option: str = "--json") -> None:
 
 
 def write_text(target: str, text: str) -> None:
-    """Text to a file, or to stdout for `-`; there in ASCII where it cannot be shown otherwise.
+    """Write text to a file, or to stdout for `-`; in ASCII where stdout cannot show it otherwise.
 
     Raises:
         UsageError: the file cannot be written.
@@ -174,7 +174,7 @@ def write_text(target: str, text: str) -> None:
 def write_targets(
     targets: Targets, formats: Mapping[str, Callable[[Content], str]], content: Content
 ) -> None:
-    """The content in each format that has a target.
+    """Write the content in each format that has a target.
 
     Raises:
         UsageError: a file cannot be written.
@@ -203,7 +203,7 @@ def show_view(view: RenderableType, *, numbers_coloured: bool = False, then: str
 
 
 def say(line: str, style: str = "") -> None:
-    """One line on stderr."""
+    """Print one line on stderr, which is never wrapped."""
     from rich.console import Console  # 50 ms, which `--help` need not wait for
 
     Console(stderr=True, soft_wrap=True, highlight=False).print(line, style=style, markup=False)

@@ -131,7 +131,7 @@ def _side_by_side(comparison: Comparison, targets: Targets, *, quiet: bool) -> N
 
 
 def _check_request(runs: list[str] | None, made: bool, targets: Targets, noise: float) -> None:
-    """Refuse what cannot work before anything is measured.
+    """Refuse a request that cannot work before anything is measured.
 
     Raises:
         UsageError: runs and options, two formats for stdout, an unwritable file, no such noise.
@@ -149,7 +149,7 @@ def _check_request(runs: list[str] | None, made: bool, targets: Targets, noise: 
 
 
 def _make_grid(given: dict[str, Any]) -> Grid:
-    """The cells that the given lists make; what is left out is said.
+    """The cells that the given lists make; cells that are left out are named on stderr.
 
     Raises:
         UsageError: a bad value, or no cell at all.
@@ -211,7 +211,7 @@ def _say_stored(done: Sweep, cells: int) -> None:
 
 
 def _failure_lines(failures: Sequence[tuple[Cell, str]]) -> list[str]:
-    """One line for each cell without a run, or without times."""
+    """One line for each cell that has no run, or no times."""
     return [f"{cell.spec.title}: {error}" for cell, error in failures]
 
 

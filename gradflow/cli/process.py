@@ -38,8 +38,8 @@ def run_process(command: Callable[[], int]) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # whatever the terminal cannot show is no error
             stream.reconfigure(errors="replace")
-    # Measuring makes many objects and hardly a cycle: a collection of all of them every few
-    # milliseconds takes a tenth of a run.
+    # Measuring makes many objects and hardly a cycle: to collect garbage every few milliseconds
+    # takes a tenth of a run.
     gc.set_threshold(_COLLECT_EVERY)
     _leave(command())
 
@@ -82,7 +82,7 @@ def _exit_code(command: Callable[[], int | None]) -> int:
         complain(f"{error.format_message().rstrip('.')}; see --help")
         return error.exit_code
     except OSError as error:
-        # Files have names, and are taken care of where they are written: this is a stream.
+        # Errors of files, which have names, are answered where files are written: this is a stream.
         if error.filename is not None or error.errno not in _STREAM_ERRORS:
             raise
         return _unwritable(error)
@@ -110,13 +110,13 @@ def _internal(error: Exception) -> int:
 
 
 def _unread() -> int:
-    """The reader of stdout went away, which is its right; what is left goes nowhere."""
+    """Send the rest of stdout nowhere, because its reader went away, which is its right."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return EXIT_OK
 
 
 def _unwritable(error: OSError) -> int:
-    """Stdout cannot be written, or its reader went away."""
+    """Answer a stdout that cannot be written, or whose reader went away."""
     _unread()
     if isinstance(error, BrokenPipeError):
         return EXIT_OK

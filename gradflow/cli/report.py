@@ -57,6 +57,6 @@ def report_command(
 
 
 def _say_skipped(lines: Sequence[str]) -> None:
-    """Say in a line each what was not read."""
+    """Say in a line each which folders were not read."""
     for line in lines:
         say(f"gradflow: {line}")

@@ -56,7 +56,7 @@ def run_command(
 
 
 def measure_and_store(given: dict[str, Any], out: Path, quiet: bool) -> Run:
-    """A stored run of the given fields; bad values and a bad `out` are refused first."""
+    """Measure the given fields and store the run; bad values and a bad `out` are refused first."""
     spec, options = specification(given)
     from gradflow.runs.staging import check_writable, nearest_folder
     from gradflow.runs.store import save
@@ -70,7 +70,7 @@ def measure_and_store(given: dict[str, Any], out: Path, quiet: bool) -> Run:
 
 
 def _run_json(run: Run) -> str:
-    """One JSON object: run, spec, summary, verdict."""
+    """One JSON object: folder, specification, summary and verdict of a run."""
     from gradflow.runs.store import about
 
     content = about(run)

@@ -17,7 +17,7 @@ from gradflow.specs.user_files import without_digest
 from gradflow.text import count, in_superscript, number, signed, two_digits
 
 _MOST_DESIGNS = 6
-# A change by fewer decades is none that a person needs to know.
+# Nobody needs to know of a change by fewer decades.
 _SAME_DECADES = 0.1
 
 
@@ -39,7 +39,7 @@ def answer(runs: Sequence[Described]) -> str:
 
 
 def designs_through(runs: Sequence[Described], called: Sequence[Name]) -> str:
-    """Which designs let the gradient through, or which do not: whichever list is shorter.
+    """The designs that let the gradient through, or those that do not: the shorter of both lists.
 
     Args:
         runs: the runs.
@@ -133,7 +133,7 @@ def _training_sentence(summary: Summary) -> str:
 
 
 def loss_words(summary: Summary) -> str:
-    """Where the loss ends, between its floor and chance where these are known."""
+    """The loss at the end, with its floor and chance where they are known."""
     if summary.loss_floor is None and summary.final_loss is not None:
         return f"loss ends at {number(summary.final_loss, '.3f')}"
     loss, floor, chance = (
@@ -156,7 +156,7 @@ def gain_sentence(summary: Summary) -> str:
 
 
 def trend_sentence(summary: Summary) -> str:
-    """How the profile goes on with depth; empty where it has no trend."""
+    """How the profile goes on with depth; empty for a profile without a trend."""
     trends = {"exponential": "exponential", "power law": "a power law"}
     if summary.trend not in trends:
         return ""

@@ -19,7 +19,6 @@ from gradflow.judging.comparison import Comparison
 from gradflow.runs import store
 from gradflow.showing.formats import comparison_markdown
 from gradflow.showing.terminal.many_runs import (
-    ascii_columns,
     comparison_view,
     cost_columns,
     design_table,
@@ -101,7 +100,7 @@ def test_a_comparison_is_drawn_in_ascii_and_its_columns_stay() -> None:
 @given(result=comparisons())
 def test_80_columns_in_ascii_whatever_the_numbers_are(result: Comparison) -> None:
     for columns in (gradient_columns(result)[0], cost_columns(0.01)):
-        text = design_table(result, ascii_columns(columns)).plain
+        text = design_table(result, columns, in_ascii).plain
         assert max(map(len, text.split("\n"))) <= 80
         assert text.isascii()
 

@@ -17,7 +17,7 @@ import polars as pl
 from gradflow.showing.page.chart_tables import axis_ends
 
 # Six hues that dichromats can tell apart, each at least 3:1 against its background. Shapes repeat
-# what colours say and go on where these come round again: 6 and 7 have no common divisor.
+# what colours say and go on where colours come round again: 6 and 7 have no common divisor.
 LIGHT = ("#0072b2", "#d55e00", "#009e73", "#8a2be2", "#6d0a1f", "#14145a")
 DARK = ("#2aa7e8", "#d56400", "#009e73", "#b066ff", "#ffcdd6", "#d9e35a")
 MARK_SHAPES = (
@@ -43,20 +43,20 @@ class Drawing:
     """A chart with the words around it.
 
     Attributes:
-        title: its heading.
-        text: what it shows, and how to read it.
-        table: `units`, `depths` or `times`.
-        columns: those it draws, the first one on the vertical axis, with their headings.
-        draw: makes the chart of that table.
-        near, seen: of the vertical axis, see `chart_tables.axis_ends`.
-        bars: it has a line of text for each value of the column `bar`, and grows with them.
+        title: the heading of the chart.
+        text: what the chart shows, and how to read it.
+        table: a key of `chart_tables`.
+        columns: the drawn columns with their headings, the first one on the vertical axis.
+        draw: makes the chart of this drawing from its table.
+        near, seen: arguments of `chart_tables.axis_ends` for the vertical axis.
+        bars: the chart has a line of text for each value of the column `bar`, and grows with them.
     """
 
     title: str
     text: str
     table: str
     columns: dict[str, str]
-    draw: Callable[[pl.DataFrame], alt.LayerChart]
+    draw: Callable[[Drawing, pl.DataFrame], alt.LayerChart]
     near: float | None = None
     seen: tuple[float, float] = (0, 1.05)
     bars: bool = False
@@ -71,6 +71,17 @@ class Drawing:
         """The columns that have to fit on the vertical axis."""
         return [name for name in (self.value, "low", "high") if name in self.columns]
 
+    def hints(self) -> list[alt.Tooltip]:
+        """A line of the tooltip for each column."""
+        return [hint(column, title) for column, title in self.columns.items()]
+
+    def steered(self, chart: alt.Chart, table: pl.DataFrame, *more: alt.Parameter) -> alt.Chart:
+        """The top layer of the chart with the parameters by which people and pages steer it."""
+        bottom, top = axis_ends(table, self.span, self.near, self.seen)
+        ends = [alt.param(name="bottom", value=bottom), alt.param(name="top", value=top)]
+        listed = alt.param(name="listed", value=_designs(table))
+        return chart.add_params(chosen(), *more, _zoom(), listed, *ends)
+
 
 def layered(*layers: alt.Chart) -> alt.LayerChart:
     """Charts on top of each other."""
@@ -78,31 +89,24 @@ def layered(*layers: alt.Chart) -> alt.LayerChart:
 
 
 def chosen() -> alt.Parameter:
-    """What a click in the legend selects."""
+    """The selection that a click in the legend makes: one design."""
     return alt.selection_point(name="chosen", fields=["design"], bind="legend")
 
 
-def zoom() -> alt.Parameter:
-    """Dragging and zooming."""
-    # The bare wheel belongs to the page.
+def _zoom() -> alt.Parameter:
+    """The selection that drags and zooms the axes of a chart."""
+    # The wheel without a key scrolls the page.
     return alt.selection_interval(name="zoom", bind="scales", zoom="wheel![event.ctrlKey]")
 
 
-def steering(table: pl.DataFrame, drawing: Drawing) -> list[alt.Parameter]:
-    """The parameters by which a page steers a chart."""
-    bottom, top = axis_ends(table, drawing.span, drawing.near, drawing.seen)
-    axis = [alt.param(name="bottom", value=bottom), alt.param(name="top", value=top)]
-    return [alt.param(name="listed", value=_designs(table)), *axis]
-
-
 def faded(opacity: float) -> Any:
-    """This opacity for what is chosen."""
+    """An opacity for the chosen designs; all others are faint."""
     return alt.when(chosen()).then(alt.value(opacity)).otherwise(alt.value(_FADED))
 
 
 def layer_axis() -> alt.X:
     """The horizontal axis of the layers."""
-    # Apart, because the last label is moved inwards, to the one before it.
+    # Vega moves the last label inwards, so labels need room between them.
     axis = alt.Axis(tickMinStep=1, format=",d", grid=False, labelOverlap=True, labelSeparation=8)
     return alt.X("x:Q", title="layer (0 is the input)", axis=axis, scale=alt.Scale(nice=False))
 
@@ -112,13 +116,13 @@ def _designs(table: pl.DataFrame) -> list[str]:
 
 
 def design_colour(table: pl.DataFrame) -> alt.Color:
-    """A colour for each design, with its legend."""
+    """A colour for each design, with a legend of the designs."""
     # The same domain for colour and shape makes one legend of the two.
     return alt.Color("design:N", title=None, scale=_scale(table), legend=_legend(table))
 
 
 def design_shape(table: pl.DataFrame) -> alt.Shape:
-    """A shape for each design, in the same legend."""
+    """A shape for each design, in the legend of the colours."""
     return alt.Shape("design:N", title=None, scale=_scale(table), legend=_legend(table))
 
 
@@ -133,7 +137,7 @@ def _legend(table: pl.DataFrame) -> alt.Legend:
 
 
 def hint(column: str, title: str) -> alt.Tooltip:
-    """A number under the pointer."""
+    """The line of a tooltip that shows a number."""
     return alt.Tooltip(f"{column}:Q", title=title, format=".4~g")
 
 
@@ -163,7 +167,7 @@ def power_of_ten(exponent: str) -> str:
 def themed(
     chart: alt.LayerChart, ink: str = _INK, paper: str = _PAPER, colours: tuple[str, ...] = LIGHT
 ) -> alt.LayerChart:
-    """The same chart in these colours."""
+    """The chart in the given colours, with the letters and lines of all charts."""
     text: dict[str, Any] = {"labelColor": ink, "titleColor": ink, "titleFontWeight": "normal"}
     axis = alt.AxisConfig(
         **text,
@@ -183,7 +187,7 @@ def themed(
         symbolOpacity=1,
         symbolLimit=0,
     )
-    # In one go: every configure_... of Altair copies the chart.
+    # One call, because every `configure_...` of Altair copies the chart.
     return chart.configure(
         background=paper,
         font=_FONT,
@@ -198,9 +202,9 @@ def themed(
 
 
 def picture_of(drawing: Drawing, table: pl.DataFrame) -> alt.LayerChart:
-    """The same for a chart of any kind."""
+    """The chart of a drawing as it stands alone: titled, on paper, far-out runs left out."""
     title = alt.TitleParams(drawing.title, subtitle=drawing.text.split(". ")[0], limit=CHART_WIDTH)
-    chart = drawing.draw(table).properties(title=title, width=CHART_WIDTH)
+    chart = drawing.draw(drawing, table).properties(title=title, width=CHART_WIDTH)
     if not drawing.bars:
         chart = chart.properties(height=CHART_HEIGHT)
     return themed(chart)

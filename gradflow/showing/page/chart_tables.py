@@ -11,16 +11,16 @@ import polars as pl
 from gradflow.judging.naming import Name
 from gradflow.runs.reading import Results, StoredRun
 
-# Symbols on a line; between them it is a line only.
+# A line bears about so many symbols.
 _MARKS = 8
 _DIGITS = 5
-# What reaches this many times farther than half of the runs do is left out of a picture.
+# Runs that reach this many times farther than half of the runs are left out of a picture.
 FAR = 4
 NamedRuns = Sequence[tuple[StoredRun, Name]]
 
 
 def chart_tables(results: Results, runs: NamedRuns) -> dict[str, pl.DataFrame]:
-    """What the charts of these runs draw."""
+    """The tables from which the charts of these runs are drawn, by name."""
     return {
         "units": _units(results, runs),
         "depths": _depths(runs),
@@ -51,7 +51,7 @@ def _units(results: Results, runs: NamedRuns) -> pl.DataFrame:
 
 
 def _depths(runs: NamedRuns) -> pl.DataFrame:
-    """One row per run: its depth and total gain, and the thresholds it was judged by."""
+    """One row per run: depth, total gain, and the thresholds of the verdict."""
     found = [
         {
             "depth": run.spec.depth,
@@ -115,12 +115,12 @@ def axis_ends(
 ) -> tuple[float, float]:
     """The ends of a vertical axis that leaves far-out runs outside.
 
-    A run is far out if its largest |value| is above both `near` and `FAR` times the median of the
-    runs. Where all are, or `near` is None, none is.
+    A run is far out if its largest |value| is above both `near` and `FAR` times the median over
+    the runs. If all runs are far out, or `near` is None, every run is inside.
 
     Args:
         table: with a column `number`, which tells the runs.
-        columns: those that are drawn, the first one in every row in which others are.
+        columns: the drawn columns; where the first one is empty, all of them are.
         near: a value that is never far out.
         seen: values that are always in the picture.
     """

@@ -16,7 +16,6 @@ from gradflow.showing.page.chart_parts import (
     BAR,
     DASHED,
     Drawing,
-    chosen,
     design_colour,
     design_shape,
     faded,
@@ -25,18 +24,16 @@ from gradflow.showing.page.chart_parts import (
     layered,
     number_axis,
     power_axis,
-    steering,
-    zoom,
 )
 
-# Beyond these powers of ten all are the same colour, or one dead run would hide the others.
+# Gradients beyond these powers of ten share a colour, or one dead run would hide the others.
 _COLDEST, _HOTTEST = -12, 6
 
 
-def _gradient(units: pl.DataFrame) -> alt.LayerChart:
+def _gradient(drawing: Drawing, units: pl.DataFrame) -> alt.LayerChart:
     """The gradient norm over the layers: a line per run with its seeds, theory with its band."""
     title = "gradient norm |dL/dy|"
-    y = power_axis("log10_grad_norm", title)
+    y = power_axis(drawing.value, title)
     series = {
         "x": layer_axis(),
         "color": design_colour(units),
@@ -51,39 +48,33 @@ def _gradient(units: pl.DataFrame) -> alt.LayerChart:
         expected.encode(**series, y=power_axis(low, title), y2=f"{high}:Q"),
         band.encode(**series, y=power_axis("low", title), y2="high:Q"),
         theory.encode(**series, y=power_axis("theory_log10_grad_norm", title)),
-        *_lines(units, y, "gradient"),
+        *_lines(drawing, units, y),
     )
 
 
-def _skip_gain(units: pl.DataFrame) -> alt.LayerChart:
-    """The part of the gain that passes the shortcut: the 1 of 1 + f'."""
-    return _by_unit(units, "skip-gain", "skip gain")
+def _values(drawing: Drawing, units: pl.DataFrame) -> alt.LayerChart:
+    """One line per run over the layers."""
+    y = number_axis(drawing.value, drawing.columns[drawing.value])
+    return layered(*_lines(drawing, units, y))
 
 
-def _branch_gain(units: pl.DataFrame) -> alt.LayerChart:
-    """The part of the gain that passes the branch: the f' of 1 + f'."""
-    return _by_unit(units, "branch-gain", "branch gain")
+def _values_by_unit(drawing: Drawing, units: pl.DataFrame) -> alt.LayerChart:
+    """One line per run and kind of unit: attention and ffn have gains of their own."""
+    kinds = units["unit"].unique(maintain_order=True).to_list()
+    two = {"attention", "ffn"} <= set(kinds)
+    scale = alt.Scale(domain=kinds, range=[DASHED if two and k == "ffn" else [1, 0] for k in kinds])
+    legend = alt.Legend(orient="top", symbolType="stroke", values=["attention", "ffn"])
+    dash = alt.StrokeDash("unit:N", title=None, scale=scale, legend=legend if two else None)
+    y = number_axis(drawing.value, drawing.columns[drawing.value])
+    return layered(*_lines(drawing, units, y, strokeDash=dash))
 
 
-def _token_cosine(units: pl.DataFrame) -> alt.LayerChart:
-    """The mean cosine between the tokens of y: 1 where all have become the same."""
-    y = number_axis("act_cos", "cosine between tokens")
-    return layered(*_lines(units, y, "token-cosine"))
-
-
-def _gradient_cosine(units: pl.DataFrame) -> alt.LayerChart:
-    """The mean cosine between the gradients of samples: 0 where they are shattered."""
-    y = number_axis("grad_cos", "cosine between gradients")
-    return layered(*_lines(units, y, "gradient-cosine"))
-
-
-def _activation(units: pl.DataFrame) -> alt.LayerChart:
+def _activation(drawing: Drawing, units: pl.DataFrame) -> alt.LayerChart:
     """The size of the stream over the layers."""
-    y = power_axis("log10_act_rms", "root mean square of y")
-    return layered(*_lines(units, y, "activation"))
+    return layered(*_lines(drawing, units, power_axis(drawing.value, "root mean square of y")))
 
 
-def _depth(depths: pl.DataFrame) -> alt.LayerChart:
+def _depth(drawing: Drawing, depths: pl.DataFrame) -> alt.LayerChart:
     """The total gain against depth, a line per design; dashed lines bound what is healthy."""
     ticks = sorted(depths["depth"].unique())
     x = alt.X(
@@ -105,11 +96,11 @@ def _depth(depths: pl.DataFrame) -> alt.LayerChart:
     point = alt.Chart(depths).mark_point(size=60, filled=True, clip=True)
     hints = [alt.Tooltip("run:N"), alt.Tooltip("verdict:N"), hint("total_log10_gain", "decades")]
     points = point.encode(**series, shape=design_shape(depths), opacity=faded(1), tooltip=hints)
-    steered = points.add_params(chosen(), zoom(), *steering(depths, CHARTS["depth"]))
-    return layered(*rules, line.encode(**series, opacity=faded(0.9)), steered)
+    line = line.encode(**series, opacity=faded(0.9))
+    return layered(*rules, line, drawing.steered(points, depths))
 
 
-def _time(times: pl.DataFrame) -> alt.LayerChart:
+def _time(_: Drawing, times: pl.DataFrame) -> alt.LayerChart:
     """The time of one unit, forward and backward: the median over the layers."""
     x = alt.X("ms:Q", title="milliseconds per unit", axis=alt.Axis(format="~g", tickCount=8))
     colour = alt.Color("pass:N", title=None, sort=["forward", "backward"])
@@ -126,18 +117,8 @@ def _bar_axis() -> alt.Y:
     return alt.Y("bar:N", title=None, sort=None, axis=alt.Axis(labelLimit=limit, ticks=False))
 
 
-def _by_unit(units: pl.DataFrame, name: str, title: str) -> alt.LayerChart:
-    """One line per run and kind of unit: in a transformer both have gains of their own."""
-    kinds = units["unit"].unique(maintain_order=True).to_list()
-    two = {"attention", "ffn"} <= set(kinds)
-    scale = alt.Scale(domain=kinds, range=[DASHED if two and k == "ffn" else [1, 0] for k in kinds])
-    legend = alt.Legend(orient="top", symbolType="stroke", values=["attention", "ffn"])
-    dash = alt.StrokeDash("unit:N", title=None, scale=scale, legend=legend if two else None)
-    return layered(*_lines(units, number_axis(CHARTS[name].value, title), name, strokeDash=dash))
-
-
 def _lines(
-    units: pl.DataFrame, y: alt.Y, name: str, **of_lines: Any
+    drawing: Drawing, units: pl.DataFrame, y: alt.Y, **of_lines: Any
 ) -> tuple[alt.Chart, alt.Chart]:
     """A line per run with a few marks on it; all its points appear under the pointer."""
     series = {"x": layer_axis(), "y": y, "color": design_colour(units)}
@@ -146,46 +127,44 @@ def _lines(
     hover = alt.selection_point(
         name="hover", fields=["run"], on="pointerover", clear="pointerout", empty=False
     )
-    # As a dictionary: Altair's own `|` forgets that an empty hover selects nothing.
+    # A dictionary, because Altair's own `|` forgets that an empty hover selects nothing.
     marked = {"or": ["datum.mark", {"param": "hover", "empty": False}]}
     seen = {"test": {"and": [{"param": "chosen"}, marked]}, "value": 1}
-    hints = [hint(column, title) for column, title in CHARTS[name].columns.items()]
     where = [alt.Tooltip("run:N"), alt.Tooltip("layer:Q", format=",d"), alt.Tooltip("unit:N")]
     points = point.encode(
         **series,
         shape=design_shape(units),
         opacity=alt.OpacityValue(0, condition=seen),
-        tooltip=[*where, *hints],
+        tooltip=[*where, *drawing.hints()],
     )
     return (
         line.encode(**series, **of_lines, detail="run:N", opacity=faded(0.9)),
-        points.add_params(chosen(), hover, zoom(), *steering(units, CHARTS[name])),
+        drawing.steered(points, units, hover),
     )
 
 
-def _loss(losses: pl.DataFrame) -> alt.LayerChart:
+def _loss(drawing: Drawing, losses: pl.DataFrame) -> alt.LayerChart:
     """The loss over the steps: a line per run, a band over its seeds, its floor dashed."""
-    drawing, title = TRAINING_CHARTS["loss"], "cross-entropy in nats"
+    title = "cross-entropy in nats"
     x = alt.X("step:Q", title="step", axis=alt.Axis(format=",d", grid=False, tickMinStep=1))
     series = {"x": x, "color": design_colour(losses), "detail": "run:N"}
     band = alt.Chart(losses).mark_area(fillOpacity=0.2, clip=True)
     floor = alt.Chart(losses).mark_line(strokeDash=DASHED, strokeWidth=1.5, clip=True)
     line = alt.Chart(losses).mark_line(strokeWidth=1.8, clip=True)
-    hints = [hint(column, words) for column, words in drawing.columns.items()]
     drawn = line.encode(
         **series,
         y=number_axis("loss", title),
         opacity=faded(0.9),
-        tooltip=[alt.Tooltip("run:N"), alt.Tooltip("step:Q"), *hints],
+        tooltip=[alt.Tooltip("run:N"), alt.Tooltip("step:Q"), *drawing.hints()],
     )
     return layered(
         band.encode(**series, y=number_axis("low", title), y2="high:Q", opacity=faded(1)),
         floor.encode(**series, y=number_axis("loss_floor", title), opacity=faded(0.9)),
-        drawn.add_params(chosen(), zoom(), *steering(losses, drawing)),
+        drawing.steered(drawn, losses),
     )
 
 
-def _heat(heats: pl.DataFrame) -> alt.LayerChart:
+def _heat(_: Drawing, heats: pl.DataFrame) -> alt.LayerChart:
     """The gradient norm by layer and step: a strip per run and layer."""
     x = alt.X("step:Q", title="step", axis=alt.Axis(format=",d"), scale=alt.Scale(nice=False))
     colour = alt.Color(
@@ -225,7 +204,7 @@ CHARTS: dict[str, Drawing] = {
         "identity and 0 without a shortcut.",
         "units",
         {"skip_gain": "skip gain"},
-        _skip_gain,
+        _values_by_unit,
         near=4,
     ),
     "branch-gain": Drawing(
@@ -234,7 +213,7 @@ CHARTS: dict[str, Drawing] = {
         "it has to stay well below 1.",
         "units",
         {"branch_gain": "branch gain"},
-        _branch_gain,
+        _values_by_unit,
         near=4,
     ),
     "depth": Drawing(
@@ -253,7 +232,7 @@ CHARTS: dict[str, Drawing] = {
         "carry the same: the rank has collapsed.",
         "units",
         {"act_cos": "cosine between tokens"},
-        _token_cosine,
+        _values,
     ),
     "gradient-cosine": Drawing(
         "Cosine between the gradients of samples",
@@ -261,7 +240,7 @@ CHARTS: dict[str, Drawing] = {
         "noise: it has shattered.",
         "units",
         {"grad_cos": "cosine between gradients"},
-        _gradient_cosine,
+        _values,
     ),
     "activation": Drawing(
         "Growth of the activations",

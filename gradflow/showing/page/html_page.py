@@ -82,12 +82,12 @@ def render(results: Results, shown: ShownRuns) -> str:
 
 
 def charts_of(results: Results) -> dict[str, Drawing]:
-    """The charts that the runs have something for; charts of training only where there was one."""
+    """All charts; without those of training where no run was trained."""
     return ALL_CHARTS if len(results.losses) else CHARTS
 
 
 def words(results: Results, shown: ShownRuns) -> dict[str, Any]:
-    """Everything on the page that is text."""
+    """The texts of the page, by the name that its template has for them."""
     runs = results.runs
     often = Counter(run.summary.verdict for run in runs)
     order = [*VERDICTS, *sorted(set(often) - set(VERDICTS))]
@@ -111,7 +111,7 @@ def words(results: Results, shown: ShownRuns) -> dict[str, Any]:
 
 
 def _table_rows(shown: ShownRuns) -> Iterator[dict[str, Any]]:
-    """One dictionary per row of the table of runs; numbers both as text and to sort by."""
+    """One dictionary per listed run; every number as text and as a value to sort by."""
     charted = {run.number for run, _ in shown.charted}
     drawn = {run.number for run, _ in shown.drawn}
     for run, name in shown.listed:
@@ -189,7 +189,7 @@ def _plain(value: object) -> str:
 
 
 def _left_out(results: Results, shown: ShownRuns) -> Iterator[str]:
-    """What the page does not show, and where it can be seen."""
+    """Sentences on the runs and layers that the page leaves out, and where they can be seen."""
     total, listed, charted = len(results.runs), len(shown.listed), len(shown.charted)
     drawn, layers = len(shown.drawn), results.layers_kept
     evenly = "taken in turn from every verdict and design"
@@ -234,7 +234,7 @@ def _chart_data(results: Results, shown: ShownRuns) -> dict[str, Any]:
 
 
 def _sample(table: pl.DataFrame, shown: ShownRuns) -> pl.DataFrame:
-    """One row of each kind that charts ask for, drawn designs first: theirs is the best colour."""
+    """One row for each design, unit and depth; drawn designs come first, for the best colours."""
     kinds = [name for name in ("design", "unit", "depth") if name in table.columns]
     drawn = pl.col("design").is_in(list({name.design for _, name in shown.drawn}))
     few = table.unique(kinds, keep="first", maintain_order=True)
@@ -245,7 +245,7 @@ def _chart_spec(name: str, sample: pl.DataFrame) -> dict[str, Any]:
     """A chart without its rows, in colours that the page's style sheet sets."""
     drawing = ALL_CHARTS[name]
     colours = tuple(f"var(--line-{i})" for i in range(len(LIGHT)))
-    chart = themed(drawing.draw(sample), "currentColor", "transparent", colours)
+    chart = themed(drawing.draw(drawing, sample), "currentColor", "transparent", colours)
     spec = chart.properties(width="container").to_dict()
     spec.pop("datasets")
     spec |= {"data": {"name": drawing.table}, "autosize": {"type": "fit-x", "contains": "padding"}}
@@ -274,7 +274,7 @@ def _file(name: str) -> str:
 
 
 def _script(text: str) -> Markup:
-    # The one thing that would end a script early; `<\/` means the same in a JavaScript string.
+    # Only `</script` would end a script early; `<\/` means the same in a JavaScript string.
     return Markup(text.replace("</script", "<\\/script").replace("\r", ""))
 
 

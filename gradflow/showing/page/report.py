@@ -32,20 +32,20 @@ class PageLimits:
 
 
 def page(results: Results, limits: PageLimits = PageLimits()) -> str:
-    """The page, below 5 MB whatever it has to show: it shows fewer runs until it fits."""
+    """The page, which shows fewer and fewer runs until its HTML is below 5 MB."""
     html = render(results, selection(results, limits))
     return html if len(html.encode()) < MOST_BYTES else page(results, limits.halved())
 
 
 def selection(results: Results, limits: PageLimits) -> ShownRuns:
-    """The runs that a page shows."""
+    """The runs that a page within these limits shows."""
     runs = design_by_design(results)
     charted = pick(runs, limits.charted)
     return ShownRuns(pick(runs, limits.listed), charted, pick(charted, limits.drawn))
 
 
 def pick(runs: NamedRuns, most: int) -> NamedRuns:
-    """At most so many runs, in the same order: of every verdict, then of every design in turn."""
+    """At most `most` runs in the given order: of every verdict, then of each design in turn."""
     if len(runs) <= most:
         return runs
     taken: dict[int, None] = {}
@@ -59,7 +59,7 @@ def _turns(runs: NamedRuns, *, by_design: bool) -> list[list[int]]:
     """Places of the first run of each verdict (and design), then of the second, and so on."""
     groups: dict[tuple[str, str], list[tuple[int, bool, int]]] = {}
     for place, (run, name) in enumerate(runs):
-        # The deepest first, where a design shows most; of equals the one with times.
+        # A design shows most at its deepest run; of equal depths a run with times is better.
         rank = (-run.spec.depth, run.summary.forward_s is None, place)
         group = (run.summary.verdict, name.design if by_design else "")
         groups.setdefault(group, []).append(rank)
@@ -78,7 +78,7 @@ def write_page(results: Results, file: Path) -> None:
     """Write the page, all of it or nothing; only an older report is replaced.
 
     Raises:
-        UsageError: the file cannot be written, or is something else than a report.
+        UsageError: the file cannot be written, or is something other than a report.
     """
     _check_page_file(file)
     text = page(results)
@@ -96,7 +96,7 @@ def _check_page_file(file: Path) -> None:
     """Make sure, before anything is read, that a page may be written there.
 
     Raises:
-        UsageError: it lies in a run folder, or is something else than an older report.
+        UsageError: the file lies in a run folder, or is something other than an older report.
     """
     rule = "--out is a new file, or an older report"
     if (file.parent / "run.json").exists():
@@ -122,8 +122,8 @@ def write_pictures(results: Results, folder: Path, kind: str) -> list[Path]:
     """Write each chart that has something to show as `<folder>/<name>.<kind>`.
 
     Args:
-        results: whose runs are drawn, as many as a page draws at first.
-        folder: is made if need be.
+        results: the runs; as many are drawn as a page draws at first.
+        folder: the folder of the pictures, which is made if it does not exist.
         kind: `png` or `svg`.
 
     Raises:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
 from textwrap import wrap
@@ -32,7 +32,7 @@ from gradflow.text import BARS, gib, in_ascii, milliseconds, number, signed, two
 _WIDTH = 80
 _PROFILE_CELLS = 8
 _MARKS = {"slower": "▲", "faster": "▼", "not interleaved": "~"}
-# Longer tables are shown by their two ends: of a comparison, and of a results folder.
+# Comparisons with more rows are shown by their two ends; so are longer lists of results.
 _MOST_COMPARED, _ENDS = 40, 15
 _MOST_LISTED = 30
 
@@ -47,15 +47,6 @@ class ComparisonColumn:
     heading: str
     cell: Callable[[Row], str]
     left: bool = False
-
-
-def ascii_columns(columns: Sequence[ComparisonColumn]) -> list[ComparisonColumn]:
-    """The same columns in ASCII, to be taken before the widths of their texts."""
-    return [replace(c, heading=in_ascii(c.heading), cell=_ascii_cell(c)) for c in columns]
-
-
-def _ascii_cell(column: ComparisonColumn) -> Callable[[Row], str]:
-    return lambda row: in_ascii(column.cell(row))
 
 
 def _depth(row: Row) -> str:
@@ -230,19 +221,16 @@ def comparison_view(comparison: Comparison, *, drawn: bool = True) -> Renderable
         comparison: the runs.
         drawn: with block characters; else the tables are in ASCII.
     """
-    written, said = (tuple, str) if drawn else (ascii_columns, in_ascii)
+    write = str if drawn else in_ascii
     columns, note = gradient_columns(comparison)
-    parts: list[RenderableType] = [
-        design_table(comparison, written(columns)),
-        Text(said(note), style="dim"),
-    ]
+    parts = [design_table(comparison, columns, write), Text(write(note), style="dim")]
     depths = depth_lines(comparison)
     parts += map(Text, ["", "trainable depth", *depths] if depths else [])
     if is_timed(comparison):
-        parts += [Text(), design_table(comparison, written(cost_columns(comparison.noise)))]
-        parts += [Text(said(note), style="dim") for note in cost_notes(comparison)]
+        parts += [Text(), design_table(comparison, cost_columns(comparison.noise), write)]
+        parts += [Text(write(note), style="dim") for note in cost_notes(comparison)]
     if is_trained(comparison):
-        parts += [Text(), design_table(comparison, written(OUTCOME_COLUMNS))]
+        parts += [Text(), design_table(comparison, OUTCOME_COLUMNS, write)]
         parts += [Text(_OUTCOME_NOTE, style="dim")]
     answers = comparison_answer(comparison)
     return Group(*parts, Text(), *(Text(line, style="bold") for line in answers))
@@ -269,15 +257,19 @@ def depth_lines(comparison: Comparison) -> list[str]:
     return [each.sentence for each in trainable_depths(comparison)]
 
 
-def design_table(comparison: Comparison, columns: Sequence[ComparisonColumn]) -> Text:
-    """Rows by design, each on one line of at most 80 characters.
+def design_table(
+    comparison: Comparison,
+    columns: Sequence[ComparisonColumn],
+    write: Callable[[str], str] = str,
+) -> Text:
+    """Rows by design, each on one line of at most 80 characters; `write` changes texts.
 
     The name of a design stands beside its rows, folded over them; where it does not fit there, on
     lines of its own above. The middle of a long table is left out, and counted.
     """
     rows = comparison.rows
     head, tail = (rows, ()) if len(rows) <= _MOST_COMPARED else (rows[:_ENDS], rows[-_ENDS:])
-    layout = _Layout.fitting(columns, [*head, *tail])
+    layout = _Layout.fitting(columns, [*head, *tail], write)
     lines = [layout.heading(), *_grouped(layout, head)]
     if tail:
         left_out = rows[len(head) : len(rows) - len(tail)]
@@ -298,23 +290,27 @@ def _grouped(layout: _Layout, rows: Sequence[Row]) -> Iterator[Text]:
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where things stand in a table. `room` is the width of the names; 0: they stand above."""
+    """The places of a table. `room` is the width of the names; if 0, names stand above rows."""
 
     columns: Sequence[ComparisonColumn]
+    write: Callable[[str], str]
     widths: Sequence[int]
     room: int
 
     @classmethod
-    def fitting(cls, columns: Sequence[ComparisonColumn], rows: Sequence[Row]) -> _Layout:
+    def fitting(
+        cls, columns: Sequence[ComparisonColumn], rows: Sequence[Row], write: Callable[[str], str]
+    ) -> _Layout:
         """A layout with the names beside their rows where all of them fit there."""
         texts = [[c.heading, *(c.cell(row) for row in rows)] for c in columns]
-        widths = [max(map(len, column)) for column in texts]
+        widths = [max(len(write(text)) for text in column) for column in texts]
         room = _WIDTH - sum(widths) - len(widths)
         groups = [list(group) for _, group in groupby(rows, key=attrgetter("design"))]
         folded = [_fold(group[0].design, room) for group in groups]
         longest = max(len(line) for name in folded for line in name)
         fits = all(len(name) <= len(group) for name, group in zip(folded, groups, strict=True))
-        return cls(columns, widths, max(longest, len("design")) if fits and longest <= room else 0)
+        beside = max(longest, len("design")) if fits and longest <= room else 0
+        return cls(columns, write, widths, beside)
 
     def heading(self) -> Text:
         """The line with the names of the columns."""
@@ -336,13 +332,15 @@ class _Layout:
     def _line(self, name: str, cells: Sequence[str]) -> str:
         placed = [
             text.ljust(width) if column.left else text.rjust(width)
-            for text, width, column in zip(cells, self.widths, self.columns, strict=True)
+            for text, width, column in zip(
+                map(self.write, cells), self.widths, self.columns, strict=True
+            )
         ]
         return " ".join([name.ljust(self.room)] * bool(self.room) + placed).rstrip()
 
 
 def _fold(name: str, room: int) -> list[str]:
-    """The name in lines; its phrases (`no norm`) stay whole if they can."""
+    """The lines of a folded name; phrases such as `no norm` stay whole if the room allows it."""
     for text in (name.replace(" ", "\xa0").replace(",\xa0", ", "), name):
         lines = wrap(text, max(room, 1), break_on_hyphens=False, break_long_words=room >= _WIDTH)
         if max(map(len, lines)) <= room:

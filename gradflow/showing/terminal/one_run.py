@@ -35,9 +35,9 @@ ENDS = 8
 _PROFILE_SIZE = (78, 14)
 _DOT = "·"
 _MOST_POINTS = 1000
-# Where a loss or a gradient is not finite.
+# The character for a loss or a gradient that is not finite.
 _LOST = "x"
-# Characters across the pictures of a training, and rows down; more are thinned evenly.
+# A picture of a training has at most so many characters across and rows down.
 _CELLS, _MOST_LAYERS, _WIDEST_CELL = 64, 13, 6
 _Curve = Sequence[tuple[float, float]]
 
@@ -84,13 +84,13 @@ def run_view(run: Run) -> RenderableType:
 
 
 def departure_lines(run: Run) -> Iterator[str]:
-    """Which parts of a published scheme this run has replaced by options."""
+    """The parts of a published scheme that this run has replaced by options."""
     if run.summary.departures:
         yield f"scheme {without_digest(str(run.spec.scheme))}, {run.summary.departures}"
 
 
 def subtitle(run: Run) -> Iterator[str]:
-    """The rest of the specification, and where it was measured."""
+    """The lines below the title: sizes, seeds, training, loss, number format and device."""
     spec, where = run.spec, run.environment
     yield f"{spec.details}, {count(run.options.seeds, 'seed')}"
     if isinstance(spec, StackSpec):
@@ -207,7 +207,7 @@ def _plot(measured: _Curve, theory: _Curve, depth: int, title: str) -> Text:
     plotext.plotsize(*_PROFILE_SIZE)
     plotext.xticks(sorted({round(depth * quarter / 4) for quarter in range(5)}))
     plotext.title(title)
-    # No axis label reads -0.00. What is drawn last lies on top.
+    # Adding 0.0 keeps -0.00 off the axis. The curve that is drawn last lies on top.
     for curve, marker in ((theory, _DOT), (measured, "braille")):
         if curve:
             x, y = zip(*((x, round(y, 2) + 0.0) for x, y in curve), strict=True)
@@ -236,7 +236,7 @@ def verdict_lines(summary: Summary) -> Iterator[RenderableType]:
 
 
 def training_lines(run: Run) -> Iterator[RenderableType]:
-    """What training came to; nothing where there was none."""
+    """The outcome of a training, its loss and its gradients; nothing without training."""
     summary = run.summary
     if summary.outcome is None:
         return
@@ -261,7 +261,7 @@ def _loss_lines(records: Sequence[StepRecord]) -> Iterator[Text]:
 
 
 def _loss_range(record: StepRecord, losses: Sequence[float]) -> tuple[float, float]:
-    """From the floor up; losses far above chance would hide what happens below it."""
+    """Ends of the scale: floor and 2 chance - floor, or the extremes where these are unknown."""
     floor, chance = record.loss_floor, record.loss_chance
     if floor is not None and chance is not None:
         return floor, 2 * chance - floor
@@ -275,7 +275,7 @@ def _heat_lines(records: Sequence[LayerRecord]) -> Iterator[Text]:
     steps = _evenly(sorted({step for step, _ in heat}), _CELLS)
     if len(steps) < 2:
         return
-    # An input that takes no gradient has nothing to show.
+    # The input of some models takes no gradient, and then has no row.
     layers = _evenly(sorted({n for (_, n), v in heat.items() if not math.isnan(v)}), _MOST_LAYERS)
     finite = [value for value in heat.values() if math.isfinite(value)]
     low, high = (min(finite), max(finite)) if finite else (0.0, 0.0)
@@ -311,14 +311,14 @@ def _bar(value: float, low: float, high: float) -> str:
 
 
 def _evenly(values: Sequence[int], most: int) -> list[int]:
-    """At most so many of the values, evenly, the first and the last among them."""
+    """At most `most` of the values, evenly spaced, with the first and the last."""
     if len(values) <= most:
         return list(values)
     return [values[round(i * (len(values) - 1) / (most - 1))] for i in range(most)]
 
 
 def speed_lines(summary: Summary) -> Iterator[Text]:
-    """FLOP/s of both passes, and their share of what the device can do."""
+    """FLOP/s of both passes, and their shares of the matmul rate of the device."""
     rates = [summary.forward_flop_per_s, summary.backward_flop_per_s]
     device = summary.matmul_flop_per_s
     if not all(rates):
@@ -335,7 +335,7 @@ def speed_lines(summary: Summary) -> Iterator[Text]:
 
 
 def cost_lines(run: Run) -> Iterator[RenderableType]:
-    """Time, memory and overhead."""
+    """The lines on time, speed, memory and overhead of a run."""
     summary = run.summary
     if summary.forward_s is not None and summary.backward_s is not None:
         yield Text(

@@ -124,7 +124,7 @@ def predictions_view(predicted: Sequence[Outlook]) -> RenderableType:
 
 
 def reason_lines(predicted: Sequence[Outlook]) -> list[str]:
-    """Why there is no theory; reasons that differ in their numbers only are said once."""
+    """Why theory has no answer; reasons that differ in their numbers only are said once."""
     groups: dict[str, list[str]] = {}
     for each in predicted:
         reason = each.prediction.reason

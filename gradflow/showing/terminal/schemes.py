@@ -45,7 +45,7 @@ def find_scheme(name: str) -> tuple[str, Scheme]:
     """
     if names_file_object(name):
         name = from_file(name)
-        StackSpec(scheme=name)  # holds it against the interface
+        StackSpec(scheme=name)  # checks the scheme against the interface
         return without_digest(name), scheme_named(name)
     if name in _NORM_OPTIONS:
         rule = "a scheme is a whole recipe; a norm is an option of any"
@@ -99,7 +99,7 @@ def zoo_view() -> RenderableType:
 def scheme_view(
     name: str, scheme: Scheme, depths: Sequence[int] = CONSTANT_DEPTHS
 ) -> RenderableType:
-    """All that is known of one scheme, its constants at some depths."""
+    """The facts of one scheme, and its constants at some depths."""
     facts = plain_table(header=False, width=_WIDTH)
     facts.add_column(style="dim", no_wrap=True)
     facts.add_column()
