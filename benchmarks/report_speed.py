@@ -29,7 +29,7 @@ from side_by_side import write_table
 from gradflow.engine.environment import describe
 from gradflow.judging.run_summary import summarise_run
 from gradflow.runs.records import LayerRecord, Run
-from gradflow.runs.store import about, save
+from gradflow.runs.store import run_json, save
 from gradflow.specs.run_options import RunOptions
 from gradflow.specs.stack import StackSpec
 
@@ -102,7 +102,7 @@ def make_runs(out: Path, count: int) -> None:
         assert run.path is not None
         folder = out / f"{run.path.name}-{number:06}"
         shutil.copytree(run.path, folder)
-        content = about(run)
+        content = run_json(run)
         content["spec"] = asdict(run.spec) | {"batch_size": 8 + number % 5}
         (folder / "run.json").write_text(json.dumps(content, indent=2))
 

@@ -122,13 +122,14 @@ def run_name(run: Run) -> str:
 
 def say_notes(runs: Sequence[Run]) -> None:
     """Say in a line each what does not fit together in the runs."""
-    from gradflow.runs.consistency import contradiction, first_broken, same_network
+    from gradflow.judging.remarks import contradiction, same_network
+    from gradflow.runs.records import broken_rows
 
     named = [(run_name(run), run) for run in runs]
     notes = [
         line
         for name, run in named
-        for line in contradiction(name, run.summary.verdict, first_broken(run.first_records))
+        for line in contradiction(name, run.summary.verdict, broken_rows(run.first_records))
     ]
     for line in (*notes, *same_network(named)):
         say(f"note: {printable(line)}", style="yellow")

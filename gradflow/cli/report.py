@@ -30,7 +30,8 @@ def report_command(
     quiet: Quiet = False,
 ) -> None:
     """Make one page of the stored runs: verdicts, charts, environment; measures nothing."""
-    from gradflow.runs.reading import NothingToReadError, read_results
+    from gradflow.judging.remarks import oddities
+    from gradflow.runs.results import NothingToReadError, read_results
     from gradflow.showing.page import report
 
     page = results / "report.html" if out is None else out
@@ -40,7 +41,7 @@ def report_command(
         _say_skipped(error.skipped)
         raise
     _say_skipped(stored.skipped)
-    for line in stored.notes:
+    for line in oddities(stored):
         say(f"note: {line}", style="yellow")
     report.write_page(stored, page)
     for folder, kind in ((png, "png"), (svg, "svg")):

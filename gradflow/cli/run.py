@@ -71,9 +71,9 @@ def measure_and_store(given: dict[str, Any], out: Path, quiet: bool) -> Run:
 
 def _run_json(run: Run) -> str:
     """One JSON object: folder, specification, summary and verdict of a run."""
-    from gradflow.runs.store import about
+    from gradflow.runs.store import run_json
 
-    content = about(run)
+    content = run_json(run)
     return json_text(
         {
             "run": str(run.path),

@@ -18,10 +18,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gradflow.judging.naming import Name, names
 from gradflow.judging.verdicts import verdict_named
-from gradflow.runs.records import LayerRecord, Run, TimeRecord
-from gradflow.runs.summary import Summary
+from gradflow.runs.naming import RunName, names
+from gradflow.runs.records import LayerRecord, Run, Summary, TimeRecord
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -61,7 +60,7 @@ class Row:
     """One run beside the reference. `name` says what tells it from the other runs."""
 
     run: Run
-    name: Name
+    name: RunName
     profile: tuple[float, ...]
     forward: Ratio
     backward: Ratio

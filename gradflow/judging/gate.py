@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gradflow.errors import BaselineError, RunFolderError, UsageError
+from gradflow.judging.remarks import SAME_NETWORK, place
 from gradflow.judging.verdicts import NONFINITE
-from gradflow.judging.words import place
-from gradflow.runs.consistency import SAME_NETWORK
 from gradflow.runs.records import LayerRecord, Run
 from gradflow.runs.store import load
 from gradflow.specs.fields import deciding

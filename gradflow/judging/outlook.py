@@ -13,7 +13,7 @@ from gradflow.errors import UsageError
 from gradflow.judging.advice import advice
 from gradflow.judging.run_summary import TREND_LAYERS, fit_trend
 from gradflow.judging.verdicts import NO_THEORY, Finding, SeedDigest, Verdict, verdict_of
-from gradflow.runs.summary import Summary
+from gradflow.runs.records import Summary
 from gradflow.specs.run_options import RunOptions
 from gradflow.specs.stack import StackSpec
 from gradflow.theory import NoTheoryError, Prediction, predict, total_decades

@@ -16,8 +16,7 @@ from scipy.special import stdtrit
 
 from gradflow.judging.advice import advice
 from gradflow.judging.verdicts import SeedDigest, common_finding, digest_of
-from gradflow.runs.records import LayerRecord
-from gradflow.runs.summary import Summary
+from gradflow.runs.records import LayerRecord, Summary
 from gradflow.specs.model_spec import Spec
 from gradflow.specs.run_options import RunOptions
 

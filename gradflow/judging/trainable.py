@@ -13,10 +13,9 @@ from operator import attrgetter
 
 from gradflow.judging.comparison import Comparison, Row
 from gradflow.judging.outlook import DEEPEST, MOST_UNITS, Reach, healthy_reach
-from gradflow.judging.theory_words import NOT_FINITE
+from gradflow.judging.remarks import NOT_FINITE
 from gradflow.judging.verdicts import verdict_named
-from gradflow.runs.records import Run
-from gradflow.runs.summary import Summary
+from gradflow.runs.records import Run, Summary
 from gradflow.specs.stack import StackSpec
 from gradflow.text import two_digits
 

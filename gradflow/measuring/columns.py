@@ -17,10 +17,9 @@ from typing import Any
 import numpy as np
 
 from gradflow.judging.outlook import MOST_UNITS
-from gradflow.judging.theory_words import NOT_FINITE
+from gradflow.judging.remarks import NOT_FINITE
 from gradflow.runs.disk_rows import Spool
-from gradflow.runs.records import LayerRecord, Run, Timing
-from gradflow.runs.summary import Summary
+from gradflow.runs.records import LayerRecord, Run, Summary, Timing
 from gradflow.specs.model_spec import ModelSpec, Spec
 from gradflow.specs.stack import StackSpec
 from gradflow.theory import Prediction, predict

@@ -6,14 +6,14 @@ missing and is written as an empty cell; NaN and infinities are numbers and are 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from gradflow.runs.summary import Summary
 from gradflow.specs.model_spec import Spec
 from gradflow.specs.run_options import RunOptions
 from gradflow.specs.stack import StackSpec
@@ -149,12 +149,73 @@ TABLES: dict[str, type[Record]] = {
     "times": TimeRecord,
     "steps": StepRecord,
 }
+# Columns that are finite in every row of a run whose verdict is one of finite numbers, and norms
+# that may leave float64's range there, to 0 or inf, where their logarithms do not.
+FINITE_COLUMNS = ("act_rms", "act_max_abs", "log10_grad_norm", "gain", "log10_param_grad_norm")
+NORM_COLUMNS = ("grad_norm", "param_grad_norm")
 TIMING_COLUMNS = ("forward_s", "forward_s_iqr", "backward_s", "backward_s_iqr")
 
 
 def columns(record: type[Record]) -> tuple[str, ...]:
     """Column names of a table, in the order of the file."""
     return tuple(f.name for f in fields(record))
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A run in a few numbers. Decades are powers of ten; None is missing.
+
+    `log10_gain_per_layer` is negative where the gradient shrinks towards the input. The interval
+    covers 95 % over seeds and layers. `trend` is `exponential` or `power law` in depth, whichever
+    fits the profile better, and `healthy_depth` the depth at which that trend leaves the
+    healthy range. `departures` tells which parts of a scheme options have replaced. `outcome`, and
+    what follows it, is what training came to (see `judging.training_outcome`); the verdict and all
+    else is that of the first step.
+
+    `forward_flop` and `backward_flop` are floating-point operations of one pass, those of matrix
+    products, convolutions and attention; `matmul_flop_per_s` is what the device did of them per
+    second in a bare matrix product.
+
+    `theory_deviation` is the measured mean less theory, where the two lie farthest apart, in
+    decades; `theory_band` what it may be there; `theory_reason` says why there is no theory.
+    """
+
+    verdict: str
+    advice: str
+    total_log10_gain: float | None
+    log10_gain_per_layer: float | None
+    log10_gain_per_layer_low: float | None
+    log10_gain_per_layer_high: float | None
+    efolding_layers: float | None
+    trend: str | None
+    healthy_depth: float | None
+    param_grad_spread: float | None
+    skip_share: float | None
+    first_layer: int | None = None
+    first_unit: str | None = None
+    first_pass: str | None = None
+    loss: float | None = None
+    outcome: str | None = None
+    outcome_step: int | None = None
+    outcome_advice: str | None = None
+    final_loss: float | None = None
+    loss_floor: float | None = None
+    loss_chance: float | None = None
+    gap_closed: float | None = None
+    forward_s: float | None = None
+    backward_s: float | None = None
+    forward_s_per_layer: float | None = None
+    backward_s_per_layer: float | None = None
+    forward_flop: int | None = None
+    backward_flop: int | None = None
+    forward_flop_per_s: float | None = None
+    backward_flop_per_s: float | None = None
+    matmul_flop_per_s: float | None = None
+    peak_bytes: int | None = None
+    theory_deviation: float | None = None
+    theory_band: float | None = None
+    theory_reason: str | None = None
+    departures: str | None = None
 
 
 @dataclass(frozen=True)
@@ -234,6 +295,30 @@ class Run:
     def steps(self) -> pd.DataFrame:
         """`steps.csv`: one row per seed and training step."""
         return _frame(StepRecord, self.step_records)
+
+
+class BrokenRows(NamedTuple):
+    """Rows of a run that are not finite: layer and unit of the first, and how many there are."""
+
+    layer: int
+    unit: str
+    rows: int
+
+
+def broken_rows(records: Sequence[LayerRecord]) -> BrokenRows | None:
+    """The rows that hold what no run with a finite verdict can hold; None if there are none."""
+    broken = [row for row in records if _is_broken(row)]
+    return BrokenRows(broken[0].layer, broken[0].unit, len(broken)) if broken else None
+
+
+def _is_broken(row: LayerRecord) -> bool:
+    finite = (getattr(row, name) for name in FINITE_COLUMNS)
+    norms = (getattr(row, name) for name in NORM_COLUMNS)
+    return (
+        bool(row.nonfinite)
+        or any(value is not None and not math.isfinite(value) for value in finite)
+        or any(value is not None and math.isnan(value) for value in norms)
+    )
 
 
 def first_step(records: Sequence[LayerRecord]) -> list[LayerRecord]:

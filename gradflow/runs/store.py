@@ -12,28 +12,39 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from types import NoneType
 from typing import Any
 
 from gradflow.errors import RunFolderError, UsageError
-from gradflow.runs.record_files import durable, read_records, write_records
+from gradflow.runs.disk_rows import RecordT
 from gradflow.runs.records import (
     SCHEMA_VERSION,
+    TABLES,
     LayerRecord,
     ParamRecord,
     Run,
     StepRecord,
+    Summary,
     TimeRecord,
 )
 from gradflow.runs.staging import check_writable, not_stored, publish, remove_abandoned, staging
-from gradflow.runs.summary import Summary
+from gradflow.runs.tables import (
+    check_is_file,
+    damaged_table,
+    durable,
+    read_records,
+    write_records,
+)
 from gradflow.specs.fields import expect, expect_items, typed
-from gradflow.specs.model_spec import spec_from_json
+from gradflow.specs.model_spec import Spec, spec_from_json
 from gradflow.specs.run_options import RunOptions
 from gradflow.specs.stack import run_key
+
+# Sizes, counts and operations are smaller; larger ones fit no table.
+_LARGEST_WHOLE = 2**63 - 1
 
 
 def save(run: Run, out: Path | str = "results") -> Run:
@@ -64,39 +75,128 @@ def save_as(run: Run, out: Path, name: str) -> Path:
         raise not_stored(out, error) from None
 
 
+@dataclass(frozen=True)
+class RunDescription:
+    """`run.json` of one run folder, checked.
+
+    Attributes:
+        spec, options, summary, environment, overhead, warnings: as those of a `Run`.
+        rows: how many rows each table of `TABLES` must have.
+    """
+
+    spec: Spec
+    options: RunOptions
+    summary: Summary
+    environment: dict[str, Any]
+    overhead: dict[str, Any] | None
+    warnings: tuple[str, ...]
+    rows: dict[str, int]
+
+
 def load(path: Path | str) -> Run:
     """Read a run folder.
 
     Raises:
         RunFolderError: no run folder, an incomplete or damaged one, or a newer schema.
     """
-    path = Path(path)
-    about = read_about(path)
+    folder = Path(path)
+    found = described(folder, read_run_json(folder))
+
+    def table(name: str, record: type[RecordT]) -> Sequence[RecordT]:
+        return read_records(folder / f"{name}.csv", record, found.rows[name])
+
+    return Run(
+        spec=found.spec,
+        options=found.options,
+        summary=found.summary,
+        environment=found.environment,
+        overhead=found.overhead,
+        warnings=found.warnings,
+        layer_records=table("layers", LayerRecord),
+        param_records=table("params", ParamRecord),
+        time_records=table("times", TimeRecord),
+        # Runs that were stored before there was training have no such table.
+        step_records=table("steps", StepRecord) if "steps" in found.rows else [],
+        path=folder,
+    )
+
+
+def read_run_json(path: Path) -> dict[str, Any]:
+    """The content of `run.json`, once its schema is known to be readable.
+
+    Raises:
+        RunFolderError: missing, no plain file, no JSON object, or written by a newer gradflow.
+    """
+    file = path / "run.json"
     try:
-        run = Run(
-            spec=spec_from_json(about["spec"]),
-            options=RunOptions.from_json(typed(RunOptions, about["options"])),
-            summary=Summary(**typed(Summary, about["summary"])),
-            environment=_environment(about["environment"]),
-            overhead=_overhead(about["overhead"]),
-            warnings=tuple(expect_items("warnings", about["warnings"], str)),
-            layer_records=read_records(path / "layers.csv", LayerRecord),
-            param_records=read_records(path / "params.csv", ParamRecord),
-            time_records=read_records(path / "times.csv", TimeRecord),
-            step_records=_step_records(path, expect("rows", about["rows"], dict)),
-            path=path,
+        if file.exists() and not file.is_file():  # a pipe would be waited for without end
+            raise RunFolderError(f"{path} is no run folder: run.json is no plain file")
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RunFolderError(f"{path} is no run folder: run.json: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise RunFolderError(f"{path} is damaged: run.json: {error}") from None
+    version = content.get("schema_version") if isinstance(content, dict) else None
+    if type(version) is not int:
+        raise RunFolderError(f"{path} is no run folder: run.json has no schema_version")
+    if version > SCHEMA_VERSION:
+        raise RunFolderError(
+            f"{path} has schema_version {version}, this gradflow reads up to {SCHEMA_VERSION}: "
+            "upgrade gradflow"
         )
-        _check_complete(run, {"steps": 0} | about["rows"])
+    return dict(plain(content))
+
+
+def described(path: Path, content: dict[str, Any]) -> RunDescription:
+    """What `run.json` says, held against the types and rules of its parts.
+
+    Args:
+        path: the run folder, and where the files that it promises must be.
+        content: of run.json.
+
+    Raises:
+        RunFolderError: a part is missing or breaks a rule, or a table is missing.
+    """
+    try:
+        _check_numbers(content)
+        found = RunDescription(
+            spec=spec_from_json(content["spec"]),
+            options=RunOptions.from_json(typed(RunOptions, content["options"])),
+            summary=Summary(**typed(Summary, content["summary"])),
+            environment=_environment(content["environment"]),
+            overhead=_overhead(content["overhead"]),
+            warnings=tuple(expect_items("warnings", content["warnings"], str)),
+            rows=_rows(content["rows"]),
+        )
     except KeyError as error:
         raise RunFolderError(f"{path} is damaged: run.json lacks {error}") from None
-    except (TypeError, ValueError, UsageError) as error:
+    except (TypeError, ValueError, RecursionError, UsageError) as error:
         raise RunFolderError(f"{path} is damaged: run.json: {error}") from None
-    return run
+    for name in found.rows:
+        check_is_file(path / f"{name}.csv")
+    if not found.rows["layers"]:
+        raise damaged_table(path / "layers.csv", "has no rows")
+    return found
 
 
-def _step_records(path: Path, rows: dict[str, int]) -> Sequence[StepRecord]:
-    """The steps; runs that were stored before there was training have no such table."""
-    return read_records(path / "steps.csv", StepRecord) if "steps" in rows else []
+def _check_numbers(content: Any) -> None:
+    """Refuse whole numbers that no float is near to and no table can hold; seeds may be so large.
+
+    Raises:
+        ValueError: there is one.
+    """
+    if isinstance(content, int) and abs(content) > _LARGEST_WHOLE:
+        raise ValueError("holds a number that is too large")
+    if isinstance(content, dict):
+        content = [value for key, value in content.items() if key != "seed"]
+    for value in content if isinstance(content, list) else ():
+        _check_numbers(value)
+
+
+def _rows(values: object) -> dict[str, int]:
+    rows: dict[str, int] = expect_items("rows", expect("rows", values, dict), int)
+    wanted = [name for name in TABLES if name != "steps" or name in rows]
+    return {name: rows[name] for name in wanted}
 
 
 def _environment(values: object) -> dict[str, Any]:
@@ -111,15 +211,6 @@ def _overhead(values: object) -> dict[str, Any] | None:
     return found and expect_items("overhead", found, float, int, NoneType)
 
 
-def _check_complete(run: Run, rows: dict[str, int]) -> None:
-    for name, found in _row_counts(run).items():
-        if found != rows[name]:
-            raise RunFolderError(
-                f"{run.path} is damaged: {name}.csv has {found} rows, "
-                f"run.json promises {rows[name]}"
-            )
-
-
 def _row_counts(run: Run) -> dict[str, int]:
     return {
         "layers": len(run.layer_records),
@@ -127,30 +218,6 @@ def _row_counts(run: Run) -> dict[str, int]:
         "times": len(run.time_records),
         "steps": len(run.step_records),
     }
-
-
-def read_about(path: Path) -> dict[str, Any]:
-    """The content of `run.json`, once its schema is known to be readable.
-
-    Raises:
-        RunFolderError: missing, no JSON object, or written by a newer gradflow.
-    """
-    file = path / "run.json"
-    try:
-        about = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RunFolderError(f"{path} is no run folder: run.json: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise RunFolderError(f"{path} is damaged: run.json: {error}") from None
-    version = about.get("schema_version") if isinstance(about, dict) else None
-    if type(version) is not int:
-        raise RunFolderError(f"{path} is no run folder: run.json has no schema_version")
-    if version > SCHEMA_VERSION:
-        raise RunFolderError(
-            f"{path} has schema_version {version}, this gradflow reads up to {SCHEMA_VERSION}: "
-            "upgrade gradflow"
-        )
-    return dict(about)
 
 
 def run_folders(out: Path) -> list[Path]:
@@ -174,7 +241,7 @@ def folder_key(folder: Path) -> str:
 
 def _write_files(run: Run, folder: Path) -> None:
     with durable(folder / "run.json") as file:
-        json.dump(about(run), file, indent=2, allow_nan=False)
+        json.dump(run_json(run), file, indent=2, allow_nan=False)
         file.write("\n")
     write_records(folder / "layers.csv", LayerRecord, run.layer_records)
     write_records(folder / "params.csv", ParamRecord, run.param_records)
@@ -182,7 +249,7 @@ def _write_files(run: Run, folder: Path) -> None:
     write_records(folder / "steps.csv", StepRecord, run.step_records)
 
 
-def about(run: Run) -> dict[str, Any]:
+def run_json(run: Run) -> dict[str, Any]:
     """The content of `run.json`; numbers that JSON has no word for become null."""
     return {
         "schema_version": SCHEMA_VERSION,

@@ -7,12 +7,12 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from gradflow.judging.comparison import SPEED_KEYS, Comparison, Row
-from gradflow.judging.naming import names
 from gradflow.judging.outlook import Outlook
 from gradflow.judging.trainable import TrainableDepth, trainable_depths
-from gradflow.runs.reading import Results
+from gradflow.runs.naming import names
+from gradflow.runs.records import Summary
+from gradflow.runs.results import Results
 from gradflow.runs.store import plain
-from gradflow.runs.summary import Summary
 from gradflow.showing.sentences import answer_lines, design_by_design, run_sentence
 from gradflow.showing.terminal.many_runs import (
     LISTED_NUMBERS,
@@ -205,7 +205,7 @@ PREDICTION_FORMATS: Mapping[str, Callable[[Sequence[Outlook]], str]] = {
 
 def results_markdown(results: Results) -> str:
     """The answer, and the table of all runs with their sentences, as Markdown."""
-    told = map(escape_markdown, answer_lines(results.runs, names(results.runs)))
+    told = map(escape_markdown, answer_lines(results.runs, results.names))
     rows = []
     for run, name in design_by_design(results):
         design, verdict, *numbers = (text.plain for text in listed_cells(run, name, timed=True))

@@ -6,13 +6,12 @@ from collections import Counter
 from collections.abc import Sequence
 from math import isfinite
 
-from gradflow.judging.naming import Name, names
-from gradflow.judging.theory_words import theory_sentence
+from gradflow.judging.remarks import theory_sentence
 from gradflow.judging.training_outcome import outcome_sentence
 from gradflow.judging.verdicts import VERDICTS, verdict_named
-from gradflow.runs.described import Described
-from gradflow.runs.reading import Results, StoredRun
-from gradflow.runs.summary import Summary
+from gradflow.runs.naming import NamedRun, RunName
+from gradflow.runs.records import Summary
+from gradflow.runs.results import Results, StoredRun
 from gradflow.specs.user_files import without_digest
 from gradflow.text import count, in_superscript, number, signed, two_digits
 
@@ -24,7 +23,7 @@ _SAME_DECADES = 0.1
 # Many runs
 
 
-def answer(runs: Sequence[Described]) -> str:
+def answer(runs: Sequence[NamedRun]) -> str:
     """How many runs let the gradient through, and what happens in the others."""
     total, often = len(runs), Counter(run.summary.verdict for run in runs)
     through = sum(often.pop(v.word, 0) for v in VERDICTS.values() if v.passes)
@@ -38,7 +37,7 @@ def answer(runs: Sequence[Described]) -> str:
     return f"{start} {verb} the first layer; {', '.join(rest)}."
 
 
-def designs_through(runs: Sequence[Described], called: Sequence[Name]) -> str:
+def designs_through(runs: Sequence[NamedRun], called: Sequence[RunName]) -> str:
     """The designs that let the gradient through, or those that do not: the shorter of both lists.
 
     Args:
@@ -71,14 +70,14 @@ def _depths(depths: set[int]) -> str:
     return f"depths {', '.join(map(str, ordered[:-1]))} and {ordered[-1]}"
 
 
-def answer_lines(runs: Sequence[Described], called: Sequence[Name]) -> list[str]:
+def answer_lines(runs: Sequence[NamedRun], called: Sequence[RunName]) -> list[str]:
     """The answer for many runs, and the designs that let the gradient through."""
     return [line for line in (answer(runs), designs_through(runs, called)) if line]
 
 
-def design_by_design(results: Results) -> list[tuple[StoredRun, Name]]:
+def design_by_design(results: Results) -> list[tuple[StoredRun, RunName]]:
     """The runs of a results folder with their names: design by design, depths rising in each."""
-    called = zip(results.runs, names(results.runs), strict=True)
+    called = zip(results.runs, results.names, strict=True)
     return sorted(called, key=lambda pair: (pair[1].design, pair[1].depth, pair[1].copy))
 
 

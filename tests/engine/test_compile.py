@@ -29,9 +29,9 @@ from gradflow.engine.timing import CpuClock, bare_pass, timed_pass
 from gradflow.engine.walk import walk
 from gradflow.errors import MeasurementError, UsageError
 from gradflow.judging.comparison import time_ratio
-from gradflow.judging.naming import names
 from gradflow.measuring.any import timer_for
 from gradflow.networks.units.template import Compiled, Unit
+from gradflow.runs.naming import names
 from gradflow.runs.records import LayerRecord, ParamRecord, TimeRecord
 from gradflow.specs.run_options import RunOptions
 from gradflow.specs.stack import StackSpec, run_key

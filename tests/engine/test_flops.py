@@ -21,8 +21,7 @@ from gradflow.engine import timing
 from gradflow.engine.flops import FlopCounter, network_flops
 from gradflow.engine.timing import LONG_ENOUGH_S, SMALLEST, CpuClock, matmul_flop_per_s, timed_pass
 from gradflow.measuring.columns import with_times
-from gradflow.runs.records import TimeRecord, Timing
-from gradflow.runs.summary import Summary
+from gradflow.runs.records import Summary, TimeRecord, Timing
 from gradflow.showing.terminal.one_run import speed_lines
 from gradflow.specs.grid import Cell
 from gradflow.specs.run_options import RunOptions

@@ -15,8 +15,7 @@ from reference_tables import commands
 import gradflow
 from gradflow.cli.guide import TOPICS
 from gradflow.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_OK, GradflowError
-from gradflow.runs.records import TABLES, columns
-from gradflow.runs.summary import Summary
+from gradflow.runs.records import TABLES, Summary, columns
 from gradflow.schemes import SCHEMES
 from gradflow.specs.block_kinds import BLOCKS
 from gradflow.specs.checkpoints import ARCHITECTURES

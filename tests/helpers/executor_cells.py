@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gradflow.runs.record_files import write_records
 from gradflow.runs.records import LayerRecord, ParamRecord
+from gradflow.runs.tables import write_records
 from gradflow.specs.grid import Cell
 from gradflow.specs.run_options import RunOptions
 from gradflow.specs.stack import StackSpec

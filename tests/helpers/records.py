@@ -112,7 +112,7 @@ def records_of(record: type[Record]) -> st.SearchStrategy[Any]:
 
 RUNS = st.builds(
     run_of,
-    layers=st.lists(records_of(LayerRecord), max_size=4),
+    layers=st.lists(records_of(LayerRecord), min_size=1, max_size=4),
     params=st.lists(records_of(ParamRecord), max_size=4),
     times=st.lists(records_of(TimeRecord), max_size=4),
     steps=st.lists(records_of(StepRecord), max_size=4),

@@ -16,8 +16,8 @@ from gradflow.judging.comparison import compare
 from gradflow.judging.run_summary import summarise_run
 from gradflow.judging.training_outcome import common_outcome, outcome_of, running_mean, summary_of
 from gradflow.runs import store
-from gradflow.runs.reading import read_results
 from gradflow.runs.records import LayerRecord, Run, StepRecord
+from gradflow.runs.results import read_results
 from gradflow.showing.formats import comparison_markdown, results_markdown
 from gradflow.showing.page.chart_parts import picture_of
 from gradflow.showing.page.chart_tables import chart_tables

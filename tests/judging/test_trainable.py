@@ -14,7 +14,7 @@ from records import layer_rows, run_of, spec_of
 from gradflow.errors import UsageError
 from gradflow.judging.comparison import Comparison, compare
 from gradflow.judging.outlook import Reach, healthy_reach
-from gradflow.judging.theory_words import NOT_FINITE
+from gradflow.judging.remarks import NOT_FINITE
 from gradflow.judging.trainable import TrainableDepth, trainable_depths
 from gradflow.measuring.columns import TRAINED, with_theory
 from gradflow.runs.records import LayerRecord, Run

@@ -15,7 +15,7 @@ from scipy import stats
 
 from gradflow.judging.run_summary import summarise_run
 from gradflow.judging.verdicts import VERDICTS
-from gradflow.runs.summary import Summary
+from gradflow.runs.records import Summary
 from gradflow.specs.run_options import RunOptions
 from gradflow.specs.stack import StackSpec
 

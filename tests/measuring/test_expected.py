@@ -17,12 +17,11 @@ from records import layer_rows, run_of, spec_of
 
 from gradflow import measure, save
 from gradflow.judging.outlook import DEEPEST, Reach, healthy_reach, outlook
-from gradflow.judging.theory_words import NOT_FINITE, agrees, theory_cell, theory_sentence
+from gradflow.judging.remarks import NOT_FINITE, agrees, theory_cell, theory_sentence
 from gradflow.judging.verdicts import NO_THEORY
 from gradflow.measuring.columns import with_theory
-from gradflow.runs.records import LayerRecord, Run
+from gradflow.runs.records import LayerRecord, Run, Summary
 from gradflow.runs.store import load
-from gradflow.runs.summary import Summary
 from gradflow.showing.sentences import run_sentence
 from gradflow.showing.terminal.one_run import profile, verdict_lines
 from gradflow.specs.run_options import RunOptions

@@ -18,7 +18,7 @@ import gradflow
 from gradflow.engine import flops
 from gradflow.engine.timing import SMALLEST
 from gradflow.measuring.models.run import measure_model
-from gradflow.runs.summary import Summary
+from gradflow.runs.records import Summary
 from gradflow.specs.model_spec import ModelRequest
 from gradflow.specs.run_options import RunOptions
 from gradflow.torch_internals import operation

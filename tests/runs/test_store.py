@@ -27,7 +27,6 @@ from records import ENVIRONMENT, RUNS, layer_rows, records_of, run_of, spec_of
 from gradflow.engine.environment import without_path
 from gradflow.errors import MeasurementError, RunFolderError, UsageError
 from gradflow.runs import store
-from gradflow.runs.record_files import write_records
 from gradflow.runs.records import (
     TABLES,
     LayerRecord,
@@ -38,6 +37,7 @@ from gradflow.runs.records import (
     columns,
 )
 from gradflow.runs.staging import STAGING, check_writable, staging
+from gradflow.runs.tables import write_records
 from gradflow.specs.run_options import RunOptions
 
 PARAM = ParamRecord(0, 0, 1, "mlp", "branch.linear.weight", "8x8", 64, 1.0, 0.5, -0.3, 0)
@@ -255,7 +255,7 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "warnings are text": (lambda a: a.update(warnings="abc"), "warnings is str"),
     "warnings hold numbers": (lambda a: a.update(warnings=[1]), "a value in warnings is int"),
     "rows are a list": (lambda a: a.update(rows=[4, 2, 1]), "rows is list"),
-    "rows are text": (lambda a: a["rows"].update(layers="4"), "layers.csv"),
+    "rows are text": (lambda a: a["rows"].update(layers="4"), "a value in rows is str"),
 }
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from records import ENVIRONMENT, layer_rows, run_of, spec_of
 
 from gradflow.runs import store
-from gradflow.runs.reading import read_results
+from gradflow.runs.results import read_results
 from gradflow.showing.page import report
 from gradflow.showing.page.chart_parts import DARK, LIGHT
 from gradflow.showing.page.charts import CHARTS

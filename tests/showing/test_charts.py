@@ -20,8 +20,8 @@ from PIL import Image
 from records import layer_rows, run_of, spec_of
 
 from gradflow.runs import store
-from gradflow.runs.reading import read_results
 from gradflow.runs.records import LayerRecord
+from gradflow.runs.results import read_results
 from gradflow.showing.page.chart_parts import (
     CHART_WIDTH,
     DARK,

@@ -24,10 +24,10 @@ from rich.console import Console
 
 from gradflow.cli.app import run_app
 from gradflow.errors import UsageError
-from gradflow.judging.naming import names, shared
 from gradflow.runs import store
-from gradflow.runs.reading import Results, read_results
-from gradflow.runs.summary import Summary
+from gradflow.runs.naming import names, shared
+from gradflow.runs.records import Summary
+from gradflow.runs.results import Results, read_results
 from gradflow.showing.formats import results_markdown
 from gradflow.showing.page import html_page, report
 from gradflow.showing.page.chart_parts import CHART_WIDTH

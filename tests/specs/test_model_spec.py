@@ -13,10 +13,10 @@ from zoo import WIDTH, Residual, Words, chain
 import gradflow
 from gradflow.errors import UsageError
 from gradflow.judging.gate import Bounds, against_baseline, judge_run
-from gradflow.judging.naming import names, shared
-from gradflow.runs.consistency import same_network
-from gradflow.runs.reading import read_results
+from gradflow.judging.remarks import same_network
+from gradflow.runs.naming import names, shared
 from gradflow.runs.records import Run
+from gradflow.runs.results import read_results
 from gradflow.showing.page.report import page
 from gradflow.specs.model_spec import ModelSpec, spec_from_json
 from gradflow.specs.stack import StackSpec, run_key

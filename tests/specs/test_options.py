@@ -14,7 +14,7 @@ from records import ENVIRONMENT, layer_rows, run_of, spec_of
 from gradflow.errors import BaselineError
 from gradflow.judging.comparison import compare
 from gradflow.judging.gate import against_baseline
-from gradflow.judging.naming import names, shared
+from gradflow.runs.naming import names, shared
 from gradflow.runs.records import Run
 from gradflow.runs.store import save
 from gradflow.showing.formats import comparison_csv

@@ -15,8 +15,8 @@ from problems import measure
 from user_files import scheme_file
 
 from gradflow.errors import UsageError
-from gradflow.judging.naming import word
 from gradflow.networks.stack import Block
+from gradflow.runs.naming import word
 from gradflow.schemes import SCHEMES
 from gradflow.specs.grid import expand
 from gradflow.specs.published_shapes import SHAPES

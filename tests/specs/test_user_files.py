@@ -18,13 +18,13 @@ from user_files import LINEAR, branch_file, scheme_file, write
 
 from gradflow import from_file, measure
 from gradflow.errors import UsageError, closest_first
-from gradflow.judging.naming import names
 from gradflow.networks import readouts
 from gradflow.networks.blocks import BRANCHES
 from gradflow.networks.norms import Norm
 from gradflow.networks.stack import UNITS, build_block
-from gradflow.runs.reading import read_results
+from gradflow.runs.naming import names
 from gradflow.runs.records import LayerRecord, Run
+from gradflow.runs.results import read_results
 from gradflow.runs.store import load, save
 from gradflow.schemes import SCHEMES
 from gradflow.schemes.wiring import READOUTS, UNIT_SETTINGS, Place, Wiring

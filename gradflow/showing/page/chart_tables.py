@@ -8,15 +8,15 @@ from statistics import median
 
 import polars as pl
 
-from gradflow.judging.naming import Name
-from gradflow.runs.reading import Results, StoredRun
+from gradflow.runs.naming import RunName
+from gradflow.runs.results import Results, StoredRun
 
 # A line bears about so many symbols.
 _MARKS = 8
 _DIGITS = 5
 # Runs that reach this many times farther than half of the runs are left out of a picture.
 FAR = 4
-NamedRuns = Sequence[tuple[StoredRun, Name]]
+NamedRuns = Sequence[tuple[StoredRun, RunName]]
 
 
 def chart_tables(results: Results, runs: NamedRuns) -> dict[str, pl.DataFrame]:

@@ -22,9 +22,10 @@ import vl_convert
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from gradflow.judging.naming import names, shared
+from gradflow.judging.remarks import oddities
 from gradflow.judging.verdicts import VERDICTS
-from gradflow.runs.reading import Results, StoredRun
+from gradflow.runs.naming import shared
+from gradflow.runs.results import Results, StoredRun
 from gradflow.showing.page.chart_parts import BAR, CHART_HEIGHT, DARK, LIGHT, Drawing, themed
 from gradflow.showing.page.chart_tables import FAR, NamedRuns, chart_tables
 from gradflow.showing.page.charts import ALL_CHARTS, CHARTS
@@ -88,13 +89,13 @@ def charts_of(results: Results) -> dict[str, Drawing]:
 
 def words(results: Results, shown: ShownRuns) -> dict[str, Any]:
     """The texts of the page, by the name that its template has for them."""
-    runs = results.runs
+    runs, notes = results.runs, oddities(results)
     often = Counter(run.summary.verdict for run in runs)
     order = [*VERDICTS, *sorted(set(often) - set(VERDICTS))]
     return {
         "runs": len(runs),
         "answer": answer(runs),
-        "through": designs_through(runs, names(runs)),
+        "through": designs_through(runs, results.names),
         "shared": shared(runs),
         "measured": _measured(runs),
         "verdicts": [(verdict, often[verdict]) for verdict in order if often[verdict]],
@@ -105,8 +106,8 @@ def words(results: Results, shown: ShownRuns) -> dict[str, Any]:
         "left_out": list(_left_out(results, shown)),
         "skipped": results.skipped[:_SKIPPED_SHOWN],
         "more_skipped": len(results.skipped) - _SKIPPED_SHOWN,
-        "notes": results.notes[:_SKIPPED_SHOWN],
-        "more_notes": len(results.notes) - _SKIPPED_SHOWN,
+        "notes": notes[:_SKIPPED_SHOWN],
+        "more_notes": len(notes) - _SKIPPED_SHOWN,
     }
 
 

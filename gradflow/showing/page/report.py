@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gradflow.errors import UsageError
-from gradflow.runs.reading import Results
+from gradflow.runs.results import Results
 from gradflow.showing.page.chart_parts import picture_of
 from gradflow.showing.page.chart_tables import NamedRuns, chart_tables
 from gradflow.showing.page.html_page import ShownRuns, charts_of, render

@@ -18,13 +18,13 @@ from rich.table import Table
 from rich.text import Text
 
 from gradflow.judging.comparison import Comparison, Ratio, Row
-from gradflow.judging.naming import Name, names
-from gradflow.judging.theory_words import theory_cell
+from gradflow.judging.remarks import theory_cell
 from gradflow.judging.trainable import trainable_depths
 from gradflow.judging.training_outcome import outcome_sentence
 from gradflow.judging.verdicts import verdict_named
-from gradflow.runs.reading import Results, StoredRun
-from gradflow.runs.summary import Summary
+from gradflow.runs.naming import RunName
+from gradflow.runs.records import Summary
+from gradflow.runs.results import Results, StoredRun
 from gradflow.showing.sentences import answer_lines, design_by_design
 from gradflow.showing.terminal.printing import plain_table
 from gradflow.text import BARS, gib, in_ascii, milliseconds, number, signed, two_digits
@@ -356,12 +356,12 @@ LISTED_TIMES = ("fwd ms", "bwd ms")
 
 def results_view(results: Results) -> RenderableType:
     """Everything that `gradflow report` shows in the terminal."""
-    said, *more = answer_lines(results.runs, names(results.runs))
+    said, *more = answer_lines(results.runs, results.names)
     table = _runs_table(design_by_design(results))
     return Group(Text(said, style="bold"), *map(Text, more), Text(), table)
 
 
-def _runs_table(rows: Sequence[tuple[StoredRun, Name]]) -> Table:
+def _runs_table(rows: Sequence[tuple[StoredRun, RunName]]) -> Table:
     """One row per run, within 80 columns; the middle of a long list left out."""
     timed = any(run.summary.forward_s_per_layer is not None for run, _ in rows)
     table = plain_table()
@@ -379,7 +379,7 @@ def _runs_table(rows: Sequence[tuple[StoredRun, Name]]) -> Table:
     return table
 
 
-def listed_cells(run: StoredRun, name: Name, timed: bool) -> Iterator[Text]:
+def listed_cells(run: StoredRun, name: RunName, timed: bool) -> Iterator[Text]:
     """The cells of one run in the list: design, verdict, numbers, and times where `timed`."""
     summary = run.summary
     yield Text(name.without_depth)

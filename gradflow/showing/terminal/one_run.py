@@ -17,12 +17,10 @@ from rich.table import Table
 from rich.text import Text
 
 from gradflow.judging.comparison import mean_profile
-from gradflow.judging.theory_words import theory_sentence
+from gradflow.judging.remarks import place, theory_sentence
 from gradflow.judging.training_outcome import outcome_sentence, training_class_named
 from gradflow.judging.verdicts import verdict_named
-from gradflow.judging.words import place
-from gradflow.runs.records import LayerRecord, Run, StepRecord
-from gradflow.runs.summary import Summary
+from gradflow.runs.records import LayerRecord, Run, StepRecord, Summary
 from gradflow.showing.sentences import gain_sentence, loss_words, trend_sentence
 from gradflow.showing.terminal.printing import UnitCell, plain_table
 from gradflow.specs.requests import training_line

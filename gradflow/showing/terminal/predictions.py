@@ -10,9 +10,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from gradflow.judging.naming import names
 from gradflow.judging.outlook import Outlook, Reach
 from gradflow.judging.verdicts import verdict_named
+from gradflow.runs.naming import names
 from gradflow.showing.terminal.one_run import ENDS, draw_profile
 from gradflow.showing.terminal.printing import plain_table
 from gradflow.text import count, number, signed

@@ -8,50 +8,39 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradflow.errors import RunFolderError, UsageError
-from gradflow.runs.consistency import Broken, contradiction, same_network
-from gradflow.runs.store import plain, read_about
-from gradflow.runs.summary import Summary
-from gradflow.specs.fields import expect, expect_items, typed
-from gradflow.specs.model_spec import Spec, spec_from_json
-from gradflow.specs.run_options import RunOptions
+from gradflow.runs.naming import RunName, names
+from gradflow.runs.records import BrokenRows
+from gradflow.runs.store import RunDescription, described, read_run_json
 from gradflow.text import printable
 
 if TYPE_CHECKING:
     import polars as pl
 
-# Whole numbers beyond this are no sizes of anything, and do not survive JSON in a browser.
-LARGEST_WHOLE = 2**53
-# Texts with a word for each layer of a model.
-LISTS = ("units", "kinds")
+# Keys of texts with a word for each layer of a model.
+_WORD_LISTS = ("units", "kinds")
 # Layers kept of one run: of few runs many, of many runs few.
-MOST_LAYERS, FEWEST_LAYERS, LAYERS_IN_ALL = 120, 48, 6_000
-FOREIGN_NAMED = 10
+_MOST_LAYERS, _FEWEST_LAYERS, _LAYERS_IN_ALL = 120, 48, 6_000
+_FOREIGN_NAMED = 10
 
 
-@dataclass(frozen=True)
-class StoredRun:
-    """`run.json` of one folder, checked: every text is printable, every number finite.
+@dataclass(frozen=True, kw_only=True)
+class StoredRun(RunDescription):
+    """A run as a report has it: every text of its `run.json` is printable.
 
     Attributes:
         number: its place in the results folder, oldest first; `Results.units` refers to it.
         name: of its folder.
-        rows, step_rows: that its layers.csv and steps.csv must have.
+        path: the folder.
     """
 
     number: int
     name: str
     path: Path
-    spec: Spec
-    options: RunOptions
-    summary: Summary
-    environment: dict[str, Any]
-    warnings: tuple[str, ...]
-    rows: int
-    step_rows: int
 
 
 @dataclass(frozen=True)
@@ -60,20 +49,25 @@ class Results:
 
     Attributes:
         runs: those that can be read, oldest first.
-        units: their layers, see `profiles.COLUMNS`; means over the seeds, thinned.
+        units: their layers, see `frames.UNIT_COLUMNS`; means over the seeds, thinned.
+        losses, heat: of the trained runs, see `frames.LOSS_COLUMNS` and `frames.HEAT_COLUMNS`.
+        broken: by the number of a run, which of its rows are not finite.
         layers_kept: layers of one run that `units` holds at most, but for extremes.
         skipped: one line for each folder that was not read.
-        notes: one line for each thing that does not fit together, see `consistency`.
-        losses, heat: of the trained runs, see `trajectories.LOSSES` and `trajectories.HEAT`.
     """
 
     runs: tuple[StoredRun, ...]
     units: pl.DataFrame
-    layers_kept: int
-    skipped: tuple[str, ...]
-    notes: tuple[str, ...]
     losses: pl.DataFrame
     heat: pl.DataFrame
+    broken: Mapping[int, BrokenRows]
+    layers_kept: int
+    skipped: tuple[str, ...]
+
+    @cached_property
+    def names(self) -> list[RunName]:
+        """What each run is called beside the others."""
+        return names(self.runs)
 
 
 class NothingToReadError(UsageError):
@@ -97,31 +91,35 @@ def read_results(folder: Path) -> Results:
         NothingToReadError: there is no run in it that can be read.
         UsageError: no such folder.
     """
-    from gradflow.runs.profiles import read_units  # polars, 0.4 s
-    from gradflow.runs.trajectories import read_heat, read_losses
+    from gradflow.runs.frames import TableFile, read_layers, read_losses  # polars, 0.4 s
 
     skipped: list[str] = []
     stored = list(_stored_runs(folder, skipped))
-    layers = max(FEWEST_LAYERS, min(MOST_LAYERS, LAYERS_IN_ALL // max(len(stored), 1)))
-    units, faults, broken = read_units(
-        [(run.path / "layers.csv", run.rows) for run in stored], layers
+    layers = max(_FEWEST_LAYERS, min(_MOST_LAYERS, _LAYERS_IN_ALL // max(len(stored), 1)))
+    tables = [TableFile(run.number, run.path / "layers.csv", run.rows["layers"]) for run in stored]
+    trained = [run for run in stored if run.rows.get("steps")]
+    found = read_layers(tables, layers, [run.number for run in trained])
+    losses, faults = read_losses(
+        [
+            TableFile(run.number, run.path / "steps.csv", run.rows["steps"])
+            for run in trained
+            if run.number not in found.faults
+        ]
     )
-    trained = [run for run in stored if run.step_rows and run.number not in faults]
-    losses, more = read_losses([(r.number, r.path / "steps.csv", r.step_rows) for r in trained])
-    faults |= more
+    faults |= found.faults
     skipped += [skip_line(stored[i].name, fault) for i, fault in sorted(faults.items())]
     runs = tuple(run for run in stored if run.number not in faults)
     if not runs:
         raise _nothing_to_read(folder, skipped)
-    heat = read_heat([(r.number, r.path / "layers.csv") for r in trained if r.number not in more])
-    return Results(runs, units, layers, tuple(skipped), tuple(_notes(runs, broken)), losses, heat)
-
-
-def _notes(runs: Sequence[StoredRun], broken: Mapping[int, Broken]) -> Iterator[str]:
-    for run in runs:
-        lines = contradiction(run.name, run.summary.verdict, broken.get(run.number))
-        yield from map(printable, lines)
-    yield from map(printable, same_network([(run.name, run) for run in runs]))
+    return Results(
+        runs=runs,
+        units=found.units,
+        losses=losses,
+        heat=found.heat.filter(~found.heat["run"].is_in(list(faults))),
+        broken=found.broken,
+        layers_kept=layers,
+        skipped=tuple(skipped),
+    )
 
 
 def skip_line(name: str, reason: str) -> str:
@@ -152,8 +150,8 @@ def _run_folders(folder: Path, skipped: list[str]) -> list[Path]:
     foreign = [path for path in others if not _has(path, "layers.csv")]
     skipped += [skip_line(path.name, "has no run.json") for path in incomplete]
     if foreign:
-        more = f" and {len(foreign) - FOREIGN_NAMED} more" if len(foreign) > FOREIGN_NAMED else ""
-        names = ", ".join(printable(path.name) for path in foreign[:FOREIGN_NAMED])
+        more = f" and {len(foreign) - _FOREIGN_NAMED} more" if len(foreign) > _FOREIGN_NAMED else ""
+        names = ", ".join(printable(path.name) for path in foreign[:_FOREIGN_NAMED])
         skipped.append(f"skipped what holds no run.json: {names}{more}")
     return found
 
@@ -174,33 +172,19 @@ def _nothing_to_read(folder: Path, skipped: Sequence[str]) -> NothingToReadError
 
 
 def _stored_run(number: int, path: Path) -> StoredRun:
-    try:
-        about = _cleaned(plain(read_about(path)))
-        return StoredRun(
-            number=number,
-            name=printable(path.name),
-            path=path,
-            spec=spec_from_json(about["spec"]),
-            options=RunOptions.from_json(typed(RunOptions, about["options"])),
-            summary=Summary(**typed(Summary, about["summary"])),
-            environment=expect("environment", about["environment"], dict),
-            warnings=tuple(expect_items("warnings", about["warnings"], str)),
-            rows=expect("rows", expect("rows", about["rows"], dict)["layers"], int),
-            step_rows=expect("rows", about["rows"].get("steps", 0), int),
-        )
-    except KeyError as error:
-        raise RunFolderError(f"{path} is damaged: run.json lacks {error}") from None
-    except (TypeError, ValueError, RecursionError, UsageError) as error:
-        raise RunFolderError(f"{path} is damaged: run.json: {error}") from None
+    content = read_run_json(path)
+    found = described(path, content)
+    if (shown := _printable(content)) != content:
+        found = described(path, shown)
+    return StoredRun(number=number, name=printable(path.name), path=path, **vars(found))
 
 
-def _cleaned(value: Any, *, whole: bool = False) -> Any:
+def _printable(value: Any, *, words: bool = False) -> Any:
+    """A value of run.json with all its texts printable; of lists of words each by itself."""
     if isinstance(value, dict):
-        return {printable(key): _cleaned(item, whole=key in LISTS) for key, item in value.items()}
+        return {printable(k): _printable(v, words=k in _WORD_LISTS) for k, v in value.items()}
     if isinstance(value, list):
-        return [_cleaned(item) for item in value]
+        return [_printable(item) for item in value]
     if isinstance(value, str):
-        return " ".join(map(printable, value.split(" "))) if whole else printable(value)
-    if isinstance(value, int) and abs(value) > LARGEST_WHOLE:
-        raise ValueError("holds a number that is too large")
+        return " ".join(map(printable, value.split(" "))) if words else printable(value)
     return value

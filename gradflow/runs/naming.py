@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from gradflow.runs.described import Described
+from gradflow.runs.records import Summary
 from gradflow.specs.fields import deciding, options_of
-from gradflow.specs.model_spec import ModelRequest, asked_for
+from gradflow.specs.model_spec import ModelRequest, Spec, asked_for
 from gradflow.specs.run_options import RunOptions
 from gradflow.specs.stack import StackSpec
 from gradflow.specs.user_files import without_digest
@@ -60,8 +60,21 @@ _UNSAID = {
 }
 
 
+class NamedRun(Protocol):
+    """What words about a run are made from: whole runs, those of a report, and predictions."""
+
+    @property
+    def spec(self) -> Spec: ...
+    @property
+    def options(self) -> RunOptions: ...
+    @property
+    def summary(self) -> Summary: ...
+    @property
+    def environment(self) -> dict[str, Any]: ...
+
+
 @dataclass(frozen=True)
-class Name:
+class RunName:
     """What a run is called: its design, which runs of other depths share, and its depth.
 
     Runs of one design and depth are counted by `copy`.
@@ -83,7 +96,7 @@ class Name:
         return f"{self.design}, depth {self.depth}{copy}"
 
 
-def names(runs: Sequence[Described]) -> list[Name]:
+def names(runs: Sequence[NamedRun]) -> list[RunName]:
     """A name for each run, all different."""
     words = [name for name in _OTHERS if _differs(runs, name)]
     with_block = len({run.spec.block for run in runs}) > 1
@@ -97,11 +110,11 @@ def names(runs: Sequence[Described]) -> list[Name]:
         leading = [called[str(name)] for name in (design, block) if name]
         place = _design(run, words, leading), run.spec.depth
         seen[place] += 1
-        found.append(Name(*place, seen[place]))
+        found.append(RunName(*place, seen[place]))
     return found
 
 
-def _called(runs: Sequence[Described]) -> dict[str, str]:
+def _called(runs: Sequence[NamedRun]) -> dict[str, str]:
     """What schemes and blocks are called: with the digest only where it tells two files apart."""
     known = {str(_value(run, n)) for run in runs for n in ("scheme", "shortcut", "block")}
     often = Counter(map(without_digest, known))
@@ -110,7 +123,7 @@ def _called(runs: Sequence[Described]) -> dict[str, str]:
     }
 
 
-def shared(runs: Sequence[Described]) -> str:
+def shared(runs: Sequence[NamedRun]) -> str:
     """The settings that all runs have in common, in words."""
     both = ("depth", *_LEADING, *_OTHERS)
     common = [n for n in both if len({_value(run, n) for run in runs}) == 1]
@@ -132,7 +145,7 @@ def word(name: str, value: object) -> str:
     return without_digest(str(value)) if name in _LEADING else f"{plain} {value}"
 
 
-def _design(run: Described, words: Sequence[str], leading: Sequence[str]) -> str:
+def _design(run: NamedRun, words: Sequence[str], leading: Sequence[str]) -> str:
     model = _value(run, "weights") or _value(run, "like")
     norm = "" if _value(run, "scheme") else word("norm", _value(run, "norm"))
     rest = [word(name, _value(run, name)) for name in words if name != "scheme"]
@@ -140,14 +153,14 @@ def _design(run: Described, words: Sequence[str], leading: Sequence[str]) -> str
     return ", ".join(filter(None, parts))
 
 
-def _departures(run: Described, words: Sequence[str]) -> list[str]:
+def _departures(run: NamedRun, words: Sequence[str]) -> list[str]:
     """Parts of the scheme that options replaced, but for those that `words` name."""
     parts = (run.summary.departures or "").split("; ")
     named = tuple(f"{word.replace('_', ' ')} " for word in words)
     return [f"with {part}" for part in parts if part and not part.startswith(named)]
 
 
-def _value(run: Described, name: str) -> Any:
+def _value(run: NamedRun, name: str) -> Any:
     if name == _DEVICE:
         return str(run.environment.get(_DEVICE))
     if name in _MEASURED:
@@ -156,7 +169,7 @@ def _value(run: Described, name: str) -> Any:
     return getattr(run.spec, name, getattr(asked_for(run.spec), name, None))
 
 
-def _differs(runs: Sequence[Described], name: str) -> bool:
+def _differs(runs: Sequence[NamedRun], name: str) -> bool:
     """Whether a setting says more than those whose defaults set many others."""
     found: dict[tuple[object, ...], object] = {}
     return any(

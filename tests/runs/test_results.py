@@ -22,10 +22,17 @@ from torch import nn
 
 import gradflow
 from gradflow.errors import RunFolderError, UsageError
-from gradflow.runs import profiles, store
-from gradflow.runs.consistency import FINITE, NUMBERS, contradiction, first_broken, same_network
-from gradflow.runs.reading import read_results
-from gradflow.runs.records import LayerRecord, Run
+from gradflow.judging.remarks import contradiction, oddities, same_network
+from gradflow.runs import frames, store
+from gradflow.runs.records import (
+    FINITE_COLUMNS,
+    NORM_COLUMNS,
+    LayerRecord,
+    Run,
+    broken_rows,
+    columns,
+)
+from gradflow.runs.results import read_results
 from gradflow.showing.formats import results_markdown
 from gradflow.showing.page.chart_tables import axis_ends, chart_tables
 from gradflow.showing.sentences import design_by_design
@@ -65,7 +72,7 @@ def test_means_and_span_over_the_seeds(tmp_path: Path) -> None:
     spec, rows = transformer_rows(depth=2, seeds=3)
     saved(tmp_path, run_of(spec, rows, options=RunOptions(seeds=3)))
     units = read_results(tmp_path).units
-    assert units.columns == list(profiles.COLUMNS)
+    assert units.columns == list(frames.UNIT_COLUMNS)
     assert units["x"].to_list() == [0.0, 0.5, 1.0, 1.5, 2.0]
     assert units["unit"].to_list() == ["input", "attention", "ffn", "attention", "ffn"]
     for i, unit in enumerate(units.iter_rows(named=True)):
@@ -95,7 +102,7 @@ def test_not_finite_cells_are_gaps(tmp_path: Path) -> None:
 def test_runs_keep_their_rows_across_batches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(profiles, "BATCH", 2)
+    monkeypatch.setattr(frames, "_BATCH", 2)
     for i in range(5):
         saved(tmp_path, run_of(spec_of(width=8 + i), list(layer_rows(spec_of(), [float(i)] * 4))))
     results = read_results(tmp_path)
@@ -125,7 +132,7 @@ def test_folder_names_that_are_no_text_are_read(tmp_path: Path) -> None:
 def frame(columns: dict[str, list[float | None]]) -> pl.DataFrame:
     length = len(next(iter(columns.values())))
     start = pl.DataFrame({"run": [0] * length, "layer": range(length), "unit": ["mlp"] * length})
-    blank = dict.fromkeys((*profiles.VALUES, "low", "high"), pl.lit(None, pl.Float64))
+    blank = dict.fromkeys((*frames.VALUES, "low", "high"), pl.lit(None, pl.Float64))
     given = {name: pl.Series(values, dtype=pl.Float64) for name, values in columns.items()}
     return start.with_columns(**blank).with_columns(**given)
 
@@ -133,11 +140,11 @@ def frame(columns: dict[str, list[float | None]]) -> pl.DataFrame:
 @given(st.lists(st.floats() | st.none(), min_size=2, max_size=300), st.integers(1, 40))
 def test_thinning_keeps_ends_and_extremes(values: list[float | None], layers: int) -> None:
     units = frame({"log10_grad_norm": values})
-    thinned = profiles.thin(units, layers)
+    thinned = frames.thinned(units, layers)
     kept = thinned["layer"].to_list()
     assert kept == sorted(set(kept))
     assert {0, 1, len(values) - 1} <= set(kept)
-    assert len(kept) <= layers + 3 + 2 * len(profiles.EXTREMES)
+    assert len(kept) <= layers + 3 + 2 * len(frames.EXTREMES)
     finite = [v for v in values if v is not None and math.isfinite(v)]
     strange = [v for v in values if v in (INF, -INF)]
     if finite and not strange:
@@ -147,8 +154,8 @@ def test_thinning_keeps_ends_and_extremes(values: list[float | None], layers: in
 
 def test_nothing_is_thinned_that_need_not_be() -> None:
     units = frame({"act_rms": [1.0] * 49})
-    assert len(profiles.thin(units, 48)) == 49
-    assert len(profiles.thin(units, 24)) == 26  # every second one, and the first layer
+    assert len(frames.thinned(units, 48)) == 49
+    assert len(frames.thinned(units, 24)) == 26  # every second one, and the first layer
 
 
 # Damage: each kind is named in one line, the other runs are kept, nothing is touched
@@ -192,7 +199,8 @@ def replace_by_folder(folder: Path) -> None:
     (folder / "layers.csv").mkdir()
 
 
-TWO_LINES = ",".join(profiles.NAMES) + "\n0,0,0,input" + "," * (len(profiles.NAMES) - 4) + "\n"
+NAMES = columns(LayerRecord)
+TWO_LINES = ",".join(NAMES) + "\n0,0,0,input" + "," * (len(NAMES) - 4) + "\n"
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no run.json": (drop("run.json"), "has no run.json"),
     "no layers.csv": (drop("layers.csv"), "has no layers.csv"),
@@ -202,12 +210,15 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "cut run.json": (cut("run.json", 0.5), "is damaged: run.json"),
     "cut layers.csv": (cut("layers.csv", 0.7), "ends in the middle of a line"),
     "rows lost": (write("layers.csv", TWO_LINES), "has 1 rows, run.json promises 4"),
-    "header only": (write("layers.csv", ",".join(profiles.NAMES) + "\n"), "has 0 rows"),
+    "header only": (write("layers.csv", ",".join(NAMES) + "\n"), "has 0 rows"),
     "column missing": (in_table(",gain,", ","), "has no column gain"),
     "columns swapped": (in_table("seed,step", "step,seed"), "not of this schema"),
     "no number": (in_table(",0.75,", ",many,"), "many"),
     "nan as a layer": (in_table("0,0,1,mlp", "0,0,nan,mlp"), "nan"),
-    "no layer": (in_table("0,0,1,mlp", "0,0,,mlp"), "lacks step, layer or unit"),
+    "no layer": (
+        in_table("0,0,1,mlp", "0,0,,mlp"),
+        "has '' for layer in line 3, not a whole number",
+    ),
     "too many cells": (in_table("0,0,1,mlp", "0,0,1,mlp,1,1,1"), "too few or too many cells"),
     "too few cells": (in_table(",1.25,", ","), "too few or too many cells"),
     "foreign json": (write("run.json", "[1, 2]"), "no schema_version"),
@@ -217,7 +228,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "unknown field": (in_json(spec={"spin": 1}), "spin"),
     "bad spec": (in_json(spec={"depth": -1}), "--depth"),
     "bad summary": (in_json(summary={"verdict": "fine"}), "is damaged: run.json"),
-    "rows are no numbers": (in_json(rows={"layers": "many"}), "rows is str"),
+    "rows are no numbers": (in_json(rows={"layers": "many"}), "a value in rows is str"),
     "huge number": (in_json(rows={"layers": 10**400}), "too large"),
     "environment is no dictionary": (in_json(environment=7), "environment is int"),
     "warnings are no texts": (in_json(warnings=[7]), "warnings"),
@@ -244,7 +255,7 @@ def test_damage_is_named_and_left_alone(
 
 def test_a_wrong_number_of_rows_is_named(tmp_path: Path) -> None:
     saved(tmp_path, run_of(spec_of(width=8)))
-    in_json(rows={"layers": 5})(saved(tmp_path))
+    in_json(rows={"layers": 5, "params": 0, "times": 0})(saved(tmp_path))
     assert "has 4 rows, run.json promises 5" in read_results(tmp_path).skipped[0]
 
 
@@ -269,10 +280,10 @@ WHOLE = [n for n, kind in get_type_hints(LayerRecord).items() if int in (kind, *
         ("\n", "layers.csv is empty"),
         (
             "seed,st\n",
-            f"layers.csv has no column step, layer, unit and {len(profiles.NAMES) - 4} more",
+            f"layers.csv has no column step, layer, unit and {len(NAMES) - 4} more",
         ),
-        (",".join(profiles.NAMES[2:]) + "\n", "layers.csv has no column seed, step"),
-        (",".join(profiles.NAMES[3:]) + "\n", "layers.csv has no column seed, step, layer"),
+        (",".join(NAMES[2:]) + "\n", "layers.csv has no column seed, step"),
+        (",".join(NAMES[3:]) + "\n", "layers.csv has no column seed, step, layer"),
     ],
 )
 def test_a_table_without_its_columns_is_named_alike_by_both_readers(
@@ -287,14 +298,154 @@ def test_a_table_without_its_columns_is_named_alike_by_both_readers(
     assert read_results(tmp_path).skipped == (f"skipped {bad.name}, which is damaged: {fault}",)
 
 
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A results folder with one good run and one to damage."""
+    out = tmp_path_factory.mktemp("template")
+    saved(out, run_of(spec_of(width=8))).rename(out / "good")
+    saved(out).rename(out / "bad")
+    return out
+
+
+def both_readers(out: Path, bad: Path) -> str:
+    """What both readers of one run say of it; empty if they read it, and then read it alike."""
+    results = read_results(out)
+    try:
+        run = store.load(bad)
+    except RunFolderError as error:
+        said = str(error).removeprefix(str(bad)).strip()
+        assert results.skipped == (printable(f"skipped {bad.name}, which {said}"),)
+        return said
+    assert results.skipped == ()
+    (number,) = (run.number for run in results.runs if run.name == bad.name)
+    units = results.units.filter(pl.col("run") == number)
+    logs = [row.log10_grad_norm for row in run.first_records if row.seed == run.options.seed]
+    finite = [log if log is not None and math.isfinite(log) else None for log in logs]
+    assert units["log10_grad_norm"].to_list() == finite
+    return ""
+
+
+@pytest.mark.parametrize(("damage", "reason"), DAMAGES.values(), ids=list(DAMAGES))
+def test_both_readers_refuse_a_run_in_the_same_words(
+    tmp_path: Path, damage: Callable[[Path], Any], reason: str
+) -> None:
+    saved(tmp_path, run_of(spec_of(width=8)))
+    bad = saved(tmp_path)
+    damage(bad)
+    if (bad / "run.json").exists():
+        assert reason in both_readers(tmp_path, bad)
+
+
+def resaved(change: Callable[[bytes], bytes]) -> Callable[[Path], Any]:
+    """layers.csv as another program writes it."""
+
+    def damage(folder: Path) -> None:
+        file = folder / "layers.csv"
+        file.write_bytes(change(file.read_bytes()))
+
+    return damage
+
+
+def other_seed(seed: int) -> Callable[[Path], Any]:
+    def damage(folder: Path) -> None:
+        about = json.loads((folder / "run.json").read_text())
+        in_json(options=about["options"] | {"seed": seed})(folder)
+        for row in range(4):
+            in_cell("seed", row, str(seed))(folder)
+
+    return damage
+
+
+def a_pipe(name: str) -> Callable[[Path], Any]:
+    def damage(folder: Path) -> None:
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+
+    return damage
+
+
+CELLS = "layers.csv has too few or too many cells in line"
+# What may be otherwise in a run folder, and what both readers say of it: nothing if they read it.
+VARIANTS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "byte order mark": (resaved(lambda data: b"\xef\xbb\xbf" + data), ""),
+    "CRLF": (resaved(lambda data: data.replace(b"\n", b"\r\n")), ""),
+    "quoted cells": (in_cell("unit", 2, '"mlp"'), ""),
+    "a name with blanks": (in_cell("unit", 2, " m l p"), ""),
+    "leading zeros and a sign": (in_cell("layer", 2, "+02"), ""),
+    "infinity in words": (in_cell("act_max_abs", 2, "Infinity"), ""),
+    "a seed beyond all formats": (other_seed(10**20), ""),
+    "a seed beyond exact floats": (other_seed(2**53 + 1), ""),
+    "no newline at the end": (resaved(lambda data: data[:-1]), "in the middle of a line"),
+    "a blank line": (resaved(lambda data: data + b"\n"), f"{CELLS} 6"),
+    "a line of blanks": (resaved(lambda data: data + b" \n"), f"{CELLS} 6"),
+    "one cell less, one more": (
+        resaved(lambda data: data.replace(b"0,0,1,", b"0,1,", 1).replace(b"0,0,2,", b"0,0,2,2,")),
+        f"{CELLS} 3",
+    ),
+    "other characters": (resaved(lambda data: data + b"\xff\n"), "layers.csv is no UTF-8 text"),
+    "underscores": (in_cell("param_norm", 2, "1_000"), "'1_000' for param_norm in line 4"),
+    "other digits": (in_cell("gain", 2, "\u0661"), "'\u0661' for gain in line 4, not a number"),
+    "blanks before a number": (in_cell("gain", 2, " 1"), "' 1' for gain in line 4"),
+    "blanks for a number": (in_cell("gain", 2, "  "), "' ' for gain in line 4"),
+    "a tab after a number": (in_cell("act_cos", 2, "1\t"), "for act_cos in line 4"),
+    "text in a column that no report shows": (in_cell("forward_s_iqr", 1, "x"), "forward_s_iqr"),
+    "a layer beyond 64 bits": (in_cell("layer", 3, str(2**63)), "for layer in line 5"),
+    "no seed": (in_cell("seed", 3, ""), "'' for seed in line 5"),
+    "no unit": (in_cell("unit", 3, ""), "'' for unit in line 5, not a name"),
+    "no params.csv": (drop("params.csv"), "has no params.csv"),
+    "a pipe for layers.csv": (a_pipe("layers.csv"), "has no layers.csv"),
+    "a number beyond 64 bits": (in_json(warnings=[], overhead={"a": 2**63}), "too large"),
+    "no device": (in_json(environment={"start_utc": "", "dtype": ""}), "lacks 'device_name'"),
+    "overhead of texts": (in_json(overhead={"a": "b"}), "a value in overhead is str"),
+}
+
+
+@pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.parametrize(("change", "reason"), VARIANTS.values(), ids=list(VARIANTS))
+def test_both_readers_decide_alike(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[Path], Any],
+    reason: str,
+    batched: bool,
+) -> None:
+    if not batched:
+        monkeypatch.setattr(frames, "_BATCH", 1)
+    saved(tmp_path, run_of(spec_of(width=8)))
+    bad = saved(tmp_path)
+    change(bad)
+    said = both_readers(tmp_path, bad)
+    assert reason in said if reason else not said
+
+
+FLOATS = st.floats().map(str)
+
+
+def test_a_pipe_for_run_json_is_not_waited_for(tmp_path: Path) -> None:
+    saved(tmp_path)
+    bad = saved(tmp_path)
+    a_pipe("run.json")(bad)
+    with pytest.raises(RunFolderError, match="no plain file"):
+        store.load(bad)
+    assert read_results(tmp_path).skipped == (f"skipped {bad.name}, which has no run.json",)
+
+
+@given(text=st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Zl", "Zp"])) | FLOATS)
+@settings(max_examples=150)
+def test_a_cell_of_any_text_is_read_alike_by_both_readers(template: Path, text: str) -> None:
+    folder = template.parent / "cell"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(template, folder)
+    for column in ("log10_grad_norm", "nonfinite"):
+        in_cell(column, 2, text)(folder / "bad")
+        both_readers(folder, folder / "bad")
+
+
 @pytest.mark.parametrize("value", ["nan", "inf", "1.5", "many"])
-def test_what_is_no_whole_number_is_refused_by_both_readers(tmp_path: Path, value: str) -> None:
+def test_what_is_no_whole_number_is_refused(tmp_path: Path, value: str) -> None:
     assert len(WHOLE) == 5
     for column in WHOLE:
-        bad = saved(tmp_path)
-        in_cell(column, 2, value)(bad)
-        with pytest.raises(RunFolderError, match="is damaged"):
-            store.load(bad)
+        in_cell(column, 2, value)(saved(tmp_path))
     saved(tmp_path)
     results = read_results(tmp_path)
     assert (len(results.runs), len(results.skipped)) == (1, len(WHOLE))
@@ -302,15 +453,15 @@ def test_what_is_no_whole_number_is_refused_by_both_readers(tmp_path: Path, valu
 
 def broken_both_ways(folder: Path) -> tuple[str, ...]:
     """The notes of a report, which the line of a single run must be."""
-    notes = read_results(folder).notes
+    notes = tuple(oddities(read_results(folder)))
     (path,) = store.run_folders(folder)
     run = store.load(path)
     verdict = run.summary.verdict
-    assert notes == tuple(contradiction(path.name, verdict, first_broken(run.first_records)))
+    assert notes == tuple(contradiction(path.name, verdict, broken_rows(run.first_records)))
     return notes
 
 
-@pytest.mark.parametrize("column", [*FINITE, *NUMBERS, "nonfinite"])
+@pytest.mark.parametrize("column", [*FINITE_COLUMNS, *NORM_COLUMNS, "nonfinite"])
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 def test_rows_that_are_not_finite_in_a_healthy_run_are_named(
     tmp_path: Path, column: str, value: float
@@ -319,7 +470,7 @@ def test_rows_that_are_not_finite_in_a_healthy_run_are_named(
     assert broken_both_ways(tmp_path) == ()
     for row in (2, 3):
         in_cell(column, row, "7" if column == "nonfinite" else str(value))(bad)
-    if column in NUMBERS and not math.isnan(value):
+    if column in NORM_COLUMNS and not math.isnan(value):
         assert broken_both_ways(tmp_path) == ()  # beyond float64, as its logarithm may tell
     else:
         (line,) = broken_both_ways(tmp_path)
@@ -387,15 +538,15 @@ def test_two_runs_of_one_key_are_both_read(tmp_path: Path) -> None:
     assert [name.copy for _, name in design_by_design(results)] == [1, 2, 1]
     _, first, second = sorted(results.runs, key=lambda run: run.spec.width)
     key = store.folder_key(first.path)
-    assert results.notes == (
-        f"{first.name} and {second.name} measured the same network (key {key})",
-    )
+    assert oddities(results) == [
+        f"{first.name} and {second.name} measured the same network (key {key})"
+    ]
 
 
 def test_runs_of_one_key_on_another_device_are_of_another_network(tmp_path: Path) -> None:
     for device in ("cpu", "cuda", "cuda"):
         saved(tmp_path, run_of(environment=ENVIRONMENT | {"device": device}))
-    (note,) = read_results(tmp_path).notes
+    (note,) = oddities(read_results(tmp_path))
     on_gpu = [run.name for run in read_results(tmp_path).runs if run.environment["device"] != "cpu"]
     assert note.startswith(f"{on_gpu[0]} and {on_gpu[1]} measured")
 
@@ -413,15 +564,6 @@ def test_unknown_verdicts_are_read(tmp_path: Path) -> None:
     run = run_of()
     saved(tmp_path, replace(run, summary=replace(run.summary, verdict="chaotic")))
     assert "chaotic" in results_markdown(read_results(tmp_path))
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A results folder with one good run and one to damage."""
-    out = tmp_path_factory.mktemp("template")
-    saved(out, run_of(spec_of(width=8))).rename(out / "good")
-    saved(out).rename(out / "bad")
-    return out
 
 
 def touch_everything(folder: Path) -> None:
