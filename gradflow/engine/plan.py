@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from gradflow.errors import UsageError
+from gradflow.schemes import UNIT_KINDS
 from gradflow.specs.run_options import RunOptions
 from gradflow.specs.stack import StackSpec
 from gradflow.specs.user_files import is_user_name
@@ -277,7 +278,9 @@ def _refusal(spec: StackSpec, options: RunOptions) -> str | None:
         "weights of a checkpoint": bool(spec.weights),
         "a block of your own": is_user_name(spec.block),
         "a scheme of your own": is_user_name(spec.scheme or ""),
-        "branches that are dropped at random": any(w.unit == "stochastic" for w in wirings),
+        "branches that are dropped at random": any(
+            UNIT_KINDS[w.unit].draws_each_step for w in wirings
+        ),
         f"more than {MOST_SEEDS} seeds": options.seeds > MOST_SEEDS,
         "a scheme that profiles each seed": spec.scheme is not None and spec.scheme_record.profiled,
     }

@@ -8,46 +8,33 @@ projection; `initial` needs both. Its parameters hold no values until `initial.f
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own convention)
 from torch import Tensor, nn
 
+from gradflow.networks.initial import Matrix
 from gradflow.networks.norms import make_norm
-from gradflow.networks.rotary import rotate
-from gradflow.schemes.wiring import Wiring
+from gradflow.schemes import Wiring
 from gradflow.specs.stack import StackSpec
 
 
-class Linear(nn.Module):
-    """y = x W^T + b. The parameters hold nothing until `initial.fill` gives them values.
-
-    `nn.Linear` would draw from torch's global generator, and spend more on it than on the pass.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
+class Linear(Matrix):
+    """y = x W^T + b, x: (..., fan_in)."""
 
     def __init__(self, fan_in: int, fan_out: int, *, bias: bool = True) -> None:
-        super().__init__()
-        self.shapes = {"weight": (fan_out, fan_in)} | ({"bias": (fan_out,)} if bias else {})
-        self.bias = None
+        super().__init__(fan_out, fan_in, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
 
 
-class Conv3x3(nn.Module):
-    """3x3 convolution that keeps width and image size, zero padding; empty as `Linear` is."""
-
-    weight: Tensor
-    bias: Tensor | None
+class Conv3x3(Matrix):
+    """3x3 convolution with zero padding that keeps width and image size, x: (B, C, H, W)."""
 
     def __init__(self, width: int, *, bias: bool = True) -> None:
-        super().__init__()
-        self.shapes = {"weight": (width, width, 3, 3)} | ({"bias": (width,)} if bias else {})
-        self.bias = None
+        super().__init__(width, width, 3, 3, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.conv2d(x, self.weight, self.bias, padding=1)
@@ -144,7 +131,7 @@ class Attention(Branch):
 
     f(x) = W_o M(concat_h softmax(q_h k_h^T / sqrt(c)) v_h) + b_o through torch's fused kernel, c
     the features of a head, M the norm in the middle, where there is one; queries, keys and values
-    are normalised per head where the wiring says so, queries and keys then rotated (`rotary`). The
+    are normalised per head where the wiring says so, queries and keys then rotated (`rotate`). The
     power of c may be another (`Wiring.logit_power`).
     With fewer `kv_heads` than `heads` each key and value serves a group of queries, Ainslie et al.
     2023 (arXiv:2305.13245).
@@ -187,6 +174,38 @@ class Attention(Branch):
         """(B, T, heads c) to (B, heads, T, c)."""
         batch, tokens, _ = x.shape
         return x.view(batch, tokens, -1, self.size).transpose(1, 2)
+
+
+def rotate(x: Tensor, base: float) -> Tensor:
+    """Turn feature pairs (i, i + c/2) of the token at position t by the angle t base^(-2i/c).
+
+    Rotary position embedding, Su et al. 2021 (arXiv:2104.09864): scores q_s . k_t then depend on
+    t - s alone. The pairs are the halves of a head, as in the checkpoints of Hugging Face; the
+    paper pairs neighbours, which is a permutation of features.
+
+    Args:
+        x: (B, heads, T, c) queries or keys, c even.
+        base: 10,000 in the paper.
+
+    Returns:
+        The rotated queries or keys, (B, heads, T, c).
+    """
+    turns = _turns if torch.compiler.is_compiling() else _known_turns
+    cos, sin = turns(x.shape[-2], x.shape[-1], base, x.dtype, x.device)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def _turns(
+    tokens: int, size: int, base: float, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return cos and sin of the angles, (T, c/2), from float32, as published models have them."""
+    frequency = 1.0 / base ** (torch.arange(0, size, 2, device=device).float() / size)
+    angles = torch.arange(tokens, device=device).float()[:, None] * frequency
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+_known_turns = lru_cache(maxsize=8)(_turns)  # the same for every layer
 
 
 class Ffn(Branch):

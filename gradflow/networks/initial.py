@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 
+from gradflow.specs.initial_variances import bias_std, fans, is_uniform, weight_std
 from gradflow.specs.stack import StackSpec
-
-RECTIFIERS = ("relu", "gelu", "gelu-tanh", "silu")
 
 
 @dataclass(frozen=True)
@@ -42,8 +41,68 @@ class Slot:
     matrix: bool = False
 
 
+class Unfilled(nn.Module):
+    """A module whose parameters hold nothing until `fill` gives them values.
+
+    Torch's own layers draw from the global generator, and spend more on it than on a pass.
+
+    Attributes:
+        shapes: sizes of its own parameters, by name.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+
+
+class Matrix(Unfilled):
+    """A linear map: `weight` is drawn by the rule for matrices, `bias` by the rule for biases."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, *shape: int, bias: bool) -> None:
+        super().__init__()
+        self.shapes = {"weight": shape} | ({"bias": shape[:1]} if bias else {})
+        self.bias = None
+
+
+class ConstantStart(Unfilled):
+    """A module whose parameters start at constants.
+
+    Attributes:
+        starts: for each parameter one number for all elements, or one for each.
+    """
+
+    starts: Mapping[str, float | Tensor]
+
+
+def module_slots(
+    spec: StackSpec, part: nn.Module, *, feeds: bool = False, output: bool = False, gain: float = 1
+) -> Iterator[Slot]:
+    """Yield the parameters of one module, those of its children aside.
+
+    Args:
+        spec: the rule for matrices and biases.
+        part: the module; any that is not `Unfilled` has none.
+        feeds: whether its output goes into the activation.
+        output: whether it is the output projection of a branch.
+        gain: factor on the standard deviation of its matrix.
+    """
+    if spec.weights and isinstance(part, Unfilled):  # trained values replace them all
+        for name, size in part.shapes.items():
+            yield Slot(part, name, size, None)
+    elif isinstance(part, Matrix):
+        shape = part.shapes["weight"]
+        std = gain * weight_std(spec, shape, feeds=feeds, output=output)
+        yield Slot(part, "weight", shape, std, matrix=True)
+        if "bias" in part.shapes:
+            yield Slot(part, "bias", part.shapes["bias"], bias_std(spec, fans(shape)[0]))
+    elif isinstance(part, ConstantStart):
+        for name, size in part.shapes.items():
+            yield Slot(part, name, size, None, part.starts[name])
+
+
 def generator_seed(seed: int, purpose: str, index: int = 0) -> int:
-    """32 bits for `torch.Generator`: different for every index of one seed and purpose.
+    """Return 32 bits for `torch.Generator`, different for every index of one seed and purpose.
 
     Torch's CPU generator (mt19937) keeps only the low 32 bits of its seed, so these are mixed
     here: a bijection of (hash of seed and purpose) + index, which keeps neighbours apart.
@@ -61,56 +120,10 @@ def _hash(text: str) -> int:
 
 
 def generator(device: torch.device, seed: int, purpose: str, index: int = 0) -> torch.Generator:
-    """A generator of its own for one purpose, independent of torch's global one."""
+    """Return a generator for one purpose, independent of torch's global one."""
     source = torch.Generator(device)
     source.manual_seed(generator_seed(seed, purpose, index))
     return source
-
-
-def weight_std(spec: StackSpec, shape: tuple[int, ...], *, feeds: bool, output: bool) -> float:
-    """Standard deviation of a weight matrix (half-width for `--init torch`, which is uniform).
-
-    Args:
-        spec: `init`, `gain`, `weight_var` and `activation` decide.
-        shape: (out, in) or (out, in, height, width); fan_in counts the kernel's positions.
-        feeds: whether its output goes into the activation.
-        output: whether it is the last matrix of a branch of two or more.
-
-    he: He et al. 2015 (arXiv:1502.01852), variance 2/fan_in before a rectifier, else 1/fan_in.
-    xavier: Glorot & Bengio 2010, 2/(fan_in + fan_out). lecun: LeCun et al. 1998, 1/fan_in.
-    gpt2: Radford et al. 2019, N(0, 0.02), output projections over sqrt(residual units).
-    normal: N(0, 0.02).
-    """
-    fan_in, fan_out = fans(shape)
-    if spec.weight_var is not None:
-        return spec.gain * math.sqrt(spec.weight_var / fan_in)
-    if spec.init == "gpt2":
-        depth = spec.depth * spec.units_per_block
-        return spec.gain * 0.02 / (math.sqrt(depth) if output else 1.0)
-    if spec.init == "normal":
-        return spec.gain * 0.02
-    rectified = feeds and spec.activation in RECTIFIERS
-    variance = {
-        "he": (2.0 if rectified else 1.0) / fan_in,
-        "orthogonal": (2.0 if rectified else 1.0) / fan_in,
-        "xavier": 2.0 / (fan_in + fan_out),
-        "lecun": 1.0 / fan_in,
-        "torch": 1.0 / fan_in,
-    }[str(spec.init)]
-    return spec.gain * math.sqrt(variance)
-
-
-def bias_std(spec: StackSpec, fan_in: int) -> float | None:
-    """Scale of a bias draw (see `weight_std`); None where biases start at 0."""
-    if spec.bias_var is not None:
-        # U(-1, 1) has variance 1/3.
-        return math.sqrt(spec.bias_var * (3 if is_uniform(spec) else 1)) or None
-    return 1 / math.sqrt(fan_in) if is_uniform(spec) else None
-
-
-def is_uniform(spec: StackSpec) -> bool:
-    """Whether weights are uniform: torch's own layers draw U(-1, 1) / sqrt(fan_in)."""
-    return spec.init == "torch" and spec.weight_var is None
 
 
 class Weights:
@@ -137,7 +150,10 @@ class Weights:
         for slot, view in zip(drawn + fixed, views, strict=True):
             setattr(slot.owner, slot.name, nn.Parameter(view))
         # Brought to the device once: to copy them from the host at each draw would wait for it.
-        starts = [_on(device, slot.constant) for slot in fixed]
+        starts = [
+            slot.constant.to(device) if isinstance(slot.constant, Tensor) else slot.constant
+            for slot in fixed
+        ]
         self._fixed = list(zip(views[len(drawn) :], starts, strict=True))
         self._spec = spec
         stds = [slot.std for slot in slots if slot.std is not None]
@@ -161,15 +177,11 @@ class Weights:
                 view.fill_(start)
 
 
-def _on(device: torch.device, start: float | Tensor) -> float | Tensor:
-    return start.to(device) if isinstance(start, Tensor) else start
-
-
 def fill(
-    slots: Sequence[Slot], spec: StackSpec, device: torch.device, source: torch.Generator
+    slots: Iterable[Slot], spec: StackSpec, device: torch.device, source: torch.Generator
 ) -> Weights:
     """Give every slot its parameter, with values from one draw."""
-    weights = Weights(slots, spec, device)
+    weights = Weights(list(slots), spec, device)
     weights.draw(source)
     return weights
 
@@ -196,9 +208,3 @@ def _orthogonalise(weight: Tensor) -> None:
     q = q * torch.sign(torch.diagonal(r))
     q = q if tall is matrix else q.T
     weight.copy_((q * math.sqrt(max(matrix.shape))).reshape(weight.shape))
-
-
-def fans(shape: tuple[int, ...]) -> tuple[int, int]:
-    """fan_in and fan_out of a weight, the positions of a kernel counted."""
-    kernel = math.prod(shape[2:])
-    return shape[1] * kernel, shape[0] * kernel

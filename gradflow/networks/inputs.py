@@ -5,16 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gradflow.networks.initial import fill, generator
-from gradflow.networks.language import embedded_batch
-from gradflow.networks.norms import norm_of_kind
-from gradflow.networks.slots import module_slots
-from gradflow.networks.units.ngpt import unit_norm
+from gradflow.networks.checkpoint import embed
+from gradflow.networks.initial import fill, generator, module_slots
+from gradflow.networks.norms import stream_norm, unit_norm
 from gradflow.specs.stack import StackSpec
 
 
 def stream_shape(spec: StackSpec) -> tuple[int, ...]:
-    """Shape of y_0 ... y_D."""
+    """Return the shape of y_0 ... y_D, of one stream."""
     batch = spec.batch_size
     return {
         "vectors": (batch, spec.width),
@@ -24,14 +22,14 @@ def stream_shape(spec: StackSpec) -> tuple[int, ...]:
 
 
 def state_shape(spec: StackSpec, layer: int, unit: int) -> tuple[int, ...]:
-    """Shape of the output of unit number `unit` (from 0) of layer `layer` (from 1)."""
+    """Return the shape of the output of unit number `unit` (from 0) of layer `layer` (from 1)."""
     batch, *rest = stream_shape(spec)
     streams = spec.streams(layer, unit)
     return (batch, *rest) if streams == 1 else (batch, streams, *rest)
 
 
 def input_shape(spec: StackSpec, layer: int, unit: int) -> tuple[int, ...]:
-    """Shape of the input of that unit."""
+    """Return the shape of the input of unit number `unit` (from 0) of layer `layer` (from 1)."""
     if (layer, unit) == (1, 0):
         return stream_shape(spec)
     before = (layer, unit - 1) if unit else (layer - 1, spec.units_per_block - 1)
@@ -39,18 +37,27 @@ def input_shape(spec: StackSpec, layer: int, unit: int) -> tuple[int, ...]:
 
 
 def input_batch(spec: StackSpec, seed: int, device: torch.device) -> Tensor:
-    """y_0: independent standard normal elements, scaled or normalised as the scheme has it.
+    """Return y_0: standard normal elements, scaled or normalised as the scheme has it.
 
-    Of a trained checkpoint: the embeddings of random tokens.
+    The input of a trained checkpoint is the embeddings of random tokens, so that the stream has its
+    trained scale.
     """
     if spec.weights:
-        return embedded_batch(spec, spec.checkpoint, seed, device)
+        rows = embed(spec.checkpoint, token_ids(spec, seed)[:, :-1], spec.width)
+        return rows.to(device, getattr(torch, spec.dtype))
     x = normal(spec, stream_shape(spec), generator(device, seed, "input"))
     return scaled_input(spec, x).detach()
 
 
+def token_ids(spec: StackSpec, seed: int) -> Tensor:
+    """Return uniform random tokens, (B, T + 1): the inputs and, one on, what comes next."""
+    shape = (spec.batch_size, spec.tokens + 1)
+    source = generator(torch.device("cpu"), seed, "tokens")
+    return torch.randint(spec.classes, shape, generator=source)
+
+
 def scaled_input(spec: StackSpec, x: Tensor) -> Tensor:
-    """x scaled or normalised as the scheme has it."""
+    """Return x scaled or normalised as the scheme has it."""
     if spec.scheme is None:
         return x
     scale = spec.scheme_record.input_scale(spec.depth)
@@ -62,12 +69,12 @@ def _normalised_input(spec: StackSpec, x: Tensor) -> Tensor:
         return unit_norm(x)
     if spec.scheme_record.input_norm is None:
         return x
-    norm = norm_of_kind(spec, str(spec.norm_kind), spec.width)
-    fill(list(module_slots(spec, norm)), spec, x.device, generator(x.device, 0, "input norm"))
+    norm = stream_norm(spec)
+    fill(module_slots(spec, norm), spec, x.device, generator(x.device, 0, "input norm"))
     return norm.requires_grad_(False)(x)
 
 
 def normal(spec: StackSpec, shape: tuple[int, ...], source: torch.Generator) -> Tensor:
-    """Standard normal elements in the number format of the spec."""
+    """Return standard normal elements in the number format of the spec."""
     values = torch.empty(shape, device=source.device).normal_(generator=source)
     return values.to(getattr(torch, spec.dtype))

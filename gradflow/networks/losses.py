@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pkgutil import resolve_name
+
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own convention)
 from torch import Tensor, nn
 
 from gradflow.networks.blocks import PHI, Linear
-from gradflow.networks.initial import fill, generator
-from gradflow.networks.inputs import normal, stream_shape
-from gradflow.networks.language import NextTokenLoss
-from gradflow.networks.norms import norm_of_kind
-from gradflow.networks.readouts import READOUTS
-from gradflow.networks.slots import module_slots
+from gradflow.networks.checkpoint import load_head
+from gradflow.networks.initial import fill, generator, module_slots
+from gradflow.networks.inputs import normal, stream_shape, token_ids
+from gradflow.networks.norms import stream_norm
+from gradflow.schemes import READOUTS
 from gradflow.specs.stack import StackSpec
 
 
@@ -50,14 +52,11 @@ class CrossEntropyLoss(nn.Module):
 
     def __init__(self, spec: StackSpec, seed: int, device: torch.device) -> None:
         super().__init__()
-        kind = str(spec.norm_kind or spec.domain.norm_kind)
-        final = spec.has_final_norm
-        self.norm = norm_of_kind(spec, kind, spec.width) if final else nn.Identity()
+        self.norm = stream_norm(spec) if spec.has_final_norm else nn.Identity()
         active = spec.scheme is not None and spec.scheme_record.final_activation
         self.phi = PHI[spec.activation if active else "linear"]
         self.project = Linear(spec.width, spec.classes)
-        slots = [slot for part in self.modules() for slot in module_slots(spec, part)]
-        fill(slots, spec, device, generator(device, seed, "head"))
+        _fill_all(self, spec, device, generator(device, seed, "head"))
         source = generator(device, seed, "labels")
         self.pool = spec.kind.domain == "images"
         rows = stream_shape(spec)[: 2 if spec.kind.domain == "tokens" else 1]
@@ -71,15 +70,71 @@ class CrossEntropyLoss(nn.Module):
         return F.cross_entropy(self.project(features), self.labels)
 
 
-LOSSES: dict[str, type[nn.Module]] = {
+class NextTokenLoss(nn.Module):
+    """Mean cross-entropy of the next token, through a checkpoint's own final norm and head.
+
+    Token ids are random, and the labels are the tokens that come next: the loss is that of the
+    model on text without any order.
+    """
+
+    def __init__(self, spec: StackSpec, seed: int, device: torch.device) -> None:
+        super().__init__()
+        self.norm = stream_norm(spec)
+        self.project = Linear(spec.width, spec.classes, bias=False)
+        _fill_all(self, spec, device, generator(device, seed, "head"))
+        load_head(spec.checkpoint, self.norm, self.project)
+        self.labels = token_ids(spec, seed)[:, 1:].flatten().to(device)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return F.cross_entropy(self.project(self.norm(y)).flatten(0, 1), self.labels)
+
+
+def _fill_all(
+    module: nn.Module, spec: StackSpec, device: torch.device, source: torch.Generator
+) -> None:
+    """Give the parameters of a module and of all its parts their values."""
+    fill(
+        (slot for part in module.modules() for slot in module_slots(spec, part)),
+        spec,
+        device,
+        source,
+    )
+
+
+_LOSSES: dict[str, type[nn.Module]] = {
     "cotangent": CotangentLoss,
     "mse": MseLoss,
     "ce": CrossEntropyLoss,
 }
 
 
+class ReduceStreams(nn.Module):
+    """A readout without parameters: the first stream, the last, the sum or the mean of all.
+
+    x: (B, n, T, d), the output (B, T, d).
+    """
+
+    def __init__(self, spec: StackSpec) -> None:
+        super().__init__()
+        self.reduce = _REDUCTIONS[str(spec.readout)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.reduce(x)
+
+
+_REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "first": lambda x: x[:, 0],
+    "last": lambda x: x[:, -1],
+    "sum": lambda x: x.sum(1),
+    "mean": lambda x: x.mean(1),
+}
+
+
 class ReadoutLoss(nn.Module):
-    """loss(readout(state)): the output is what the state becomes, a name of `READOUTS`."""
+    """loss(readout(state)), where the last state has several streams.
+
+    A final norm of the loss comes after the readout.
+    """
 
     def __init__(self, readout: nn.Module, loss: nn.Module) -> None:
         super().__init__()
@@ -90,13 +145,12 @@ class ReadoutLoss(nn.Module):
 
 
 def build_loss(spec: StackSpec, seed: int, device: torch.device) -> nn.Module:
-    """The map from y_D to the scalar loss."""
+    """Return the map from y_D to the scalar loss, with the weights of this seed."""
     if spec.weights and spec.loss == "ce":
-        return NextTokenLoss(spec, spec.checkpoint, seed, device)
-    loss = LOSSES[spec.loss](spec, seed, device)
+        return NextTokenLoss(spec, seed, device)
+    loss = _LOSSES[spec.loss](spec, seed, device)
     if spec.readout is None:
         return loss
-    readout = READOUTS[spec.readout](spec)
-    slots = [slot for part in readout.modules() for slot in module_slots(spec, part)]
-    fill(slots, spec, device, generator(device, seed, "readout"))
+    readout = resolve_name(READOUTS[spec.readout].implementation)(spec)
+    _fill_all(readout, spec, device, generator(device, seed, "readout"))
     return ReadoutLoss(readout, loss)

@@ -6,29 +6,20 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own convention)
 from torch import Tensor, nn
 
-from gradflow.schemes.wiring import Wiring
+from gradflow.networks.initial import ConstantStart
+from gradflow.schemes import Wiring
 from gradflow.specs.block_kinds import GROUPS, POINTWISE
 from gradflow.specs.stack import StackSpec
 
 
-class ConstantStart(nn.Module):
-    """Parameters that start at constants, `starts`, and hold nothing before, as those of `Linear`.
-
-    A start is one number for all elements, or one for each.
-    """
-
-    shapes: Mapping[str, tuple[int, ...]]
-    starts: Mapping[str, float | Tensor]
-
-
 class Norm(ConstantStart):
-    """A normalisation with an affine map after it, 1 and 0 at the start; empty as `Linear` is.
+    """A normalisation with an affine map after it, 1 and 0 at the start.
 
     layernorm: over the features of a token or vector, over C x H x W of an image (Ba et al. 2016,
     arXiv:1607.06450). rmsnorm: x / sqrt(mean x^2 + eps), no shift (Zhang & Sennrich 2019,
@@ -55,7 +46,7 @@ class Norm(ConstantStart):
 
 
 class Pointwise(ConstantStart):
-    """A function of each element in the place of a norm; empty as `Linear` is.
+    """A function of each element in the place of a norm.
 
     dyt: weight tanh(alpha x) + bias, Zhu et al. 2025 (arXiv:2503.10622). derf: weight
     erf(alpha x + shift) + bias, Chen et al. 2025 (arXiv:2512.10938). alpha and shift are one
@@ -141,13 +132,19 @@ NORMALISE: dict[tuple[str, str], Normalise] = {
 }
 
 
+def unit_norm(x: Tensor, dim: int = -1) -> Tensor:
+    """Return x / |x|_2; in half precision the norm is float32, or its rounding would scale x."""
+    wide = torch.float32 if x.dtype in HALF else None
+    return (x / torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=wide)).to(x.dtype)
+
+
 def make_norm(spec: StackSpec, wiring: Wiring, *places: str, width: int | None = None) -> nn.Module:
-    """The normalisation at a place of a unit, or the identity where it has none.
+    """Return the normalisation at a place of a unit, or the identity where it has none.
 
     Args:
         spec: the kind, where the wiring has none of its own for the place.
         wiring: where the unit normalises.
-        places: of `wiring.NORM_PLACES`; the first that the unit has counts.
+        places: names of `wiring.NORM_PLACES`; the first at which the unit normalises counts.
         width: features, where these are not the stream's.
     """
     place = next((p for p in places if p in wiring.norms), None)
@@ -158,7 +155,12 @@ def make_norm(spec: StackSpec, wiring: Wiring, *places: str, width: int | None =
 
 
 def norm_of_kind(spec: StackSpec, kind: str, width: int, alpha: float = 0.5) -> nn.Module:
-    """A normalisation by its name, for the stream of the spec."""
+    """Return a normalisation by its name, for the stream of the spec."""
     if kind in POINTWISE:
         return Pointwise(kind, spec.kind.domain, width, alpha)
     return Norm(kind, spec.kind.domain, width, spec.norm_eps)
+
+
+def stream_norm(spec: StackSpec) -> nn.Module:
+    """Return a norm of the stack's own kind for one stream."""
+    return norm_of_kind(spec, str(spec.norm_kind or spec.domain.norm_kind), spec.width)

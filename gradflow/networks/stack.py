@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache, lru_cache
+from pkgutil import resolve_name
 
 import torch
 from torch import nn
@@ -16,38 +17,21 @@ from torch import nn
 from gradflow.networks.checkpoint import load_layer
 from gradflow.networks.initial import Weights, fill, generator
 from gradflow.networks.inputs import input_batch
-from gradflow.networks.slots import unit_slots
 from gradflow.networks.units.admin import AdminUnit, Profile
-from gradflow.networks.units.depth_mixing import DenseUnit, DepthAttentionUnit
-from gradflow.networks.units.fixup import FixupUnit
-from gradflow.networks.units.gates import HighwayUnit, NormformerUnit, PbRelaxUnit, StochasticUnit
-from gradflow.networks.units.hyper import HyperUnit, ManifoldUnit
-from gradflow.networks.units.ngpt import NgptUnit
-from gradflow.networks.units.streams import B2tUnit, DualUnit, SiameseUnit, ValueResidualUnit
 from gradflow.networks.units.template import Scale, Unit
+from gradflow.schemes import UNIT_KINDS
 from gradflow.specs.fields import check_choice
 from gradflow.specs.stack import StackSpec
 from gradflow.specs.user_files import is_user_name
 
-# The template, and wirings of their own (`Wiring.unit`).
-UNITS: dict[str, type[Unit]] = {
-    "template": Unit,
-    "highway": HighwayUnit,
-    "stochastic": StochasticUnit,
-    "pb-relax": PbRelaxUnit,
-    "normformer": NormformerUnit,
-    "fixup": FixupUnit,
-    "admin": AdminUnit,
-    "ngpt": NgptUnit,
-    "b2t": B2tUnit,
-    "residual-dual": DualUnit,
-    "siamesenorm": SiameseUnit,
-    "hyper-connections": HyperUnit,
-    "mhc": ManifoldUnit,
-    "attnres": DepthAttentionUnit,
-    "denseformer": DenseUnit,
-    "value-residual": ValueResidualUnit,
-}
+
+@cache
+def unit_class(kind: str) -> type[Unit]:
+    """Return the class of a kind of unit, which `schemes.UNIT_KINDS` names."""
+    found = resolve_name(UNIT_KINDS[kind].implementation)
+    assert isinstance(found, type)
+    assert issubclass(found, Unit)
+    return found
 
 
 class Block(nn.Sequential):
@@ -58,9 +42,9 @@ class Block(nn.Sequential):
     def __init__(self, spec: StackSpec, layer: int = 1) -> None:
         wirings = [spec.wiring(layer, unit) for unit in range(spec.units_per_block)]
         for wiring in wirings:
-            check_choice("unit of a Wiring", wiring.unit, tuple(UNITS))
+            check_choice("unit of a Wiring", wiring.unit, tuple(UNIT_KINDS))
         named = zip(wirings, spec.kind.units, strict=True)
-        super().__init__(*(UNITS[wiring.unit](spec, wiring, name) for wiring, name in named))
+        super().__init__(*(unit_class(wiring.unit)(spec, wiring, name) for wiring, name in named))
 
     @property
     def units(self) -> Iterator[Unit]:
@@ -102,7 +86,7 @@ def _draw_block(spec: StackSpec, seed: int, layer: int, device: torch.device) ->
     block = Block(spec, layer)
     if is_user_name(spec.block):  # whose modules may have buffers
         block.to(device, getattr(torch, spec.dtype))
-    slots = [slot for unit in block.units for slot in unit_slots(spec, unit)]
+    slots = [slot for unit in block.units for slot in unit.slots(spec)]
     block.source = fill(slots, spec, device, generator(device, seed, "layer", layer))
     _share_scales(block)
     for unit in block.units:

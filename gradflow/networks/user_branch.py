@@ -20,9 +20,10 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from gradflow.errors import UsageError
 from gradflow.networks.blocks import Branch, MakeBranch
-from gradflow.networks.initial import Slot, bias_std, fans, weight_std
-from gradflow.schemes.wiring import Wiring
+from gradflow.networks.initial import Slot
+from gradflow.schemes import Wiring
 from gradflow.specs.block_kinds import branch_class
+from gradflow.specs.initial_variances import bias_std, fans, weight_std
 from gradflow.specs.stack import StackSpec
 from gradflow.specs.user_files import is_user_name, told, without_digest
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 
-from gradflow.schemes.scheme import ALL, TOKENS, Scheme
-from gradflow.schemes.wiring import Place, Wiring
+from gradflow.schemes.scheme import ALL_BUT_RESNET, TOKEN_BLOCKS, Scheme
+from gradflow.schemes.unit_kinds import TEMPLATE, UnitKind
+from gradflow.schemes.wiring import OUTPUT_PROJECTIONS, Place, Wiring
 
 PLAIN = Scheme(
     equation="x' = f(x)",
@@ -43,6 +44,13 @@ HE_V2 = Scheme(
 # "e.g. -1, -3 etc.", section 2.2 of arXiv:1507.06228.
 GATE_BIAS = -1.0
 
+HIGHWAY_UNIT = UnitKind(
+    name="highway",
+    implementation="gradflow.networks.units.highway:HighwayUnit",
+    settings=("gate_bias",),
+    blocks=("mlp", "conv"),
+)
+
 HIGHWAY = Scheme(
     equation="x' = T(x) f(x) + (1 - T(x)) x, T(x) = sigmoid(W_T x + b_T)",
     init="the stack's own; b_T = -1",
@@ -61,7 +69,7 @@ SKIPINIT = Scheme(
     paper="De & Smith 2020, arXiv:2002.10444",
     claim="output = input; the gradient is the same at every layer, exactly",
     wire=lambda _: Wiring(b=0.0, learned="scalar"),
-    blocks=("resnet", *ALL),
+    blocks=("resnet", *ALL_BUT_RESNET),
     constants=lambda _: {"alpha": 0.0},
     normalises=False,
     pitfalls=("alpha per channel: it is one number per branch",),
@@ -73,7 +81,7 @@ REZERO = Scheme(
     paper="Bachlechner et al. 2020, arXiv:2003.04887",
     claim="output = input; the gradient is the same at every layer, exactly",
     wire=lambda _: Wiring(b=0.0, learned="shared scalar"),
-    blocks=ALL,
+    blocks=ALL_BUT_RESNET,
     constants=lambda _: {"alpha": 0.0},
     normalises=False,
     pitfalls=("an alpha for each sub-layer: the official encoder shares one per layer",),
@@ -82,7 +90,6 @@ REZERO = Scheme(
 # m, the matrices of a branch one after the other. The authors' Transformer counts 4 in attention.
 BRANCH_MATRICES = {"resnet": 2, "ffn": 2, "attention": 4}
 FIXUP_INNER = {"resnet": ("conv1",), "ffn": ("up",), "attention": ("q", "k", "v")}
-FIXUP_LAST = {"resnet": "conv2", "ffn": "down", "attention": "out"}
 
 
 def fixup_constants(place: Place) -> dict[str, float]:
@@ -93,9 +100,17 @@ def fixup_constants(place: Place) -> dict[str, float]:
 
 def _fixup(place: Place) -> Wiring:
     inner, last = fixup_constants(place).values()
-    gains = dict.fromkeys(FIXUP_INNER[place.kind], inner) | {FIXUP_LAST[place.kind]: last}
+    gains = dict.fromkeys(FIXUP_INNER[place.kind], inner) | {OUTPUT_PROJECTIONS[place.kind]: last}
     return Wiring(b=1.0, learned="scalar", gains=gains, unit="fixup")
 
+
+FIXUP_UNIT = UnitKind(
+    name="fixup",
+    implementation="gradflow.networks.units.fixup:FixupUnit",
+    blocks=("resnet", *TOKEN_BLOCKS),
+    fixed_options={"gated": False, "bias": "none", "bias_var": None},
+    has_own_shortcut=False,
+)
 
 FIXUP = Scheme(
     equation="x' = x + s f(x), a scalar bias before each linear map and each activation in f",
@@ -103,7 +118,7 @@ FIXUP = Scheme(
     paper="Zhang, Dauphin & Ma 2019, arXiv:1901.09321",
     claim="the gradient is the same at every layer; the first update does not depend on L",
     wire=_fixup,
-    blocks=("resnet", *TOKENS),
+    blocks=("resnet", *TOKEN_BLOCKS),
     constants=fixup_constants,
     normalises=False,
     lacks=(
@@ -159,6 +174,15 @@ def _stochastic_depth(place: Place) -> Wiring:
     return Wiring(norms=("out",), unit="stochastic", settings={"keep": survival(place)["p"]})
 
 
+STOCHASTIC_UNIT = UnitKind(
+    name="stochastic",
+    implementation="gradflow.networks.units.stochastic_depth:StochasticUnit",
+    settings=("keep",),
+    blocks=None,
+    has_own_shortcut=False,
+    draws_each_step=True,
+)
+
 STOCHASTIC_DEPTH = Scheme(
     equation="x' = phi(x + b_l f(x)), f as in he-v1, b_l = 1 with probability p_l, else 0",
     init="He; p_l = 1 - (l/L)(1 - p_L), p_L = 0.5; b_l is drawn for each batch, for all of it",
@@ -173,3 +197,17 @@ STOCHASTIC_DEPTH = Scheme(
         "drawn for each sample (DropPath): the paper drops a layer for the whole batch",
     ),
 )
+
+CLASSIC_KINDS = (TEMPLATE, HIGHWAY_UNIT, STOCHASTIC_UNIT, FIXUP_UNIT)
+
+CLASSIC_SCHEMES = {
+    "plain": PLAIN,
+    "he-v1": HE_V1,
+    "he-v2": HE_V2,
+    "highway": HIGHWAY,
+    "skipinit": SKIPINIT,
+    "rezero": REZERO,
+    "fixup": FIXUP,
+    "t-fixup": T_FIXUP,
+    "stochastic-depth": STOCHASTIC_DEPTH,
+}

@@ -7,27 +7,8 @@ from functools import lru_cache
 
 from gradflow.errors import UsageError
 from gradflow.schemes.scheme import Scheme
+from gradflow.schemes.unit_kinds import UnitKind
 from gradflow.schemes.wiring import Place, Wiring
-
-
-def layerscale_constants(place: Place) -> dict[str, float]:
-    """0.1 up to 18 blocks, 1e-5 up to 24, 1e-6 beyond."""
-    return {"lambda": 0.1 if place.depth <= 18 else 1e-5 if place.depth <= 24 else 1e-6}
-
-
-LAYERSCALE = Scheme(
-    equation="x' = x + diag(lambda) f(LN(x)), a final LN",
-    init="N(0, 0.02); lambda = 0.1 up to 18 blocks, 1e-5 up to 24, 1e-6 beyond",
-    paper="Touvron et al. 2021 (CaiT), arXiv:2103.17239",
-    claim="q_L = q_0 + lambda^2 v L: the stream and the gradient hardly change",
-    wire=lambda place: Wiring(
-        norms=("in",), b=layerscale_constants(place)["lambda"], learned="vector"
-    ),
-    defaults={"init": "normal"},
-    constants=layerscale_constants,
-    final_norm=True,
-    pitfalls=("one lambda for all depths", "one number in place of a vector"),
-)
 
 
 def deepnorm_constants(place: Place) -> dict[str, float]:
@@ -53,6 +34,12 @@ DEEPNORM = Scheme(
         "beta inverted, (8N)^(+1/4)",
         "alpha fixed at its value for N = 32",
     ),
+)
+
+ADMIN_UNIT = UnitKind(
+    name="admin",
+    implementation="gradflow.networks.units.admin:AdminUnit",
+    profiled=True,
 )
 
 ADMIN = Scheme(
@@ -189,6 +176,24 @@ DEEPSCALELM = Scheme(
     ),
 )
 
+NGPT_ALPHA = 0.05  # the eigen learning rate of both kinds of branch at the start
+
+NGPT_UNIT = UnitKind(
+    name="ngpt",
+    implementation="gradflow.networks.units.ngpt:NgptUnit",
+    fixed_options={
+        "kv_heads": None,
+        "head_dim": None,
+        "rope": 0.0,
+        "qk_norm": False,
+        "gated": True,
+        "bias": "none",
+        "gain": 1.0,
+        "weight_var": None,
+        "bias_var": None,
+    },
+)
+
 NGPT = Scheme(
     equation="h' = N(h + alpha (N(f(h)) - h)), N(x) = x/|x|; q and k of norm 1 times s_qk, "
     "softmax of sqrt(d_head) q k; gated ffn, u phi(v) with (u, v) = s_uv sqrt(d) W_1 h",
@@ -198,7 +203,7 @@ NGPT = Scheme(
     claim="every vector of the stream has norm 1, before and after each unit",
     wire=lambda _: Wiring(unit="ngpt"),
     defaults={"init": "normal", "activation": "silu"},
-    constants=lambda _: {"alpha": 0.05, "s_qk": 1.0, "s_uv": 1.0},
+    constants=lambda _: {"alpha": NGPT_ALPHA, "s_qk": 1.0, "s_uv": 1.0},
     normalises=False,
     input_norm="unit",
     lacks=("rows of norm 1 and the scale s_z in the head: it is that of every stack",),
@@ -208,3 +213,15 @@ NGPT = Scheme(
         "alpha as one number: it is a vector, used by its absolute value",
     ),
 )
+
+DEEP_KINDS = (ADMIN_UNIT, NGPT_UNIT)
+
+DEEP_SCHEMES = {
+    "deepnorm": DEEPNORM,
+    "admin": ADMIN,
+    "keel": KEEL,
+    "depth-mup": DEPTH_MUP,
+    "completep": COMPLETEP,
+    "deepscalelm": DEEPSCALELM,
+    "ngpt": NGPT,
+}

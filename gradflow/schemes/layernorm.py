@@ -1,11 +1,33 @@
-"""Schemes that differ in where a transformer normalises."""
+"""Schemes that differ in where a transformer normalises, and in the weight of its branches."""
 
 from __future__ import annotations
 
 import math
 
 from gradflow.schemes.scheme import Scheme
+from gradflow.schemes.unit_kinds import UnitKind
 from gradflow.schemes.wiring import Place, Wiring
+
+
+def layerscale_constants(place: Place) -> dict[str, float]:
+    """0.1 up to 18 blocks, 1e-5 up to 24, 1e-6 beyond."""
+    return {"lambda": 0.1 if place.depth <= 18 else 1e-5 if place.depth <= 24 else 1e-6}
+
+
+LAYERSCALE = Scheme(
+    equation="x' = x + diag(lambda) f(LN(x)), a final LN",
+    init="N(0, 0.02); lambda = 0.1 up to 18 blocks, 1e-5 up to 24, 1e-6 beyond",
+    paper="Touvron et al. 2021 (CaiT), arXiv:2103.17239",
+    claim="q_L = q_0 + lambda^2 v L: the stream and the gradient hardly change",
+    wire=lambda place: Wiring(
+        norms=("in",), b=layerscale_constants(place)["lambda"], learned="vector"
+    ),
+    defaults={"init": "normal"},
+    constants=layerscale_constants,
+    final_norm=True,
+    pitfalls=("one lambda for all depths", "one number in place of a vector"),
+)
+
 
 POST_LN = Scheme(
     equation="x' = LN(x + f(x))",
@@ -60,6 +82,13 @@ PERI_LN = Scheme(
     pitfalls=("OLMo-2 normalises the output of the branch only",),
 )
 
+PB_RELAX_UNIT = UnitKind(
+    name="pb-relax",
+    implementation="gradflow.networks.units.pb_relax:PbRelaxUnit",
+    blocks=None,
+    has_own_shortcut=False,
+)
+
 SANDWICH_LN = Scheme(
     equation="x' = x + LN(f(LN(x))), every LN of 8 x / max|x| (PB-relax), a final LN",
     init="N(0, 0.02); output projections over sqrt(2L), L blocks",
@@ -102,6 +131,12 @@ def _normformer(place: Place) -> Wiring:
     second = "branch" if place.kind == "attention" else "mid"
     return Wiring(norms=("in", second), unit="normformer")
 
+
+NORMFORMER_UNIT = UnitKind(
+    name="normformer",
+    implementation="gradflow.networks.units.normformer:NormformerUnit",
+    has_own_shortcut=False,
+)
 
 NORMFORMER = Scheme(
     equation="x' = x + LN(HeadScaleAttention(LN(x))); x' = x + W_2 LN(phi(W_1 LN(x))); a final LN",
@@ -178,3 +213,19 @@ HYBRIDNORM = Scheme(
         "HybridNorm* has a further norm in the first block",
     ),
 )
+
+LAYERNORM_KINDS = (PB_RELAX_UNIT, NORMFORMER_UNIT)
+
+LAYERNORM_SCHEMES = {
+    "layerscale": LAYERSCALE,
+    "post-ln": POST_LN,
+    "pre-ln": PRE_LN,
+    "gpt2": GPT2,
+    "peri-ln": PERI_LN,
+    "sandwich-ln": SANDWICH_LN,
+    "sub-ln": SUB_LN,
+    "normformer": NORMFORMER,
+    "mix-ln": MIX_LN,
+    "lns": LNS,
+    "hybridnorm": HYBRIDNORM,
+}

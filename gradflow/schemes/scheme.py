@@ -8,8 +8,13 @@ from typing import Any
 
 from gradflow.schemes.wiring import Place, Wiring
 
-TOKENS = ("transformer", "attention", "ffn")
-ALL = ("transformer", "attention", "ffn", "mlp", "conv")
+TOKEN_BLOCKS = ("transformer", "attention", "ffn")
+ALL_BUT_RESNET = (*TOKEN_BLOCKS, "mlp", "conv")
+
+
+def one_stream(_: Place) -> int:
+    """Return 1: the unit at this place hands on one stream."""
+    return 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +37,7 @@ class Scheme:
         input_norm: what normalises the input: `norm` the stack's own kind, `unit` to length 1.
         input_scale: factor on the input, by depth.
         streams: streams in the output of the unit at a place.
-        readout: how several streams become the output, a name of `readouts.READOUTS`.
+        readout: how several streams become the output, a name of `schemes.READOUTS`.
         profiled: the shortcuts' weights are measured in a forward pass at initialisation.
         lacks: what the paper has, or leaves open, and is not here.
         pitfalls: what goes wrong in public re-implementations.
@@ -43,7 +48,7 @@ class Scheme:
     paper: str
     claim: str
     wire: Callable[[Place], Wiring]
-    blocks: tuple[str, ...] = TOKENS
+    blocks: tuple[str, ...] = TOKEN_BLOCKS
     defaults: Mapping[str, Any] = field(default_factory=dict)
     constants: Callable[[Place], Mapping[str, float]] = lambda _: {}
     plain: bool = False
@@ -52,7 +57,7 @@ class Scheme:
     final_activation: bool = False
     input_norm: str | None = None
     input_scale: Callable[[int], float] = lambda _: 1.0
-    streams: Callable[[Place], int] = lambda _: 1
+    streams: Callable[[Place], int] = one_stream
     readout: str | None = None
     profiled: bool = False
     lacks: tuple[str, ...] = ()

@@ -1,19 +1,68 @@
-"""Schemes that carry several streams between their units; each has a class of unit of its own."""
+"""Schemes that carry several streams between their units, with the kinds of unit that they have."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from gradflow.schemes.scheme import Scheme
+from gradflow.schemes.unit_kinds import Readout, UnitKind, is_first
 from gradflow.schemes.wiring import Place, Wiring
 
+# By name: `Scheme.readout`.
+READOUTS = {
+    "first": Readout("gradflow.networks.losses:ReduceStreams"),
+    "last": Readout("gradflow.networks.losses:ReduceStreams"),
+    "sum": Readout("gradflow.networks.losses:ReduceStreams"),
+    "mean": Readout("gradflow.networks.losses:ReduceStreams"),
+    "dual": Readout("gradflow.networks.units.two_streams:DualReadout", 2),
+    "siamese": Readout("gradflow.networks.units.two_streams:SiameseReadout", 2),
+    "depth attention": Readout("gradflow.networks.units.depth_mixing:DepthAttention"),
+}
 
-def _b2t(_: Place) -> Wiring:
-    return Wiring(norms=("out",), unit="b2t")
+B2T_UNIT = UnitKind(
+    name="b2t",
+    implementation="gradflow.networks.units.two_streams:B2tUnit",
+    blocks=("transformer",),
+    streams=lambda place: 2 if place.unit == 0 else 1,
+)
 
+B2T = Scheme(
+    equation="h = LN(x + attn(x)), x' = LN(x + h + ffn(h)); state (h, x) between the two",
+    init="Xavier",
+    paper="Takase et al. 2023 (B2T connection), arXiv:2206.00330",
+    claim="the shortcut over the whole block keeps the gradient that post-ln loses",
+    wire=lambda _: Wiring(norms=("out",), unit="b2t"),
+    blocks=("transformer",),
+    defaults={"init": "xavier"},
+    streams=B2T_UNIT.streams,
+    pitfalls=(
+        "the shortcut around the last LN of the block: it is added before that LN",
+        "the authors' code also multiplies every matrix by N^(-1/2), N blocks: --gain does it",
+    ),
+)
 
-def _residual_dual(place: Place) -> Wiring:
-    return Wiring(norms=("out",), unit="residual-dual", settings={"first": place.index == 1})
+RESIDUAL_DUAL_UNIT = UnitKind(
+    name="residual-dual",
+    implementation="gradflow.networks.units.two_streams:DualUnit",
+    settings=("first",),
+    placed=is_first,
+    streams=lambda _: 2,
+    readout="dual",
+)
+
+RESIDUAL_DUAL = Scheme(
+    equation="p' = LN(p + f(p)), r' = r + f(p), p_0 = r_0 = x; output p + LN(r); state (p, r)",
+    init="Xavier",
+    paper="Xie et al. 2023 (ResiDual), arXiv:2304.14802",
+    claim="the gradient does not vanish: r carries it as in pre-ln",
+    wire=lambda place: Wiring(norms=("out",), unit="residual-dual", settings=is_first(place)),
+    defaults={"init": "xavier"},
+    streams=RESIDUAL_DUAL_UNIT.streams,
+    readout="dual",
+    pitfalls=("r_0 = 0: r starts as the input", "f read from r: both streams share f(p)"),
+)
 
 
 def siamese_constants(place: Place) -> dict[str, float]:
@@ -22,78 +71,18 @@ def siamese_constants(place: Place) -> dict[str, float]:
 
 
 def _siamesenorm(place: Place) -> Wiring:
-    settings = {"first": place.index == 1, "divisor": siamese_constants(place)["c"]}
+    settings = {**is_first(place), "divisor": siamese_constants(place)["c"]}
     return Wiring(norms=("in",), unit="siamesenorm", settings=settings)
 
 
-HYPER_STREAMS = 4  # n, in both papers
-
-
-def _hyper(place: Place) -> Wiring:
-    settings = {
-        "first": place.index == 1,
-        "streams": HYPER_STREAMS,
-        # k mod n, k the unit from 0: each reads another stream than the one before.
-        "stream": (place.index - 1) % HYPER_STREAMS,
-    }
-    return Wiring(norms=("in",), unit="hyper-connections", settings=settings)
-
-
-def _mhc(place: Place, *, pre: float, off_diagonal: float) -> Wiring:
-    biases = {"pre": pre, "off_diagonal": off_diagonal}
-    settings = {"first": place.index == 1, "streams": HYPER_STREAMS, **biases}
-    return Wiring(norms=("in",), unit="mhc", settings=settings)
-
-
-def _mhc_identity(place: Place) -> Wiring:
-    """H_pre = 1/n, the logit of it being -log(n - 1); e^-8 beside the diagonal of H_res."""
-    return _mhc(place, pre=-math.log(HYPER_STREAMS - 1), off_diagonal=-8.0)
-
-
-def _mhc_uniform(place: Place) -> Wiring:
-    return _mhc(place, pre=0.0, off_diagonal=0.0)
-
-
-def _attnres(place: Place) -> Wiring:
-    return Wiring(norms=("in",), unit="attnres", settings={"first": place.index == 1})
-
-
-def _denseformer(place: Place) -> Wiring:
-    closes = place.unit == place.units - 1
-    settings = {"first": place.index == 1, "averaged": place.layer + 1 if closes else 0}
-    return Wiring(norms=("in",), unit="denseformer", settings=settings)
-
-
-def _value_residual(place: Place) -> Wiring:
-    settings = {"first": place.index == 1, "weight": 0.5}
-    return Wiring(norms=("in",), unit="value-residual", settings=settings)
-
-
-B2T = Scheme(
-    equation="h = LN(x + attn(x)), x' = LN(x + h + ffn(h)); state (h, x) between the two",
-    init="Xavier",
-    paper="Takase et al. 2023 (B2T connection), arXiv:2206.00330",
-    claim="the shortcut over the whole block keeps the gradient that post-ln loses",
-    wire=_b2t,
+SIAMESENORM_UNIT = UnitKind(
+    name="siamesenorm",
+    implementation="gradflow.networks.units.two_streams:SiameseUnit",
+    settings=("first", "divisor"),
+    placed=is_first,
     blocks=("transformer",),
-    defaults={"init": "xavier"},
-    streams=lambda place: 2 if place.unit == 0 else 1,
-    pitfalls=(
-        "the shortcut around the last LN of the block: it is added before that LN",
-        "the authors' code also multiplies every matrix by N^(-1/2), N blocks: --gain does it",
-    ),
-)
-
-RESIDUAL_DUAL = Scheme(
-    equation="p' = LN(p + f(p)), r' = r + f(p), p_0 = r_0 = x; output p + LN(r); state (p, r)",
-    init="Xavier",
-    paper="Xie et al. 2023 (ResiDual), arXiv:2304.14802",
-    claim="the gradient does not vanish: r carries it as in pre-ln",
-    wire=_residual_dual,
-    defaults={"init": "xavier"},
     streams=lambda _: 2,
-    readout="dual",
-    pitfalls=("r_0 = 0: r starts as the input", "f read from r: both streams share f(p)"),
+    readout="siamese",
 )
 
 SIAMESENORM = Scheme(
@@ -106,9 +95,34 @@ SIAMESENORM = Scheme(
     blocks=("transformer",),
     defaults={"init": "normal"},
     constants=siamese_constants,
-    streams=lambda _: 2,
+    streams=SIAMESENORM_UNIT.streams,
     readout="siamese",
     pitfalls=("c of the unit: it is that of the block, the same for attention and ffn",),
+)
+
+HYPER_STREAMS = 4  # n, in the papers of hyper-connections and of mHC
+
+
+def _hyper(place: Place) -> Wiring:
+    settings = {
+        **is_first(place),
+        "streams": HYPER_STREAMS,
+        # k mod n, k the unit from 0: each reads another stream than the one before.
+        "stream": (place.index - 1) % HYPER_STREAMS,
+    }
+    return Wiring(norms=("in",), unit="hyper-connections", settings=settings)
+
+
+HYPER_UNIT = UnitKind(
+    name="hyper-connections",
+    implementation="gradflow.networks.units.hyper:HyperUnit",
+    settings=("first", "streams", "stream"),
+    placed=is_first,
+    counts={
+        "streams": lambda _: (1, math.inf),
+        "stream": lambda settings: (0, settings["streams"] - 1),
+    },
+    readout="sum",
 )
 
 HYPER_CONNECTIONS = Scheme(
@@ -129,6 +143,31 @@ HYPER_CONNECTIONS = Scheme(
         "output projections scaled by sqrt(n), a factor of the paper: then no longer pre-ln",
         "one random stream for each unit in place of k mod n",
     ),
+)
+
+
+def _mhc(place: Place, *, pre: float, off_diagonal: float) -> Wiring:
+    biases = {"pre": pre, "off_diagonal": off_diagonal}
+    settings = {**is_first(place), "streams": HYPER_STREAMS, **biases}
+    return Wiring(norms=("in",), unit="mhc", settings=settings)
+
+
+def _mhc_identity(place: Place) -> Wiring:
+    """H_pre = 1/n, the logit of it being -log(n - 1); e^-8 beside the diagonal of H_res."""
+    return _mhc(place, pre=-math.log(HYPER_STREAMS - 1), off_diagonal=-8.0)
+
+
+def _mhc_uniform(place: Place) -> Wiring:
+    return _mhc(place, pre=0.0, off_diagonal=0.0)
+
+
+MHC_UNIT = UnitKind(
+    name="mhc",
+    implementation="gradflow.networks.units.hyper:ManifoldUnit",
+    settings=("first", "streams", "pre", "off_diagonal"),
+    placed=is_first,
+    counts={"streams": lambda _: (1, math.inf)},
+    readout="mean",
 )
 
 MHC = Scheme(
@@ -164,6 +203,15 @@ MHC_UNIFORM = Scheme(
     pitfalls=("transformers draws phi from N(0, 0.02) with alpha = 1, the paper has 0.01",),
 )
 
+ATTNRES_UNIT = UnitKind(
+    name="attnres",
+    implementation="gradflow.networks.units.depth_mixing:DepthAttentionUnit",
+    settings=("first",),
+    placed=is_first,
+    streams=lambda place: place.index + 1,
+    readout="depth attention",
+)
+
 ATTNRES = Scheme(
     equation="v_l = f(LN(h_l)), h_l = sum_(i<l) softmax_i(w_l RMSNorm(v_i)) v_i, v_0 = x; "
     "output h_(L+1); state (v_0, ..., v_l)",
@@ -172,9 +220,9 @@ ATTNRES = Scheme(
     claim="at initialisation h_l is pre-ln's stream over l, so that output and input gradient "
     "are those of pre-ln over the number of units + 1, exactly as --norm-eps goes to 0 and to "
     "2e-4 at 1e-5",
-    wire=_attnres,
+    wire=lambda place: Wiring(norms=("in",), unit="attnres", settings=is_first(place)),
     final_norm=True,
-    streams=lambda place: place.index + 1,
+    streams=ATTNRES_UNIT.streams,
     readout="depth attention",
     pitfalls=(
         "one query per block: each sub-layer has its own",
@@ -183,17 +231,53 @@ ATTNRES = Scheme(
     ),
 )
 
+
+def _closes_block(place: Place) -> bool:
+    return place.unit == place.units - 1
+
+
+def _averaged(place: Place) -> Mapping[str, Any]:
+    """Outputs of blocks, the input with them, that are averaged after the unit."""
+    return {**is_first(place), "averaged": place.layer + 1 if _closes_block(place) else 0}
+
+
+DENSEFORMER_UNIT = UnitKind(
+    name="denseformer",
+    implementation="gradflow.networks.units.depth_mixing:DenseUnit",
+    settings=("first", "averaged"),
+    placed=_averaged,
+    streams=lambda place: place.layer + (2 if _closes_block(place) else 1),
+    readout="last",
+)
+
 DENSEFORMER = Scheme(
     equation="X_i = block_i(Y_(i-1)) of pre-norm units, Y_i = sum_(j<=i) alpha_ij X_j, "
     "X_0 = Y_0 = x; output Y_L; state (X_0, ..., X_i, Y_i)",
     init="the stack's own; alpha_ij = 1 for j = i, else 0",
     paper="Pagliardini et al. 2024, arXiv:2402.02622",
     claim="at initialisation it is pre-ln, exactly",
-    wire=_denseformer,
+    wire=lambda place: Wiring(norms=("in",), unit="denseformer", settings=_averaged(place)),
     final_norm=True,
-    streams=lambda place: place.layer + (2 if place.unit == place.units - 1 else 1),
+    streams=DENSEFORMER_UNIT.streams,
     readout="last",
     pitfalls=("averages of averages: X_j, not Y_j, is averaged",),
+)
+
+
+def _value_residual(place: Place) -> Wiring:
+    settings = {**is_first(place), "weight": 0.5}
+    return Wiring(norms=("in",), unit="value-residual", settings=settings)
+
+
+VALUE_RESIDUAL_UNIT = UnitKind(
+    name="value-residual",
+    implementation="gradflow.networks.units.value_residual:ValueResidualUnit",
+    settings=("first", "weight"),
+    placed=is_first,
+    blocks=("transformer", "attention"),
+    streams=lambda _: 2,
+    readout="first",
+    carries_values=True,
 )
 
 VALUE_RESIDUAL = Scheme(
@@ -204,7 +288,24 @@ VALUE_RESIDUAL = Scheme(
     wire=_value_residual,
     blocks=("transformer", "attention"),
     final_norm=True,
-    streams=lambda _: 2,
+    streams=VALUE_RESIDUAL_UNIT.streams,
     readout="first",
     pitfalls=("V_1 mixed from layer to layer: it is that of the first layer throughout",),
 )
+
+STREAM_KINDS = (
+    *(B2T_UNIT, RESIDUAL_DUAL_UNIT, SIAMESENORM_UNIT, HYPER_UNIT, MHC_UNIT),
+    *(ATTNRES_UNIT, DENSEFORMER_UNIT, VALUE_RESIDUAL_UNIT),
+)
+
+STREAM_SCHEMES = {
+    "b2t": B2T,
+    "residual-dual": RESIDUAL_DUAL,
+    "siamesenorm": SIAMESENORM,
+    "hyper-connections": HYPER_CONNECTIONS,
+    "mhc": MHC,
+    "mhc-uniform": MHC_UNIFORM,
+    "attnres": ATTNRES,
+    "denseformer": DENSEFORMER,
+    "value-residual": VALUE_RESIDUAL,
+}

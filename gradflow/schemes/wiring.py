@@ -29,37 +29,8 @@ LEARNED = {
     "vector": "a parameter per feature",
 }
 
-# Kinds of unit, with the settings that each reads; `networks.stack.UNITS` has their classes.
-UNIT_SETTINGS: dict[str, tuple[str, ...]] = {
-    "template": (),
-    "highway": ("gate_bias",),
-    "stochastic": ("keep",),
-    "pb-relax": (),
-    "normformer": (),
-    "fixup": (),
-    "admin": (),
-    "ngpt": (),
-    "b2t": (),
-    "residual-dual": ("first",),
-    "siamesenorm": ("first", "divisor"),
-    "hyper-connections": ("first", "streams", "stream"),
-    "mhc": ("first", "streams", "pre", "off_diagonal"),
-    "attnres": ("first",),
-    "denseformer": ("first", "averaged"),
-    "value-residual": ("first", "weight"),
-}
-
-# How several streams become the output, with how many it takes (None: any number);
-# `networks.readouts.READOUTS` has the functions.
-READOUTS: dict[str, int | None] = {
-    "first": None,
-    "last": None,
-    "sum": None,
-    "mean": None,
-    "dual": 2,
-    "siamese": 2,
-    "depth attention": None,
-}
+# The output projection of a branch that has several matrices.
+OUTPUT_PROJECTIONS = {"resnet": "conv2", "ffn": "down", "attention": "out"}
 
 
 @dataclass(frozen=True)
@@ -105,8 +76,8 @@ class Wiring:
         alpha: of the pointwise kinds dyt and derf.
         logit_power: attention's logits are q.k / c^logit_power, c the features of a head.
         gains: factors on the standard deviation of the branch's matrices, by name; 0 = zero.
-        unit: its kind, of `UNIT_SETTINGS`; `template` computes the equation above.
-        settings: what the other kinds need.
+        unit: its kind, a name of `schemes.UNIT_KINDS`; `template` computes the equation above.
+        settings: what the other kinds need, see `UnitKind.settings`.
     """
 
     a: float = 1.0

@@ -6,36 +6,26 @@ has is written into the spec, so that one network has one key. Imports no torch.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from gradflow.errors import UsageError
-from gradflow.schemes.wiring import Wiring
+from gradflow.schemes import UNIT_KINDS, Wiring
 from gradflow.specs.block_kinds import BlockKind
 from gradflow.specs.fields import flag
 from gradflow.specs.stack_fields import StackFields
 from gradflow.specs.user_files import without_digest
 
-# By kind of unit (`Wiring.unit`), what it has in place of the option; None: as without it.
-OWN_FORMS: dict[str, dict[str, Any]] = {
-    "ngpt": {
-        "kv_heads": None,
-        "head_dim": None,
-        "rope": 0.0,
-        "qk_norm": False,
-        "gated": True,
-        "bias": "none",
-        "gain": 1.0,
-        "weight_var": None,
-        "bias_var": None,
-    },
-    "fixup": {"gated": False, "bias": "none", "bias_var": None},
-}
-
 
 def own_forms(unit: str, block: BlockKind) -> dict[str, Any]:
     """What a kind of unit has in the place of options that the block has."""
-    forms = OWN_FORMS.get(unit, {})
+    forms = _fixed_options(unit)
     return {name: value for name, value in forms.items() if name in block.options}
+
+
+def _fixed_options(unit: str) -> Mapping[str, Any]:
+    """Return the fixed options of a kind of unit; none of an unknown kind, refused elsewhere."""
+    return UNIT_KINDS[unit].fixed_options if unit in UNIT_KINDS else {}
 
 
 def check_unit(spec: StackFields, wiring: Wiring) -> None:
@@ -44,7 +34,7 @@ def check_unit(spec: StackFields, wiring: Wiring) -> None:
     Raises:
         UsageError: such an option was given.
     """
-    for name, value in OWN_FORMS.get(wiring.unit, {}).items():
+    for name, value in _fixed_options(wiring.unit).items():
         given, same = getattr(spec, name), _same(spec, name)
         if given not in (None, value, same):
             remedy = f"use {_option(name, value if same is None else same)}"
@@ -54,7 +44,7 @@ def check_unit(spec: StackFields, wiring: Wiring) -> None:
                 _option(name, given),
                 f"leave out {flag(name)}" if left_out else remedy,
             )
-    if wiring.unit == "value-residual":
+    if wiring.unit in UNIT_KINDS and UNIT_KINDS[wiring.unit].carries_values:
         _check_values(spec)
 
 

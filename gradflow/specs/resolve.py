@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gradflow.errors import UsageError
-from gradflow.schemes import Scheme
-from gradflow.schemes.wiring import Place
+from gradflow.schemes import Place, Scheme
 from gradflow.specs.block_kinds import BLOCKS, DOMAINS, BlockKind
 from gradflow.specs.checkpoints import Pretrained, locate_checkpoint
 from gradflow.specs.fields import (

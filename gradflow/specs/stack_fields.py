@@ -9,8 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from gradflow.schemes import Scheme
-from gradflow.schemes.wiring import Place, Wiring
+from gradflow.schemes import Place, Scheme, Wiring
 from gradflow.specs.block_kinds import (
     ACTIVATIONS,
     BLOCKS,

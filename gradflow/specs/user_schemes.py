@@ -12,8 +12,8 @@ from numbers import Real
 from typing import Any
 
 from gradflow.errors import UsageError
-from gradflow.schemes import Scheme, published_scheme
-from gradflow.schemes.wiring import LEARNED, NORM_PLACES, Place, Wiring
+from gradflow.schemes import Place, Scheme, Wiring, published_scheme
+from gradflow.schemes.wiring import LEARNED, NORM_PLACES
 from gradflow.specs.user_files import is_user_name, loaded, told, without_digest
 from gradflow.specs.user_units import check_kind, check_streams, check_whole, is_count, is_number
 
@@ -49,9 +49,7 @@ def scheme_named(name: str) -> Scheme:
     title = without_digest(name)
     return replace(
         scheme,
-        wire=_Guarded(
-            f"wire of {title} gives a gradflow.schemes.wiring.Wiring", scheme.wire, Wiring
-        ),
+        wire=_Guarded(f"wire of {title} gives a gradflow.schemes.Wiring", scheme.wire, Wiring),
         constants=_Guarded(
             f"constants of {title} gives a dictionary of numbers by name",
             scheme.constants,

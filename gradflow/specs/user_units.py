@@ -1,7 +1,6 @@
 """What the kinds of unit ask of a user's scheme: their settings, their blocks, and their streams.
 
-Units that carry several streams bear the name of the published scheme that has them. Imports no
-torch.
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -12,16 +11,8 @@ from numbers import Real
 from typing import TypeGuard
 
 from gradflow.errors import UsageError
-from gradflow.schemes import SCHEMES, Scheme
-from gradflow.schemes.wiring import READOUTS, UNIT_SETTINGS, Place, Wiring
+from gradflow.schemes import READOUTS, UNIT_KINDS, Place, Scheme, Wiring
 from gradflow.specs.fields import check_choice
-
-# Kinds that compute the template's sum; the others have a shortcut of weight 1.
-SUMS = ("template", "stochastic", "pb-relax", "normformer", "fixup")
-STREAMED = (
-    *("b2t", "residual-dual", "siamesenorm", "hyper-connections", "mhc"),
-    *("attnres", "denseformer", "value-residual"),
-)
 
 
 def check_kind(wiring: Wiring, place: Place, block: str, where: str) -> None:
@@ -36,36 +27,25 @@ def check_kind(wiring: Wiring, place: Place, block: str, where: str) -> None:
     Raises:
         UsageError: the first rule that is broken.
     """
-    kind = wiring.unit
-    check_choice("unit of a Wiring", kind, tuple(UNIT_SETTINGS))
-    if kind in SCHEMES:
-        check_choice(f"--block for units of the kind {kind}", block, SCHEMES[kind].blocks)
-    if kind not in SUMS and wiring.a != 1:
-        rule = f"a {where} is 1, for units of the kind {kind} have a shortcut of their own"
+    check_choice("unit of a Wiring", wiring.unit, tuple(UNIT_KINDS))
+    kind = UNIT_KINDS[wiring.unit]
+    if kind.blocks is not None:
+        check_choice(f"--block for units of the kind {kind.name}", block, kind.blocks)
+    if kind.has_own_shortcut and wiring.a != 1:
+        rule = f"a {where} is 1, for units of the kind {kind.name} have a shortcut of their own"
         raise UsageError(rule, wiring.a, "leave it out")
-    for name in UNIT_SETTINGS[kind]:
+    for name in kind.settings:
         if not is_number(wiring.settings.get(name), flag_too=True):
-            rule = f"settings {where} have {', '.join(UNIT_SETTINGS[kind])} for {kind}"
+            rule = f"settings {where} have {', '.join(kind.settings)} for {kind.name}"
             raise UsageError(rule, repr(dict(wiring.settings)), f"give {name}")
-    _check_settings(wiring, place, where)
+    for name, value in kind.placed(place).items():
+        if wiring.settings[name] != value:
+            raise UsageError(f"{name} {where} is {value}", repr(wiring.settings[name]), "mend it")
+    for name, limits in kind.counts.items():
+        _check_count(f"{name} {where}", wiring.settings[name], *limits(wiring.settings))
 
 
-def _check_settings(wiring: Wiring, place: Place, where: str) -> None:
-    """Settings that depend on the place, or on one another."""
-    settings, kind = wiring.settings, wiring.unit
-    known = {"first": place.index == 1} if "first" in UNIT_SETTINGS[kind] else {}
-    if kind == "denseformer":
-        known["averaged"] = SCHEMES[kind].wire(place).settings["averaged"]
-    for name, value in known.items():
-        if settings[name] != value:
-            raise UsageError(f"{name} {where} is {value}", repr(settings[name]), "mend it")
-    if kind in ("hyper-connections", "mhc"):
-        _check_count(f"streams {where}", settings["streams"], 1)
-    if kind == "hyper-connections":
-        _check_count(f"stream {where}", settings["stream"], 0, settings["streams"] - 1)
-
-
-def _check_count(what: str, value: object, least: int, most: float = math.inf) -> None:
+def _check_count(what: str, value: object, least: int, most: float) -> None:
     if not is_count(value) or not least <= value <= most:
         limits = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
         raise UsageError(f"{what} is a whole number {limits}", repr(value), "mend it")
@@ -89,18 +69,10 @@ def check_streams(scheme: Scheme, wiring: Wiring, place: Place, where: str) -> N
     Raises:
         UsageError: says how many it gives.
     """
-    given, true = scheme.streams(place), _streams(wiring, place)
+    given, true = scheme.streams(place), UNIT_KINDS[wiring.unit].streams_after(place, wiring)
     if given != true:
         rule = f"streams {where} is {true}, what units of the kind {wiring.unit} give"
         raise UsageError(rule, given, "mend it")
-
-
-def _streams(wiring: Wiring, place: Place) -> int:
-    if wiring.unit not in STREAMED:
-        return 1
-    if "streams" in UNIT_SETTINGS[wiring.unit]:
-        return int(wiring.settings["streams"])
-    return SCHEMES[wiring.unit].streams(place)
 
 
 def check_whole(scheme: Scheme, title: str, kinds: Collection[str], last: Place) -> None:
@@ -115,12 +87,14 @@ def check_whole(scheme: Scheme, title: str, kinds: Collection[str], last: Place)
     Raises:
         UsageError: the first rule that is broken.
     """
-    streamed = [kind for kind in kinds if kind in STREAMED]
+    streamed = [kind for kind in kinds if UNIT_KINDS[kind].has_streams]
     if streamed and len(kinds) > 1:
         rule = f"all units of {title} are of one kind where one carries several streams"
         raise UsageError(rule, ", ".join(kinds), f"use {streamed[0]} everywhere")
-    if scheme.profiled != ("admin" in kinds) or (scheme.profiled and len(kinds) > 1):
-        rule = f"{title} is profiled where all its units are of the kind admin, and only there"
+    profiled = any(UNIT_KINDS[kind].profiled for kind in kinds)
+    if scheme.profiled != profiled or (profiled and len(kinds) > 1):
+        known = " or ".join(name for name, kind in UNIT_KINDS.items() if kind.profiled)
+        rule = f"{title} is profiled where all its units are of the kind {known}, and only there"
         raise UsageError(rule, f"profiled={scheme.profiled} with {', '.join(kinds)}", "mend it")
     _check_readout(scheme, title, scheme.streams(last))
 
@@ -133,6 +107,7 @@ def _check_readout(scheme: Scheme, title: str, streams: int) -> None:
         got = f"readout={scheme.readout!r} with {streams} of them"
         remedy = f"use one of {', '.join(READOUTS)}" if streams > 1 else "leave it out"
         raise UsageError(rule, got, remedy)
-    if scheme.readout is not None and READOUTS[scheme.readout] not in (None, streams):
-        rule = f"the readout {scheme.readout} takes {READOUTS[scheme.readout]} streams"
+    taken = None if scheme.readout is None else READOUTS[scheme.readout].streams
+    if taken not in (None, streams):
+        rule = f"the readout {scheme.readout} takes {taken} streams"
         raise UsageError(rule, f"{streams} in {title}", "choose another readout")

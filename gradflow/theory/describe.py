@@ -1,8 +1,4 @@
-"""The `Stack` of a `StackSpec`: the variances that `gradflow.networks.initial` gives its weights.
-
-`networks.initial.weight_std` is the same rule as code that needs torch; a test holds them
-together.
-"""
+"""The `Stack` of template units that theory sees in a `StackSpec`."""
 
 from __future__ import annotations
 
@@ -10,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from gradflow.schemes.classic import FIXUP_LAST
-from gradflow.schemes.wiring import Place, Wiring
+from gradflow.schemes import UNIT_KINDS, Place, Wiring
+from gradflow.schemes.wiring import OUTPUT_PROJECTIONS
+from gradflow.specs.initial_variances import bias_variance, weight_moment
 from gradflow.specs.stack import StackSpec
 from gradflow.specs.user_files import is_user_name
 from gradflow.theory.template import (
@@ -26,9 +23,6 @@ from gradflow.theory.template import (
 )
 from gradflow.theory.unit_theory import UNIT_THEORY, UnitTheory
 
-RECTIFIERS = ("relu", "gelu", "gelu-tanh", "silu")
-
-
 # An activation that theory takes for another, never further than 5e-4 apart.
 ALIKE = {"gelu-tanh": "gelu"}
 
@@ -38,37 +32,9 @@ _LEAST_VALUES = 64  # features; seeds scatter by more than the band below it
 def weights(
     spec: StackSpec, fan_in: int, fan_out: int, *, feeds: bool = False, output: bool = False
 ) -> WeightMoments:
-    """Variance times fan_in of a matrix, and the variance of its bias.
-
-    Args:
-        spec: `init`, `gain`, `weight_var`, `bias_var` and `activation` decide.
-        fan_in: inputs, the positions of a kernel counted.
-        fan_out: outputs, likewise.
-        feeds: whether its output goes into the activation.
-        output: whether it is the output projection.
-    """
-    uniform = spec.init == "torch" and spec.weight_var is None
-    bias = 1 / (3 * fan_in) if uniform else 0.0
-    scale = spec.gain**2 * _scale(spec, fan_in, fan_out, feeds=feeds, output=output)
-    return WeightMoments(scale, bias if spec.bias_var is None else spec.bias_var)
-
-
-def _scale(spec: StackSpec, fan_in: int, fan_out: int, *, feeds: bool, output: bool) -> float:
-    """Variance times fan_in at gain 1; sources in `gradflow.networks.initial`."""
-    if spec.weight_var is not None:
-        return spec.weight_var
-    if spec.init == "normal":
-        return 4e-4 * fan_in
-    if spec.init == "gpt2":
-        return 4e-4 * fan_in / (spec.depth * spec.units_per_block if output else 1)
-    he = 2.0 if feeds and spec.activation in RECTIFIERS else 1.0
-    return {
-        "he": he,
-        "orthogonal": he,
-        "xavier": 2.0 * fan_in / (fan_in + fan_out),
-        "lecun": 1.0,
-        "torch": 1.0 / 3.0,
-    }[str(spec.init)]
+    """Return the moments of a matrix and its bias; the arguments are those of `weight_moment`."""
+    scale = weight_moment(spec, fan_in, fan_out, feeds=feeds, output=output)
+    return WeightMoments(scale, bias_variance(spec, fan_in))
 
 
 def describe_stack(spec: StackSpec) -> Stack:
@@ -101,7 +67,7 @@ def _state(spec: StackSpec, wirings: Sequence[Wiring]) -> State | None:
         raise NoTheoryError(f"no formula for units of {kinds} in one stack")
     ((kind, theory),) = theories.items()
     assert theory is not None
-    if spec.readout != theory.readout:
+    if spec.readout != UNIT_KINDS[kind].readout:
         raise NoTheoryError(f"no formula for units of {kind} with the readout {spec.readout}")
     for norms, scalars, weight in dict.fromkeys(map(_stream_settings, wirings)):
         _check_streams(kind, theory, norms, scalars)
@@ -231,7 +197,8 @@ def _is_silent(wiring: Wiring, kind: str) -> bool:
     theory = UNIT_THEORY.get(wiring.unit)
     if theory is None or not theory.is_template:
         return False
-    last = wiring.gains.get(FIXUP_LAST.get(kind, ""), 1.0) if theory.has_scalar_biases else 1.0
+    own = not UNIT_KINDS[wiring.unit].has_biases
+    last = wiring.gains.get(OUTPUT_PROJECTIONS.get(kind, ""), 1.0) if own else 1.0
     beyond = "shared" in wiring.norms or (kind == "resnet" and "out" in wiring.norms)
     return wiring.b * last == 0 and not beyond
 
@@ -269,7 +236,7 @@ def _matrices(spec: StackSpec, wiring: Wiring, kind: str) -> dict[str, Any]:
     def scaled(role: str, fan_in: int, fan_out: int, **what: bool) -> WeightMoments:
         made = weights(spec, fan_in, fan_out, **what)
         # `networks.blocks.ResNet` has no biases before its norms.
-        bare = theory.has_scalar_biases or (kind == "resnet" and wiring.norms)
+        bare = not UNIT_KINDS[wiring.unit].has_biases or (kind == "resnet" and wiring.norms)
         biased = not bare and (kind not in _BIASED or spec.has_bias(role))
         bias = made.bias if biased else 0.0
         return replace(made, scale=made.scale * wiring.gains.get(role, 1.0) ** 2, bias=bias)

@@ -15,7 +15,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from gradflow.schemes.wiring import Place, Wiring
+from gradflow.schemes import Place, Wiring
+from gradflow.schemes.deep import NGPT_ALPHA
 from gradflow.theory.maths import Array
 from gradflow.theory.mean_field.layouts import Layout, scaled_moments
 from gradflow.theory.mean_field.norms import POINTWISE_PHI, Stream
@@ -31,8 +32,6 @@ from gradflow.theory.streams.bundles import (
 )
 from gradflow.theory.template import NoTheoryError, Stack, State, TemplateUnit, WeightMoments
 
-NGPT_ALPHA = 0.05
-
 # Times the mean square of a norm's input: nothing of the norm's eps is left.
 _LARGE = 1e30
 _PRELN_NORMS = ("in", "branch", "mid", "query-key")
@@ -47,7 +46,6 @@ class UnitTheory:
     Attributes:
         reason: why there is no formula; None where there is one.
         is_template: whether its units are the template's as they stand.
-        has_scalar_biases: whether its matrices have no biases, but scalar ones that start at 0.
         has_gate: whether a highway's gate T(x) weighs branch and shortcut.
         restate: the unit in the template's terms, from the template's unit of its branch, its
             place and its wiring; None where that unit stands as it is.
@@ -55,7 +53,6 @@ class UnitTheory:
             than one stream of the template; None where they do not.
         needs_out_norm: whether the formulas need a norm after the addition.
         takes_scalars: whether the formulas hold for branches of other weights than 1.
-        readout: the readout that the formulas hold for; None for none.
         prepare: the stack in the template's terms, from a stack of one stream; None where the
             stack stands as it is.
         steps: the steps of a unit, from its branch, the state, and whether it is the first;
@@ -71,13 +68,11 @@ class UnitTheory:
 
     reason: str | None = None
     is_template: bool = False
-    has_scalar_biases: bool = False
     has_gate: bool = False
     restate: Callable[[TemplateUnit, Place, Wiring], TemplateUnit] | None = None
     norms: tuple[str, ...] | None = None
     needs_out_norm: bool = False
     takes_scalars: bool = False
-    readout: str | None = None
     prepare: Callable[[Stack, Layout], Stack] | None = None
     steps: Callable[[TemplateUnit, State, bool], UnitSteps] | None = None
     read_steps: Callable[[State], UnitSteps] = lambda _: ()
@@ -247,7 +242,7 @@ def _siamese_output(state: State) -> UnitSteps:
 UNIT_THEORY: dict[str, UnitTheory] = {
     "template": UnitTheory(is_template=True, steps=_beyond_norms, norms_see_all=False),
     "normformer": UnitTheory(is_template=True),
-    "fixup": UnitTheory(is_template=True, has_scalar_biases=True),
+    "fixup": UnitTheory(is_template=True),
     "highway": UnitTheory(has_gate=True),
     "stochastic": UnitTheory(reason="which branches are dropped is drawn from the seed"),
     "pb-relax": UnitTheory(restate=_pb_relax),
@@ -264,7 +259,6 @@ UNIT_THEORY: dict[str, UnitTheory] = {
         restate=_residual,
         norms=_PRELN_NORMS,
         takes_scalars=True,
-        readout="sum",
         output_scale=lambda state, units, width: state.copies,
         levels=preln.hyper_levels,
         answers=preln.hyper_answers,
@@ -273,14 +267,12 @@ UNIT_THEORY: dict[str, UnitTheory] = {
         restate=_mhc,
         norms=_PRELN_NORMS,
         takes_scalars=True,
-        readout="mean",
         levels=preln.mhc_levels,
     ),
     "attnres": UnitTheory(
         restate=_attnres,
         norms=_PRELN_NORMS,
         takes_scalars=True,
-        readout="depth attention",
         output_scale=lambda state, units, width: 1 / (units + 1),
         levels=preln.attnres_levels,
         streams=preln.attnres_streams,
@@ -289,7 +281,6 @@ UNIT_THEORY: dict[str, UnitTheory] = {
         restate=_residual,
         norms=_PRELN_NORMS,
         takes_scalars=True,
-        readout="last",
         streams=preln.denseformer_streams,
     ),
     "b2t": UnitTheory(
@@ -303,7 +294,6 @@ UNIT_THEORY: dict[str, UnitTheory] = {
         restate=_residual,
         norms=_POSTNORM_NORMS,
         needs_out_norm=True,
-        readout="dual",
         steps=_dual,
         read_steps=lambda state: (NormStep(1, state.norm), MixStep(((1, 1),))),
         norms_see_all=False,
@@ -311,7 +301,6 @@ UNIT_THEORY: dict[str, UnitTheory] = {
     "siamesenorm": UnitTheory(
         restate=_siamesenorm,
         norms=("in", "mid", "query-key"),
-        readout="siamese",
         steps=_siamese,
         read_steps=_siamese_output,
         norms_see_all=False,
@@ -319,7 +308,6 @@ UNIT_THEORY: dict[str, UnitTheory] = {
     "value-residual": UnitTheory(
         restate=_residual,
         norms=("in", "query-key"),
-        readout="first",
         steps=_value_residual,
         read_steps=lambda _: (MixStep(((1, 0),)),),
     ),

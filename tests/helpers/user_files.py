@@ -6,7 +6,7 @@ from pathlib import Path
 
 SCHEME = """
 from gradflow.schemes import Scheme
-from gradflow.schemes.wiring import Wiring
+from gradflow.schemes import Wiring
 
 TEXTS = dict(equation="x' = a x + f(x)", init="mine", paper="mine", claim="none")
 {more}

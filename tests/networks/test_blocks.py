@@ -12,8 +12,8 @@ from torch import Tensor
 
 from gradflow.engine.tape import Network
 from gradflow.engine.walk import walk
+from gradflow.networks.blocks import rotate
 from gradflow.networks.inputs import input_batch
-from gradflow.networks.rotary import rotate
 from gradflow.networks.stack import Block, build_block
 from gradflow.specs.block_kinds import ACTIVATIONS, BLOCKS
 from gradflow.specs.stack import StackSpec

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from gradflow.networks.norms import HALF, NORMALISE, Normalise
-from gradflow.networks.units.ngpt import unit_norm
+from gradflow.networks.norms import HALF, NORMALISE, Normalise, unit_norm
 
 SHAPES = {"vectors": (64, 256), "tokens": (4, 32, 256), "images": (8, 32, 8, 8)}
 # A mean beside the spread: statistics in half precision would lose digits on it.

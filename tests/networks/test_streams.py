@@ -19,13 +19,12 @@ from gradflow.engine.tape import Network, SavedBytes, record_forward
 from gradflow.engine.walk import loss_gradient, vjp, walk
 from gradflow.errors import UsageError
 from gradflow.networks.inputs import input_shape, state_shape
-from gradflow.networks.readouts import READOUTS, Reduce
+from gradflow.networks.losses import ReduceStreams
 from gradflow.networks.stack import build_block
 from gradflow.networks.units import depth_mixing, hyper
 from gradflow.networks.units.hyper import sinkhorn
 from gradflow.runs.records import LayerRecord
-from gradflow.schemes import SCHEMES
-from gradflow.schemes.wiring import Place, Wiring
+from gradflow.schemes import READOUTS, SCHEMES, Place, Wiring
 from gradflow.specs.stack import StackSpec
 
 NAMES = tuple(stream_oracle.EQUATIONS)
@@ -228,7 +227,7 @@ def test_attnres_is_pre_ln_over_the_number_of_streams(monkeypatch: pytest.Monkey
     y, y_error, g, g_error = against_pre_ln("attnres", norm_eps=1e-6)  # llama's
     assert (y, g) == (pytest.approx(1 / 33, rel=1e-4), pytest.approx(1 / 33, rel=1e-4))
     assert max(y_error, g_error) < 1e-4
-    monkeypatch.setattr(depth_mixing, "EPS", 1e-16)
+    monkeypatch.setattr(depth_mixing, "KIND_EPS", 1e-16)
     y, y_error, g, g_error = against_pre_ln("attnres", norm_eps=1e-16)
     assert y == pytest.approx(1 / 33, rel=1e-9)
     assert g == pytest.approx(1 / 33, rel=1e-9)
@@ -403,7 +402,8 @@ def test_conformance_sees_residual_read_from_one_stream() -> None:
     spec = small("residual-dual")
     for index in (0, 1):
         net = perturbed(spec)
-        net.loss.readout = Reduce(lambda x, i=index: x[:, i])
+        net.loss.readout = ReduceStreams(replace(spec, scheme="denseformer"))
+        net.loss.readout.reduce = lambda x, i=index: x[:, i]
         truth = stream_oracle.OUTPUTS["residual-dual"]
         state = engine(net)[0]
         right = perturbed(spec).loss.readout

@@ -12,8 +12,7 @@ from problems import network
 
 from gradflow.engine.walk import walk
 from gradflow.runs.records import LayerRecord
-from gradflow.schemes import SCHEMES
-from gradflow.schemes.wiring import Place, Wiring
+from gradflow.schemes import SCHEMES, Place, Wiring
 from gradflow.specs.stack import StackSpec
 from gradflow.theory.predict import predict
 

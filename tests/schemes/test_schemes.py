@@ -27,8 +27,7 @@ from gradflow.errors import UsageError
 from gradflow.networks.inputs import input_batch
 from gradflow.networks.losses import build_loss
 from gradflow.networks.stack import build_block
-from gradflow.schemes import SCHEMES
-from gradflow.schemes.wiring import Place, Wiring
+from gradflow.schemes import SCHEMES, Place, Wiring
 from gradflow.specs.block_kinds import BLOCKS
 from gradflow.specs.stack import StackSpec
 

@@ -9,25 +9,26 @@ import sys
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import pytest
 import torch
 from commandline import CommandLine
+from torch import nn
 from user_files import LINEAR, branch_file, scheme_file, write
 
 from gradflow import from_file, measure
 from gradflow.errors import UsageError, closest_first
-from gradflow.networks import readouts
 from gradflow.networks.blocks import BRANCHES
 from gradflow.networks.norms import Norm
-from gradflow.networks.stack import UNITS, build_block
+from gradflow.networks.stack import build_block, unit_class
+from gradflow.networks.units.template import Unit
 from gradflow.runs.naming import names
 from gradflow.runs.records import LayerRecord, Run
 from gradflow.runs.results import read_results
 from gradflow.runs.store import load, save
-from gradflow.schemes import SCHEMES
-from gradflow.schemes.wiring import READOUTS, UNIT_SETTINGS, Place, Wiring
+from gradflow.schemes import READOUTS, SCHEMES, UNIT_KINDS, Place, Wiring
 from gradflow.specs import user_files
 from gradflow.specs.grid import Cell, expand
 from gradflow.specs.run_options import RunOptions
@@ -98,7 +99,7 @@ def unit(kind: str, **settings: object) -> dict[str, str]:
 A_LIST = "blocks of my_scheme.py:SCHEME is a tuple of names"
 # Fields of the scheme, then what the line says.
 BROKEN: list[tuple[dict[str, str], str, str]] = [
-    ({"wire": "lambda at: 3"}, "gives a gradflow.schemes.wiring.Wiring", "got int"),
+    ({"wire": "lambda at: 3"}, "gives a gradflow.schemes.Wiring", "got int"),
     (
         {"wire": "lambda at: Wiring(a=1 / (at.depth - at.layer), norms=('in',))"},
         "wire of",
@@ -216,14 +217,14 @@ def test_a_published_scheme_holds_to_the_interface(tmp_path: Path, name: str) ->
 
 
 def test_names_that_a_scheme_can_give_are_those_of_the_classes() -> None:
-    assert tuple(UNIT_SETTINGS) == tuple(UNITS)
-    assert set(READOUTS) == set(readouts.READOUTS)
+    assert all(issubclass(unit_class(kind), Unit) for kind in UNIT_KINDS)
+    assert all(issubclass(resolve_name(row.implementation), nn.Module) for row in READOUTS.values())
     read: dict[str, set[str]] = {}
     for scheme in SCHEMES.values():
         kinds = block_kind(scheme.blocks[0]).units
         wiring = scheme.wire(Place(6, 2, 0, len(kinds), kinds[0]))
         read.setdefault(wiring.unit, set()).update(wiring.settings)
-    assert read == {kind: set(settings) for kind, settings in UNIT_SETTINGS.items()}
+    assert read == {kind: set(row.settings) for kind, row in UNIT_KINDS.items()}
 
 
 def test_a_wiring_that_breaks_deep_in_the_stack_is_found_before_anything_is_measured(

@@ -13,9 +13,9 @@ from problems import CPU
 from theory_profiles import profiles, worst
 
 from gradflow.errors import UsageError
-from gradflow.networks.initial import bias_std, weight_std
 from gradflow.networks.stack import build_block
 from gradflow.specs.block_kinds import NORM_KINDS
+from gradflow.specs.initial_variances import bias_std, weight_std
 from gradflow.specs.stack import StackSpec
 from gradflow.specs.stack_fields import INITS, NORMS, SHORTCUTS
 from gradflow.theory import describe_stack, predict

@@ -8,13 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from problems import CPU
 
-from gradflow.networks.units.ngpt import ALPHA
+from gradflow.networks.stack import build_block
 from gradflow.schemes import SCHEMES
+from gradflow.schemes.deep import NGPT_ALPHA
 from gradflow.specs.stack import StackSpec
 from gradflow.theory import NoTheoryError, TemplateUnit, describe_stack, predict, total_decades
 from gradflow.theory.predict import layout_of
-from gradflow.theory.unit_theory import NGPT_ALPHA, UNIT_THEORY, with_omegas
+from gradflow.theory.unit_theory import UNIT_THEORY, with_omegas
 
 WIDE = 8192
 DEPTH = 20
@@ -72,7 +74,9 @@ def test_ngpt_turns_by_a_twentieth() -> None:
 
 
 def test_ngpt_turns_as_far_as_its_units_do() -> None:
-    assert NGPT_ALPHA == ALPHA
+    spec = StackSpec(scheme="ngpt", depth=1)
+    for unit in build_block(spec, 0, 1, CPU).units:
+        assert unit.alpha().tolist() == pytest.approx([NGPT_ALPHA] * spec.width)
 
 
 def test_admin_beside_other_units_or_norms_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,7 +71,7 @@ def test_measured_rows_are_those_of_a_measured_pre_ln(
     scheme: str, causal: bool | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of every row, with the same weights and no eps."""
-    monkeypatch.setattr(depth_mixing, "EPS", 1e-16)
+    monkeypatch.setattr(depth_mixing, "KIND_EPS", 1e-16)
     spec = double(scheme, causal=causal, norm_eps=1e-16)
     kind = SCHEMES[scheme].wire(spec.place(1, 0)).unit
     base = logs(replace(spec, scheme="pre-ln"))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gradflow.networks.units.template import Scale, Unit
-from gradflow.schemes.wiring import Wiring
+from gradflow.schemes import Wiring
 from gradflow.specs.stack import StackSpec
 
 

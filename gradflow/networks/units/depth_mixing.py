@@ -1,7 +1,7 @@
 """Schemes whose units see the outputs of all units before: the state grows with depth.
 
 Axes: B batch, k streams so far, T tokens, d width. A state of k streams takes k times the memory
-of one, so that of a whole stack grows with the square of its depth.
+of one stream, so the memory of a whole stack grows with the square of its depth.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gradflow.networks.norms import ConstantStart
-from gradflow.networks.units.streams import EPS, StreamUnit
-from gradflow.schemes.wiring import Wiring
+from gradflow.networks.initial import ConstantStart
+from gradflow.networks.units.template import KIND_EPS, StreamUnit
+from gradflow.schemes import Wiring
 from gradflow.specs.stack import StackSpec
 
 
@@ -19,20 +19,21 @@ class DepthAttention(ConstantStart):
     """h = sum_i softmax_i(w . RMSNorm(v_i)) v_i over the streams v_i, token by token.
 
     Kimi Team 2026 (arXiv:2603.15031), Eqs. 2 to 4: keys are normalised, values are not. The query
-    w starts at 0, so h is the mean. x: (B, k, T, d), h: (B, T, d).
+    w starts at 0, so h is the mean. The readout of the scheme is such a module too.
+    x: (B, k, T, d), h: (B, T, d).
     """
 
     query: Tensor
     weight: Tensor
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, spec: StackSpec) -> None:
         super().__init__()
-        self.shapes = {"query": (width,), "weight": (width,)}
+        self.shapes = {"query": (spec.width,), "weight": (spec.width,)}
         self.starts = {"query": 0.0, "weight": 1.0}
 
     def forward(self, x: Tensor) -> Tensor:
         # w . RMSNorm(v) without the normalised copy of the state, which autograd would keep.
-        scale = torch.rsqrt(x.square().mean(-1) + EPS)
+        scale = torch.rsqrt(x.square().mean(-1) + KIND_EPS)
         shares = torch.softmax(scale * (x @ (self.query * self.weight)), 1)
         return (shares.unsqueeze(-1) * x).sum(1)
 
@@ -45,7 +46,7 @@ class DepthAttentionUnit(StreamUnit):
 
     def __init__(self, spec: StackSpec, wiring: Wiring, name: str) -> None:
         super().__init__(spec, wiring, name)
-        self.depth_attention = DepthAttention(spec.width)
+        self.depth_attention = DepthAttention(spec)
 
     def step(self, x_skip: Tensor, x_branch: Tensor) -> Tensor:
         v = self.f(self.depth_attention(self.state(x_branch, 1)))

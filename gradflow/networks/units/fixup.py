@@ -12,10 +12,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from gradflow.networks.blocks import Attention, Branch, Conv3x3, Ffn, Linear, MakeBranch, ResNet
-from gradflow.networks.norms import ConstantStart
+from gradflow.networks.blocks import Attention, Branch, Ffn, MakeBranch, ResNet
+from gradflow.networks.initial import ConstantStart, Matrix
 from gradflow.networks.units.template import Unit
-from gradflow.schemes.wiring import Wiring
+from gradflow.schemes import Wiring
 from gradflow.specs.stack import StackSpec
 
 
@@ -35,7 +35,7 @@ class Shift(ConstantStart):
 def _bare(branch: Branch) -> None:
     """Take the biases from the linear maps."""
     for part in branch.children():
-        if isinstance(part, Linear | Conv3x3):
+        if isinstance(part, Matrix):
             part.shapes.pop("bias", None)
 
 

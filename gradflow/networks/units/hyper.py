@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own convention)
 from torch import Tensor
 
-from gradflow.networks.norms import ConstantStart, Norm
-from gradflow.networks.units.streams import EPS, StreamUnit
-from gradflow.schemes.wiring import Wiring
+from gradflow.networks.initial import ConstantStart
+from gradflow.networks.norms import Norm
+from gradflow.networks.units.template import KIND_EPS, StreamUnit
+from gradflow.schemes import Wiring
 from gradflow.specs.stack import StackSpec
 
-SCALE = 0.01  # s and alpha at the start, in both papers
+_SCALE = 0.01  # s and alpha at the start, in both papers
 
 
 class HyperConnection(ConstantStart):
@@ -46,9 +47,9 @@ class HyperConnection(ConstantStart):
         }
         self.starts = {
             **{"a_m": torch.eye(n)[stream], "a_r": torch.eye(n), "b": 1.0},
-            **{"w_m": 0.0, "w_r": 0.0, "w_b": 0.0, "s_a": SCALE, "s_b": SCALE},
+            **{"w_m": 0.0, "w_r": 0.0, "w_b": 0.0, "s_a": _SCALE, "s_b": _SCALE},
         }
-        self.norm = Norm("layernorm", "tokens", width, EPS)
+        self.norm = Norm("layernorm", "tokens", width, KIND_EPS)
 
     def read(self, h: Tensor) -> Tensor:
         """A_m^T H, what f takes: (B, T, d)."""
@@ -99,7 +100,7 @@ class ManifoldConnection(ConstantStart):
         self.starts = {
             **{"b_pre": pre, "b_post": 0.0, "b_res": beside},
             **{f"phi_{name}": 0.0 for name in sizes},
-            **{f"a_{name}": SCALE for name in sizes},
+            **{f"a_{name}": _SCALE for name in sizes},
         }
 
     def read(self, h: Tensor) -> Tensor:
@@ -123,7 +124,7 @@ class ManifoldConnection(ConstantStart):
 def _token(h: Tensor) -> Tensor:
     """All streams of a token side by side, their root mean square 1: (B, T, n d)."""
     flat = h.transpose(1, 2).flatten(2)
-    return F.rms_norm(flat, flat.shape[-1:], eps=EPS)
+    return F.rms_norm(flat, flat.shape[-1:], eps=KIND_EPS)
 
 
 def sinkhorn(logits: Tensor, iterations: int = 20) -> Tensor:

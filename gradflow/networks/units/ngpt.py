@@ -12,23 +12,16 @@ import math
 from collections.abc import Mapping
 from typing import ClassVar
 
-import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own convention)
 from torch import Tensor
 
 from gradflow.networks.blocks import PHI, Attention, Branch, Linear, MakeBranch
-from gradflow.networks.norms import HALF, ConstantStart
+from gradflow.networks.initial import ConstantStart
+from gradflow.networks.norms import unit_norm
 from gradflow.networks.units.template import Unit
-from gradflow.schemes.wiring import Wiring
+from gradflow.schemes import Wiring
+from gradflow.schemes.deep import NGPT_ALPHA
 from gradflow.specs.stack import StackSpec
-
-ALPHA = 0.05  # eigen learning rate of both kinds of unit at the start
-
-
-def unit_norm(x: Tensor, dim: int = -1) -> Tensor:
-    """x / |x|_2; in half precision the norm is float32, for its rounding would scale all of x."""
-    wide = torch.float32 if x.dtype in HALF else None
-    return (x / torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=wide)).to(x.dtype)
 
 
 class StoredScale(ConstantStart):
@@ -104,7 +97,7 @@ class NgptUnit(Unit):
 
     def __init__(self, spec: StackSpec, wiring: Wiring, name: str) -> None:
         super().__init__(spec, wiring, name)
-        self.alpha = StoredScale(spec.width, ALPHA, 1 / math.sqrt(spec.width))
+        self.alpha = StoredScale(spec.width, NGPT_ALPHA, 1 / math.sqrt(spec.width))
 
     def settle(self, *_: int) -> None:
         """Before the first step too."""

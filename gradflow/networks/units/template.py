@@ -1,12 +1,12 @@
 """One step of the stream: the residual wiring of a branch (`gradflow.schemes.wiring`), as a module.
 
-Classes for wirings beyond the template are subclasses of `Unit`; `networks.stack.UNITS` lists
-them.
+Other kinds of unit are subclasses of `Unit`, or of `StreamUnit` where the stream is a state of
+several streams; `schemes.UNIT_KINDS` names the class of each kind.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import ClassVar
@@ -14,15 +14,16 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from gradflow.networks.blocks import BRANCHES, PHI, Branch, MakeBranch
-from gradflow.networks.norms import ConstantStart, make_norm
-from gradflow.networks.user_branch import make_branch
+from gradflow.networks.initial import ConstantStart, Slot, module_slots
+from gradflow.networks.norms import make_norm
+from gradflow.networks.user_branch import UserBranch, make_branch
 from gradflow.reductions import norm
-from gradflow.schemes.wiring import Wiring
+from gradflow.schemes import Wiring
 from gradflow.specs.stack import StackSpec
 
 
-class Activation(nn.Module):
-    """phi as a module."""
+class _Activation(nn.Module):
+    """The activation as a module, where it follows the addition."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -34,7 +35,7 @@ class Activation(nn.Module):
 
 @dataclass(frozen=True)
 class ParamInfo:
-    """What is known of one parameter without a pass; `norm` is that of its value."""
+    """What is known of one parameter without a pass; `norm` is the norm of its value."""
 
     name: str
     shape: str
@@ -43,12 +44,12 @@ class ParamInfo:
 
     @property
     def at_hand(self) -> ParamInfo:
-        """With the norm as a number."""
+        """Return the same with the norm as a number."""
         return ParamInfo(self.name, self.shape, self.numel, float(self.norm))
 
 
 class Scale(ConstantStart):
-    """b x, b a parameter: one number, or one for each feature; empty as `Linear` is."""
+    """b x, b a parameter: one number, or one for each feature."""
 
     weight: Tensor
 
@@ -129,6 +130,18 @@ class Unit(nn.Module):
         compiled = self.compiled
         return compiled(self, x_skip, x_branch) if compiled else self.join(x_skip, x_branch)
 
+    def slots(self, spec: StackSpec) -> Iterator[Slot]:
+        """Yield every parameter with the scale of its draw."""
+        branch, gains = self.branch, self.wiring.gains
+        roles = branch.roles()
+        for part in self.modules():
+            role = roles.get(part, "")
+            feeds, output = role in branch.feeds_activation, role == branch.output
+            gain = gains.get(role, 1.0)
+            yield from module_slots(spec, part, feeds=feeds, output=output, gain=gain)
+        if isinstance(branch, UserBranch):
+            yield from branch.slots(spec, gains)
+
     def settle(self, seed: int, layer: int, /) -> None:
         """What the weights of a layer need after their draw; nothing in the template."""
 
@@ -194,4 +207,37 @@ def _after(spec: StackSpec, wiring: Wiring, *, inside: bool) -> nn.Module:
     """What follows the addition: a norm, or the activation of He et al. 2015."""
     if not inside:
         return make_norm(spec, wiring, "out")
-    return Activation(spec.activation) if "out" in wiring.norms else nn.Identity()
+    return _Activation(spec.activation) if "out" in wiring.norms else nn.Identity()
+
+
+# The epsilon of norms that belong to a kind of unit; `--norm-eps` is for the norms of the wiring.
+KIND_EPS = 1e-5
+
+
+class StreamUnit(Unit):
+    """A unit whose stream is a state of several streams: one tensor (B, n, T, d).
+
+    The first unit of a stack (`settings["first"]`) makes the state from the input (B, T, d). In all
+    subclasses x_branch is what passes the branch f, and x_skip is what goes around it.
+    """
+
+    def __init__(self, spec: StackSpec, wiring: Wiring, name: str) -> None:
+        super().__init__(spec, wiring, name)
+        self.is_first = bool(wiring.settings.get("first"))
+
+    def state(self, x: Tensor, copies: int) -> Tensor:
+        """Return (B, n, T, d): x itself, or copies of the stack's input (B, T, d)."""
+        return x.unsqueeze(1).expand(-1, copies, -1, -1) if self.is_first else x
+
+    def join(self, x_skip: Tensor | None, x_branch: Tensor) -> Tensor:
+        """Return the next state; these units always have a shortcut."""
+        assert x_skip is not None
+        return self.step(x_skip, x_branch)
+
+    def step(self, x_skip: Tensor, x_branch: Tensor) -> Tensor:
+        """Return the next state from the two uses of this one."""
+        raise NotImplementedError  # the interface: each kind has its own
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Both uses are gathered in views of their own before they are added: see `Unit.forward`.
+        return self.evaluate(x.view_as(x), x.view_as(x))

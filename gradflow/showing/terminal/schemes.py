@@ -10,8 +10,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from gradflow.errors import UsageError, closest_first
-from gradflow.schemes import SCHEMES, Scheme
-from gradflow.schemes.wiring import Place
+from gradflow.schemes import SCHEMES, Place, Scheme
 from gradflow.showing.terminal.printing import plain_table
 from gradflow.specs.block_kinds import NORM_KINDS
 from gradflow.specs.stack import StackSpec
