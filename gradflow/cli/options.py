@@ -58,7 +58,7 @@ def with_fields(*, lists: bool = False) -> Callable[[_Command], _Command]:
 
 
 def parse(given: dict[str, Any]) -> dict[str, Any]:
-    """Typed values from text, field by field; flags have their values already.
+    """Return the values of options, converted from text; flags have their values already.
 
     Raises:
         UsageError: a value that is not of the field's type.
@@ -68,7 +68,7 @@ def parse(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse_lists(given: dict[str, Any]) -> dict[str, list[Any]]:
-    """Typed values from comma-separated text, field by field; whole numbers may be ranges.
+    """Return lists of values of options from comma-separated text; whole numbers may be ranges.
 
     Raises:
         UsageError: a value that is not of the field's type, or an empty one.
@@ -86,7 +86,7 @@ def _list(name: str, value: Any) -> list[Any]:
 
 
 def _settings_product(given: Sequence[str]) -> list[str]:
-    """Every combination of settings: `["n_layer=12,24", "n_head=4"]` has two."""
+    """Return every combination of settings: `["n_layer=12,24", "n_head=4"]` has two."""
     lists = []
     for text in given:
         name, equals, values = text.partition("=")
@@ -95,7 +95,7 @@ def _settings_product(given: Sequence[str]) -> list[str]:
 
 
 def _values(name: str, word: str) -> list[Any]:
-    """One value, or those of a range of whole numbers."""
+    """The value of a word, or the values of a range of whole numbers."""
     if _options()[name].kind is int and ".." in word:
         try:
             found = expand_range(word.strip())

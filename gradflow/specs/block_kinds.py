@@ -64,7 +64,7 @@ POINTWISE = ("dyt", "derf")
 
 @dataclass(frozen=True)
 class Domain:
-    """Defaults of one shape of the stream, the norm kinds defined on it, and its own sizes."""
+    """What one shape of the stream has: its defaults, its kinds of norm, and its own sizes."""
 
     norm_kind: str
     batch_size: int
@@ -111,7 +111,7 @@ def user_block_kind(name: str, options: Collection[str]) -> BlockKind:
 
 
 def branch_class(name: str) -> Any:
-    """The class of a user's branch.
+    """Return the class of a user's branch.
 
     Raises:
         UsageError: its file was not loaded, or it is no class of modules.

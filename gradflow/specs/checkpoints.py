@@ -45,7 +45,7 @@ class ParameterSource:
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """One family of models.
+    """How one family of models writes its checkpoints.
 
     Attributes:
         fields: the fields of `StackSpec` that a config stands for.
@@ -73,7 +73,7 @@ class Architecture:
 
 
 def architecture(config: _Config) -> Architecture:
-    """That of a config.
+    """Return the architecture that a config names.
 
     Raises:
         UsageError: unknown, or with a setting that gradflow does not compute.
@@ -123,7 +123,7 @@ def _llama(config: _Config) -> _Fields:
 
 
 def _rope(config: _Config) -> float:
-    """The base of the rotary positions, from either of the two ways to write it.
+    """Return the base of the rotary positions, which configs write in two ways.
 
     Raises:
         UsageError: the positions are stretched.
@@ -248,12 +248,12 @@ class Pretrained(str):
 
     @property
     def name(self) -> str:
-        """That of the folder."""
+        """Name of the checkpoint's folder."""
         return self.rpartition("@")[0]
 
     @property
     def architecture(self) -> Architecture:
-        """Names and layout of its tensors.
+        """Names and layout of the checkpoint's tensors.
 
         Raises:
             UsageError: the folder is not known.
@@ -263,22 +263,22 @@ class Pretrained(str):
 
     @property
     def fields(self) -> dict[str, Any]:
-        """The fields of `StackSpec` that it decides; none where it was read from a run."""
+        """The fields of `StackSpec` that the checkpoint decides; none where the name is a run's."""
         return self.architecture.fields(self.config) if self.folder else {}
 
     @property
     def most_tokens(self) -> int | None:
-        """The positions that it has an embedding of; None where any number will do."""
+        """How many positions have an embedding; None where samples may have any length."""
         learned = self.folder and self.architecture.positions
         return int(_setting(self.config, "n_positions", int, 1024)) if learned else None
 
     @property
     def tied(self) -> bool:
-        """Whether its head is the embedding."""
+        """Whether the head has the embedding's weights."""
         return bool(self.config.get("tie_word_embeddings", self.architecture.tied))
 
     def where(self) -> Path:
-        """The folder.
+        """Return the folder of the checkpoint.
 
         Raises:
             UsageError: it is not known.
@@ -290,7 +290,7 @@ class Pretrained(str):
 
 
 def locate_checkpoint(text: str) -> Pretrained:
-    """The checkpoint in a folder.
+    """Return the checkpoint that lies in a folder.
 
     Raises:
         UsageError: no folder, a file is missing or broken, or the architecture is unknown.
@@ -307,7 +307,7 @@ def locate_checkpoint(text: str) -> Pretrained:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    """An object from a JSON file.
+    """Return the object in a JSON file.
 
     Raises:
         UsageError: there is none.
@@ -325,7 +325,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def files_of(folder: Path) -> dict[str, Path] | Path:
-    """The file of each tensor by its name, or the one file of them all.
+    """Return the file of each tensor by the tensor's name, or the one file of all tensors.
 
     Raises:
         UsageError: there is no such file.
@@ -349,7 +349,7 @@ def _existing(file: Path) -> Path:
 
 
 def checkpoint_digest(folder: Path) -> str:
-    """Eight hexadecimal digits of config, index, and sizes and samples of the weight files."""
+    """Return eight hexadecimal digits of config, index, and sizes and samples of weight files."""
     found = files_of(folder)
     files = sorted({found} if isinstance(found, Path) else set(found.values()))
     digest = hashlib.sha256()

@@ -173,7 +173,7 @@ def check_names(cls: type, values: Mapping[str, Any]) -> None:
 
 
 def known_fields(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values by field, if the class has all these fields.
+    """Return the values by field, if the class has all these fields.
 
     Raises:
         UsageError: an unknown field.
@@ -185,7 +185,10 @@ def known_fields(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def typed(cls: type, values: object) -> dict[str, Any]:
-    """The values of a dataclass' fields, by name; unknown names are the constructor's business.
+    """Return values of a dataclass's fields by name, if each has the type of its field.
+
+    Names that the class does not have pass: its constructor refuses them.
+
 
     Raises:
         TypeError: no JSON object, or a value of another type than its field.
@@ -200,7 +203,7 @@ def typed(cls: type, values: object) -> dict[str, Any]:
 
 
 def expect(name: str, value: Any, *kinds: type) -> Any:
-    """The value, if it is of one of these types; a bool is no int.
+    """Return the value, if it is of one of these types; a bool is no int.
 
     Raises:
         TypeError: it is of none of them.
@@ -212,7 +215,7 @@ def expect(name: str, value: Any, *kinds: type) -> Any:
 
 
 def expect_items(name: str, values: Any, *kinds: type) -> Any:
-    """A list or a dictionary, if all its values are of these types.
+    """Return a list or a dictionary, if all its values are of these types.
 
     Raises:
         TypeError: it is neither, or holds other values.

@@ -57,23 +57,23 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """Names the numbers of this cell, as folders of runs do; devices and limits share it."""
+        """The name of the cell's numbers, as folders of runs have it; devices share it."""
         return run_key(self.spec, self.options)
 
     @property
     def layers(self) -> int:
-        """How much work it is, in layers; of a model not more than a guess."""
+        """The number of layers; a guess for a model that does not say how many it has."""
         return self.spec.depth or _USUAL_DEPTH
 
     @property
     def is_lasting(self) -> bool:
-        """Whether a stored run stands for it: not where code decides that no digest covers."""
+        """Whether a run can stand for the cell: not where code without a digest decides."""
         return isinstance(self.spec, StackSpec) or not self.spec.is_own
 
 
 @dataclass(frozen=True)
 class Grid:
-    """The cells of a sweep in order.
+    """The cells of a sweep, in order.
 
     Attributes:
         cells: each once.
@@ -87,7 +87,7 @@ class Grid:
 
 
 def expand(lists: Mapping[str, Sequence[Any]]) -> Grid:
-    """Every combination of the lists; the last option varies fastest.
+    """Return the cells of every combination of the lists; the last option varies fastest.
 
     An option that a block does not have is left out of that block's cells, as is a norm kind where
     there is no norm; cells that come out equal are one. Combinations that break a rule are named
@@ -191,7 +191,7 @@ _PER_DECADE = 2
 
 
 def expand_range(word: str) -> list[int] | None:
-    """The whole numbers of a range, each once and rising; None where the word is no range.
+    """Return the whole numbers of a range, each once and rising; None where the word is no range.
 
     `a..b` counts in ones, `a..b:s` in steps of s, `a..b:log` goes in half decades and `a..b:logN`
     in N numbers, both ends among them.

@@ -107,12 +107,12 @@ class ModelRequest:
 
     @property
     def title(self) -> str:
-        """In a few words."""
+        """The model and its departures in a few words."""
         return ", ".join(filter(None, (without_digest(self.model), self.departures)))
 
     @property
     def departures(self) -> str:
-        """Where it departs from what the model is by itself; or empty."""
+        """Sizes and settings that differ from the model's own; or empty."""
         sizes = {"depth": self.depth, "width": self.width}
         words = [f"{name} {size}" for name, size in sizes.items() if size is not None]
         return ", ".join(words + (self.set or "").split())
@@ -124,27 +124,27 @@ class ModelRequest:
 
     @property
     def shape(self) -> tuple[int, ...] | None:
-        """Sizes of the input, where they are given."""
+        """Sizes of the input, where the request gives them."""
         if self.input is None or isinstance(self.input, LocatedName) or ":" in self.input:
             return None
         return tuple(map(int, self.input.split(",")))
 
     @property
     def patterns(self) -> list[str] | None:
-        """Names of the layers, where they are given."""
+        """Patterns of the layers' names, where the request gives them."""
         return None if self.layers is None else re.split(r"[\s,]+", self.layers.strip())
 
     def to_json(self) -> dict[str, Any]:
-        """A dictionary of plain values that `from_json` takes."""
+        """Return a dictionary of plain values that `from_json` takes."""
         return {name: _plain(value) for name, value in asdict(self).items()}
 
     def identity(self) -> dict[str, Any]:
-        """The values that decide the numbers, by field."""
+        """Return the values that decide the numbers, by field."""
         return keyed(ModelRequest, self.to_json())
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> ModelRequest:
-        """The request that `to_json` wrote; where its model lies was not stored.
+        """Return the request that `to_json` wrote; where its model lies was not stored.
 
         Raises:
             UsageError: an unknown field, or a value that breaks a rule.
@@ -177,7 +177,7 @@ class ModelRequest:
 
 
 def locate_model(text: object) -> LocatedName:
-    """The model that a word names.
+    """Return the name of the model that a word stands for.
 
     Raises:
         UsageError: it names none, or no such module, file or folder is there.
@@ -192,7 +192,7 @@ def locate_model(text: object) -> LocatedName:
 
 
 def _locate_folder(text: str) -> LocatedName:
-    """A folder with config.json and safetensors, as Hugging Face has it.
+    """Return the name of a folder with config.json and safetensors, as Hugging Face has it.
 
     Raises:
         UsageError: a file is missing.
@@ -226,7 +226,7 @@ class Spec(Protocol):
 
     @property
     def depth(self) -> int:
-        """Number of layers."""
+        """Number of layers of the network."""
         ...
 
     @property
@@ -246,17 +246,17 @@ class Spec(Protocol):
 
     @property
     def dtype(self) -> str:
-        """Number format of the stream."""
+        """Name of the stream's number format."""
         ...
 
     @property
     def loss(self) -> str:
-        """What puts the gradient in."""
+        """Name of the loss whose gradient is measured."""
         ...
 
     @property
     def units_per_block(self) -> int:
-        """Rows of one layer."""
+        """Number of rows of one layer."""
         ...
 
     @property
@@ -266,29 +266,29 @@ class Spec(Protocol):
 
     @property
     def title(self) -> str:
-        """In a few words, for headings."""
+        """The network in a few words, for headings."""
         ...
 
     @property
     def details(self) -> str:
-        """The rest, in one line."""
+        """What the title leaves out, in one line."""
         ...
 
     @property
     def slug(self) -> str:
-        """As a part of a folder name."""
+        """The network as a part of a folder name."""
         ...
 
     def kind_of(self, unit: str) -> str:
-        """The kind of a unit: those of one kind can be compared with each other."""
+        """Return the kind of a unit; units of one kind can be compared with each other."""
         ...
 
     def to_json(self) -> dict[str, Any]:
-        """A dictionary of plain values."""
+        """Return a dictionary of plain values for a JSON file."""
         ...
 
     def identity(self) -> dict[str, Any]:
-        """Plain values that decide the numbers, with the options."""
+        """Return plain values that decide the numbers, together with the options."""
         ...
 
 
@@ -341,34 +341,34 @@ class ModelSpec:
 
     @property
     def settings(self) -> str:
-        """Where it departs from what the model is by itself; or empty."""
+        """Sizes and settings that differ from the model's own; or empty."""
         return self.request.departures if self.request else ""
 
     @property
     def scheme(self) -> None:
-        """A model follows none."""
+        """None: a model follows no scheme."""
         return
 
     @property
     def departures(self) -> str:
-        """Nothing to depart from."""
+        """Empty: there is no scheme to depart from."""
         return ""
 
     @property
     def units_per_block(self) -> int:
-        """Every layer is one row."""
+        """One: every layer is one row."""
         return 1
 
     @property
     def title(self) -> str:
-        """The model and its layers."""
+        """The model and the kinds of its layers."""
         kinds = ", ".join(dict.fromkeys(self.kinds.split()))
         name = f"{self.block} ({self.model})" if self.request else self.model
         return f"{name}, {self.depth} layers ({kinds})"
 
     @property
     def details(self) -> str:
-        """The stream and the size."""
+        """Settings, sizes of the stream, parameters and mode."""
         mode = "training" if self.training else "evaluation"
         asked = f"{self.settings}, " if self.settings else ""
         return f"{asked}stream {self.shape}, {self.parameters:,} parameters watched, {mode} mode"
@@ -380,7 +380,7 @@ class ModelSpec:
         return f"{name or 'model'}-d{self.depth}"
 
     def kind_of(self, unit: str) -> str:
-        """The class of a layer."""
+        """Return the class of a layer."""
         return self._kinds.get(unit, unit)
 
     @cached_property
@@ -388,16 +388,16 @@ class ModelSpec:
         return dict(zip(self.units.split(), self.kinds.split(), strict=True))
 
     def to_json(self) -> dict[str, Any]:
-        """A dictionary of plain values that `from_json` takes."""
+        """Return a dictionary of plain values that `from_json` takes."""
         return asdict(self) | {"request": self.request.to_json() if self.request else None}
 
     def identity(self) -> dict[str, Any]:
-        """What was asked for decides the rest."""
+        """Return the values of the request, which decide the rest; else all values."""
         return self.request.identity() if self.request else self.to_json()
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> ModelSpec:
-        """The spec that `to_json` wrote.
+        """Return the spec that `to_json` wrote.
 
         Raises:
             UsageError: an unknown field, or a value that breaks a rule.
@@ -409,7 +409,7 @@ class ModelSpec:
 
 
 def spec_from_json(values: object) -> StackSpec | ModelSpec:
-    """The spec of a run as its file has it: that of a model names the model.
+    """Return the spec of a run from its file; the spec of a model has the key `model`.
 
     Raises:
         UsageError: an unknown field, or a value that breaks a rule.
@@ -422,5 +422,5 @@ def spec_from_json(values: object) -> StackSpec | ModelSpec:
 
 
 def asked_for(spec: Spec | ModelRequest) -> Spec | ModelRequest:
-    """What a run was made from: the spec of its stack, or the request for its model."""
+    """Return what a run was made from: the spec of a stack, or the request for a model."""
     return getattr(spec, "request", None) or spec

@@ -16,7 +16,7 @@ from gradflow.errors import UsageError
 
 @dataclass(frozen=True)
 class PublishedShape:
-    """One published network.
+    """The sizes and choices of one published network.
 
     Attributes:
         fields: of `StackSpec`, those that differ from its defaults and the sizes.
@@ -149,7 +149,7 @@ _OVERRULES: dict[str, tuple[str, ...]] = {
 
 
 def _published_shape(name: str) -> PublishedShape:
-    """The shape of that name.
+    """Return the published shape of that name.
 
     Raises:
         UsageError: the name is unknown.
@@ -161,7 +161,7 @@ def _published_shape(name: str) -> PublishedShape:
 
 
 def missing(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a shape that are not given, nor overruled by one that is.
+    """Return the fields of a shape that are not given, nor overruled by a field that is given.
 
     Args:
         name: of the shape.
@@ -177,7 +177,7 @@ def missing(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def changed(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values that are other than the shape's, a transformer's; None counts for none."""
+    """Return the values that differ from those of the shape, a transformer's; None differs not."""
     shape = {"block": "transformer"} | dict(_published_shape(name).fields)
     return {
         field: values[field]

@@ -21,7 +21,7 @@ _BUILT_ONLY = frozenset(f.name for f, about in options_of(RunOptions) if about.b
 
 
 def specification(values: Mapping[str, Any]) -> tuple[Asked, RunOptions]:
-    """What the given options measure, and how; the rest are defaults.
+    """Return what the given options measure, and how; all other options have their defaults.
 
     Raises:
         UsageError: a value breaks a rule, or does not go with --model.
@@ -64,7 +64,7 @@ _MOST_SYMBOLS = 4096
 
 
 def as_trained(spec: StackSpec, options: RunOptions) -> StackSpec:
-    """The specification that these options measure: on a task where they train, else as it is.
+    """Return the specification that these options measure: on a task where they train.
 
     The loss becomes the cross-entropy of the task, and attention is causal, because the next
     token must not be seen.
@@ -105,7 +105,7 @@ def _check_tokens(spec: StackSpec) -> None:
 
 
 def training_line(spec: StackSpec, options: RunOptions) -> str:
-    """The task and how it is trained, in one line."""
+    """Return the task and how it is trained, in one line."""
     task = _MEANINGS[spec.kind.domain].format(spec.classes)
     causal = ", causal attention" if spec.causal else ""
     warmup = f", {options.warmup} steps of warm-up" if options.warmup else ""

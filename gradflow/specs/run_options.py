@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from gradflow.errors import UsageError
@@ -23,6 +24,8 @@ from gradflow.text import size_in_bytes
 _KEEPS = ("auto", "graph", "boundaries", "sqrt")
 _OPTIMIZERS = ("adamw", "sgd")
 _FLAG = Switch("is a flag")
+_stack_option = partial(option, built_only=True)
+_training_option = partial(option, None, unkeyed_default=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +44,7 @@ class Training:
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """How a spec is measured.
+    """How a stack or a model is measured.
 
     Raises:
         UsageError: a value breaks a rule.
@@ -57,53 +60,36 @@ class RunOptions:
     time_budget: float = option(
         1.0, "timed passes go on for at least so many seconds", decides="times", values=Real()
     )
-    together: bool | None = option(
+    together: bool | None = _stack_option(
         None,
         "measure all seeds in one pass (where that pays: several seeds of a narrow stack)",
         decides="times",
         values=_FLAG,
-        built_only=True,
     )
-    raw_range: bool = option(
-        False,
-        "do not rescale the gradient: show where the number format itself dies",
-        values=_FLAG,
-        built_only=True,
+    raw_range: bool = _stack_option(
+        False, "do not rescale the gradient: show where the number format itself dies", values=_FLAG
     )
     # Compiled code rounds in other places, so it decides numbers.
-    compile: bool = option(
-        False,
-        "compile one unit and use it for all layers",
-        values=_FLAG,
-        built_only=True,
-        unkeyed_default=True,
+    compile: bool = _stack_option(
+        False, "compile one unit and use it for all layers", values=_FLAG, unkeyed_default=True
     )
-    cuda_graphs: bool | None = option(
+    cuda_graphs: bool | None = _stack_option(
         None,
         "replay passes as CUDA graphs (where a timed stack is narrow, on a GPU)",
         decides="times",
         values=_FLAG,
-        built_only=True,
     )
-    keep: str = option(
-        "auto",
-        "what stays in memory for the backward pass",
-        _KEEPS,
-        decides="memory",
-        built_only=True,
+    keep: str = _stack_option(
+        "auto", "what stays in memory for the backward pass", _KEEPS, decides="memory"
     )
-    rebuild: bool | None = option(
+    rebuild: bool | None = _stack_option(
         None,
         "build each layer again when it is visited, instead of keeping all parameters",
         decides="memory",
         values=_FLAG,
-        built_only=True,
     )
-    memory_limit: str | None = option(
-        None,
-        "memory the stack may take, for example 4GiB (half of what is free)",
-        decides="memory",
-        built_only=True,
+    memory_limit: str | None = _stack_option(
+        None, "memory the stack may take, for example 4GiB (half of what is free)", decides="memory"
     )
     vanishing: float = option(
         3.0, "decades of shrinking that count as vanishing", decides="verdict", values=Real()
@@ -117,25 +103,15 @@ class RunOptions:
         values=Whole(0),
         unkeyed_default=True,
     )
-    lr: float | None = option(
-        None, "learning rate (0.001)", values=Real(), fill=1e-3, unkeyed_default=True
+    lr: float | None = _training_option("learning rate (0.001)", values=Real(), fill=1e-3)
+    optimizer: str | None = _training_option(
+        "what makes the steps (adamw)", _OPTIMIZERS, fill="adamw"
     )
-    optimizer: str | None = option(
-        None, "what makes the steps (adamw)", _OPTIMIZERS, fill="adamw", unkeyed_default=True
+    warmup: int | None = _training_option(
+        "steps in which the learning rate rises linearly (0)", values=Whole(0), fill=0
     )
-    warmup: int | None = option(
-        None,
-        "steps in which the learning rate rises linearly (0)",
-        values=Whole(0),
-        fill=0,
-        unkeyed_default=True,
-    )
-    every: int | None = option(
-        None,
-        "steps from one measurement to the next (10)",
-        values=Whole(1),
-        fill=10,
-        unkeyed_default=True,
+    every: int | None = _training_option(
+        "steps from one measurement to the next (10)", values=Whole(1), fill=10
     )
 
     def __post_init__(self) -> None:
@@ -182,16 +158,16 @@ class RunOptions:
 
     @property
     def all_seeds(self) -> range:
-        """Every seed that is measured."""
+        """The seeds that are measured, in order."""
         return range(self.seed, self.seed + self.seeds)
 
     def to_json(self) -> dict[str, Any]:
-        """A dictionary of plain values that `from_json` takes."""
+        """Return a dictionary of plain values that `from_json` takes."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> RunOptions:
-        """The options that `to_json` wrote.
+        """Return the options that `to_json` wrote.
 
         Raises:
             UsageError: an unknown field, or a value that breaks a rule.

@@ -21,10 +21,10 @@ from gradflow.specs.user_files import without_digest
 
 
 class Storable(Protocol):
-    """What a key can be made of."""
+    """What the key of a run is made of."""
 
     def identity(self) -> dict[str, Any]:
-        """Plain values that decide the numbers, with the options."""
+        """Return plain values that decide the numbers, together with the options."""
         ...
 
 
@@ -47,7 +47,7 @@ class StackSpec(StackFields):
 
     @property
     def departures(self) -> str:
-        """Where options replace what the scheme brings: `init he in place of xavier`; or empty."""
+        """Options in place of what the scheme brings: `init he in place of xavier`; or empty."""
         if self.scheme is None or self.is_stored(self.scheme):
             return ""
         brought = dict(self.scheme_record.defaults)
@@ -72,7 +72,7 @@ class StackSpec(StackFields):
 
     @property
     def origin(self) -> str:
-        """Whose shape or values it has, and where it departs from them; empty where nobody's."""
+        """The published shape or the checkpoint, with the options that differ from it; or empty."""
         if self.weights:
             return f"trained weights {self.weights}"
         if self.like is None:
@@ -104,11 +104,11 @@ class StackSpec(StackFields):
 
     @property
     def input_has_gradient(self) -> bool:
-        """The engines take the gradient at the input of every stack."""
+        """True: the engines take the gradient at the input of every stack."""
         return True
 
     def kind_of(self, unit: str) -> str:
-        """Units of one branch can be compared with each other."""
+        """Return the branch of a unit; units of one branch can be compared with each other."""
         return unit
 
     @property
@@ -119,16 +119,16 @@ class StackSpec(StackFields):
         return re.sub(r"[^\w.-]+", "-", text)
 
     def to_json(self) -> dict[str, Any]:
-        """A dictionary of plain values that `from_json` takes."""
+        """Return a dictionary of plain values that `from_json` takes."""
         return asdict(self)
 
     def identity(self) -> dict[str, Any]:
-        """The values that decide the numbers, by field."""
+        """Return the values that decide the numbers, by field."""
         return keyed(StackSpec, self.to_json())
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> StackSpec:
-        """The spec that `to_json` wrote.
+        """Return the spec that `to_json` wrote.
 
         Raises:
             UsageError: an unknown field, or a value that breaks a rule.
@@ -140,7 +140,7 @@ class StackSpec(StackFields):
 
 
 def run_key(spec: Storable, options: RunOptions) -> str:
-    """Eight hexadecimal digits that name the numbers a run will hold, timings aside."""
+    """Return eight hexadecimal digits that name the numbers of a run, timings aside."""
     numbers = keyed(RunOptions, options.to_json())
     text = json.dumps({"spec": spec.identity(), **numbers}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]

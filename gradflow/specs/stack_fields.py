@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from gradflow.schemes import Place, Scheme, Wiring
@@ -32,6 +33,9 @@ _BIASES = ("all", "qkv", "none")
 INITS = ("he", "xavier", "lecun", "normal", "gpt2", "orthogonal", "torch")
 LOSS_KINDS = ("cotangent", "mse", "ce")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
+
+
+_block_option = partial(option, None, of_block=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,51 +80,34 @@ class StackFields:
     width: int = option(
         None, "features, or channels, of the stream (128)", values=Whole(1), fill=128
     )
-    heads: int | None = option(None, "attention heads (4)", values=Whole(1), fill=4, of_block=True)
-    kv_heads: int | None = option(
-        None,
-        "heads of keys and values, shared in groups (as --heads)",
-        values=Whole(1),
-        of_block=True,
+    heads: int | None = _block_option("attention heads (4)", values=Whole(1), fill=4)
+    kv_heads: int | None = _block_option(
+        "heads of keys and values, shared in groups (as --heads)", values=Whole(1)
     )
-    head_dim: int | None = option(
-        None, "features of a head (--width over --heads)", values=Whole(1), of_block=True
+    head_dim: int | None = _block_option(
+        "features of a head (--width over --heads)", values=Whole(1)
     )
-    rope: float | None = option(
-        None,
-        "base of rotary positions; 0: none (0)",
-        values=Real(zero=True),
-        fill=0.0,
-        of_block=True,
+    rope: float | None = _block_option(
+        "base of rotary positions; 0: none (0)", values=Real(zero=True), fill=0.0
     )
-    causal: bool | None = option(
-        None, "mask the future in attention", values=Switch(), fill=False, of_block=True
+    causal: bool | None = _block_option("mask the future in attention", values=Switch(), fill=False)
+    qk_norm: bool | None = _block_option(
+        "normalise queries and keys, per head", values=Switch(), fill=False
     )
-    qk_norm: bool | None = option(
-        None, "normalise queries and keys, per head", values=Switch(), fill=False, of_block=True
+    ffn_mult: int | None = _block_option(
+        "hidden width of an ffn over the width (4)", values=Whole(1), fill=4
     )
-    ffn_mult: int | None = option(
-        None, "hidden width of an ffn over the width (4)", values=Whole(1), fill=4, of_block=True
+    ffn_width: int | None = _block_option(
+        "hidden width of an ffn, in place of --ffn-mult", values=Whole(1)
     )
-    ffn_width: int | None = option(
-        None, "hidden width of an ffn, in place of --ffn-mult", values=Whole(1), of_block=True
+    gated: bool | None = _block_option(
+        "ffn with a gate: down(phi(gate x) * up x)", values=Switch(), fill=False
     )
-    gated: bool | None = option(
-        None,
-        "ffn with a gate: down(phi(gate x) * up x)",
-        values=Switch(),
-        fill=False,
-        of_block=True,
+    bias: str | None = _block_option(
+        "linear maps of token blocks that have one (all)", _BIASES, fill="all"
     )
-    bias: str | None = option(
-        None, "linear maps of token blocks that have one (all)", _BIASES, fill="all", of_block=True
-    )
-    seq_len: int | None = option(
-        None, "tokens in a sample (32)", values=Whole(1), fill=32, of_block=True
-    )
-    image_size: int | None = option(
-        None, "pixels on a side (16)", values=Whole(1), fill=16, of_block=True
-    )
+    seq_len: int | None = _block_option("tokens in a sample (32)", values=Whole(1), fill=32)
+    image_size: int | None = _block_option("pixels on a side (16)", values=Whole(1), fill=16)
     batch_size: int = option(None, "samples (8; 64 for mlp)", values=Whole(1))
     loss: str = option(
         "cotangent", "what puts the gradient in at the output; of a model also own", LOSS_KINDS
@@ -130,7 +117,7 @@ class StackFields:
 
     @staticmethod
     def is_stored(name: str | None) -> bool:
-        """Whether it names a user's code that is not loaded: then the fields have its choices."""
+        """Whether a name is of a user's code that is not loaded; the fields then tell of it."""
         return is_user_name(name) and not is_loaded(str(name))
 
     @property
@@ -150,7 +137,7 @@ class StackFields:
 
     @property
     def units_per_block(self) -> int:
-        """Steps of the stream in one layer."""
+        """Number of units in one layer."""
         return len(self.kind.units)
 
     @property
@@ -171,7 +158,7 @@ class StackFields:
 
     @property
     def hidden(self) -> int:
-        """Hidden width of an ffn."""
+        """Hidden width of an ffn branch."""
         return self.ffn_width or self.width * (self.ffn_mult or 1)
 
     @property
@@ -201,7 +188,7 @@ class StackFields:
 
     @property
     def normalises(self) -> bool:
-        """Whether its units have norms."""
+        """Whether the stack's units have norms."""
         if self.is_stored(self.scheme):
             return self.norm_kind is not None
         return self.norm != "none" if self.scheme is None else self.scheme_record.normalises
@@ -213,7 +200,7 @@ class StackFields:
 
     @property
     def readout(self) -> str | None:
-        """How several streams become the output; None: there is one."""
+        """How several streams become the output; None where there is one stream."""
         return None if self.scheme is None else self.scheme_record.readout
 
     @property
@@ -222,22 +209,22 @@ class StackFields:
         return self.streams(1, 0) > 1
 
     def place(self, layer: int, unit: int) -> Place:
-        """Where unit number `unit` (from 0) of layer `layer` (from 1) stands."""
+        """Return the place of unit number `unit` (from 0) in layer `layer` (from 1)."""
         kinds = self.kind.units
         return Place(self.depth, layer, unit, len(kinds), kinds[unit])
 
     def wirings(self) -> Iterator[tuple[Place, Wiring]]:
-        """Every unit, first to last."""
+        """Yield place and wiring of every unit, first to last."""
         for layer in range(1, self.depth + 1):
             for unit in range(self.units_per_block):
                 yield self.place(layer, unit), self.wiring(layer, unit)
 
     def streams(self, layer: int, unit: int) -> int:
-        """Streams in the output of that unit."""
+        """Return the number of streams in the output of a unit."""
         return 1 if self.scheme is None else self.scheme_record.streams(self.place(layer, unit))
 
     def wiring(self, layer: int, unit: int) -> Wiring:
-        """How unit number `unit` (from 0) of layer `layer` (from 1) is wired."""
+        """Return the wiring of unit number `unit` (from 0) in layer `layer` (from 1)."""
         kinds = self.kind.units
         if self.scheme is not None:
             wiring = self.scheme_record.wire(self.place(layer, unit))
@@ -256,7 +243,7 @@ BLOCK_OPTIONS: dict[str, Any] = {
 
 
 def block_kind(name: str) -> BlockKind:
-    """The entry of `BLOCKS`, or what a user's own block says of itself (`user_block_kind`).
+    """Return the entry of `BLOCKS`, or what a user's own block says of itself.
 
     Raises:
         UsageError: the file of a user's block was not loaded, or an attribute breaks the interface.
@@ -265,7 +252,7 @@ def block_kind(name: str) -> BlockKind:
 
 
 def kind_of(values: Mapping[str, Any]) -> BlockKind:
-    """What is known of the block of a stack, from the values of its fields.
+    """Return what is known of the block of a stack, from the values of its fields.
 
     Of a user's block that is not loaded the values tell all that was made of it: its options, and
     by its sizes the domain of its stream.

@@ -12,7 +12,7 @@ from gradflow.specs.user_schemes import check_wirings
 
 
 def check_user_code(spec: StackFields) -> None:
-    """A user's scheme or block, once loaded, holds to the interface in every unit.
+    """Refuse a user's scheme or block, once loaded, that breaks the interface in any unit.
 
     Raises:
         UsageError: a wiring breaks a rule of the interface.
@@ -88,7 +88,7 @@ def _check_norm_kind(spec: StackFields) -> None:
 
 
 def _values_per_statistic(spec: StackFields) -> int:
-    """How many numbers each mean square of the norm is taken over."""
+    """Return how many numbers each mean square of the norm is taken over."""
     places = spec.tokens * spec.side**2
     if spec.norm_kind == "batchnorm":
         return spec.batch_size * places

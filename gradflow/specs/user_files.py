@@ -82,7 +82,7 @@ class LocatedName(str):
     target: ImportTarget | None = None
 
     def where(self) -> ImportTarget:
-        """What the name stands for.
+        """Return what the name stands for.
 
         Raises:
             UsageError: the target is not known.
@@ -109,13 +109,13 @@ def is_user_name(name: object) -> bool:
 
 
 def without_digest(name: str) -> str:
-    """The name as a person wrote it: a user's without its digest, others as they are."""
+    """Return a name as a person wrote it: a user's without its digest, others as they are."""
     match = _DIGESTED.fullmatch(name)
     return match["shown"] if match else name
 
 
 def object_name(name: str) -> str:
-    """What the object of a user's name is called in its file."""
+    """Return what the object of a user's name is called in its file."""
     return without_digest(name).rpartition(":")[2]
 
 
@@ -125,7 +125,7 @@ def is_loaded(name: str) -> bool:
 
 
 def loaded(name: str) -> Any:
-    """The object of that name.
+    """Return the object that was loaded under a name.
 
     Raises:
         UsageError: its file was not loaded in this process.
@@ -138,7 +138,7 @@ def loaded(name: str) -> Any:
 
 
 def reference_of(name: str) -> str | None:
-    """`path:name` of what was loaded, for another process to load; None for published names."""
+    """Return `path:name` of a loaded object, for another process; None for published names."""
     return LOADED[name].reference if name in LOADED else None
 
 
@@ -188,7 +188,7 @@ def load_again(name: str, reference: str) -> None:
 
 
 def locate_import(text: str) -> LocatedName:
-    """What a reference to an import names; its module is looked for, and not run.
+    """Return the name of what a reference imports; its module is looked for, and not run.
 
     Args:
         text: `my_pkg.models:build`, or `models.py:build` with or without folders.
@@ -212,7 +212,7 @@ def locate_import(text: str) -> LocatedName:
 
 
 def located_name(shown: str, digest: str, target: ImportTarget) -> LocatedName:
-    """A name with its digest, which carries what it stands for."""
+    """Return a name with its digest, which carries what it stands for."""
     name = LocatedName(f"{shown}@{digest}")
     name.target = target
     return name
@@ -249,7 +249,7 @@ def errors_of_users_code(what: str) -> Iterator[None]:
 
 
 def told(error: BaseException, path: Path | None = None) -> str:
-    """An error of a user's code in a few words: its kind, its first line, and where it arose."""
+    """Return an error of a user's code in words: its kind, its first line, and where it arose."""
     text = next(iter(str(error).strip().splitlines()), "")
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if path and frame.filename == str(path)]

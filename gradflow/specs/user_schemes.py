@@ -35,7 +35,7 @@ _TEXTS = ("equation", "init", "paper", "claim")
 
 
 def scheme_named(name: str) -> Scheme:
-    """A published scheme, or one of a file that was loaded.
+    """Return a published scheme, or a user's whose file was loaded.
 
     Raises:
         UsageError: the name is unknown, its file was not loaded, or it is no scheme.
@@ -62,7 +62,7 @@ def scheme_named(name: str) -> Scheme:
 
 
 class _Guarded:
-    """A function of a user's: what it raises, and what it should not return, is told in a line."""
+    """A user's function; an error in it, or a value that it should not return, is one line."""
 
     def __init__(
         self, rule: str, call: Any, kind: Any, holds: Callable[[Any], bool] = lambda _: True
@@ -155,7 +155,7 @@ class _OwnUnits:
         self.has_norms, self.has_shortcut = self.scheme.final_norm, False
 
     def check(self, wiring: Wiring, place: Place, where: str) -> None:
-        """Hold one unit against its kind."""
+        """Refuse a unit that breaks the rules of its kind."""
         check_kind(wiring, place, self.block, where)
         check_streams(self.scheme, wiring, place, where)
         self.scheme.constants(place)
@@ -164,7 +164,7 @@ class _OwnUnits:
         self.kinds[wiring.unit] = self.last = place
 
     def check_all(self) -> None:
-        """What the scheme says of itself holds for its units: titles and tables rely on it."""
+        """Refuse a scheme whose own words do not hold for its units: titles rely on them."""
         if self.has_shortcut == self.scheme.plain:
             rule = f"{self.title} is plain where no unit has a shortcut (a = 0), and only there"
             got = f"plain={self.scheme.plain}"

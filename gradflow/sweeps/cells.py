@@ -42,7 +42,7 @@ class Executor(Protocol):
     shared: bool
 
     def environment(self, cell: Cell) -> dict[str, Any]:
-        """What a stored run must have been measured on to stand for this cell.
+        """Return what a stored run must have been measured on to stand for this cell.
 
         Raises:
             UsageError: the cell's device is not there.
@@ -53,7 +53,7 @@ class Executor(Protocol):
 
 
 def local_environment(cell: Cell) -> dict[str, Any]:
-    """Versions and device of this machine, as far as numbers and times depend on them.
+    """Return versions and device of this machine, as far as numbers and times depend on them.
 
     Raises:
         UsageError: the cell's device is not there.
@@ -92,11 +92,11 @@ class Serial:
     shared = False
 
     def environment(self, cell: Cell) -> dict[str, Any]:
-        """That of this machine."""
+        """Return versions and device of this machine."""
         return local_environment(cell)
 
     def outcomes(self, cells: Sequence[Cell]) -> Generator[CellResult]:
-        """Measure in order."""
+        """Measure the cells in their order."""
         for cell in cells:
             yield measure_cell(cell)
 
@@ -104,7 +104,7 @@ class Serial:
 def make_executor(
     name: str, cells: int, workers: int | None = None, address: str | None = None
 ) -> Executor:
-    """The executor of that name; `auto` takes processes where there is more than one cell.
+    """Return the executor of that name; `auto` takes processes where there are several cells.
 
     Raises:
         UsageError: the name is unknown, an option belongs to another executor, or the extra is

@@ -52,7 +52,7 @@ class Ray:
         self._connected = False
 
     def environment(self, cell: Cell) -> dict[str, Any]:
-        """What the nodes of a cluster have in common.
+        """Return what the nodes of a cluster have in common.
 
         Raises:
             UsageError: no cluster answers, or it lacks the device.
@@ -85,7 +85,7 @@ class Ray:
         return task.remote(cell, device, told)
 
     def _device(self, cell: Cell) -> str:
-        """A GPU share is the only GPU that its task sees, so it has no number.
+        """The device of a cell: a GPU share has no number, for its task sees no other GPU.
 
         Raises:
             UsageError: the cluster has no GPU, and Ray would wait for one for ever.
@@ -136,7 +136,7 @@ class Ray:
 
 
 def _driver() -> dict[str, Any]:
-    """Of the environment what only the driver knows.
+    """The part of the environment that only the driver knows.
 
     A worker would tell its own command line, which has paths and addresses in it.
     """

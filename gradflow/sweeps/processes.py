@@ -32,7 +32,7 @@ _ATTEMPTS = 2
 
 @dataclass
 class _Worker:
-    """`cell` is what it works on, `index` which GPU it uses."""
+    """A worker process; `cell` is what it works on, `index` tells which GPU it uses."""
 
     index: int
     process: BaseProcess
@@ -41,7 +41,7 @@ class _Worker:
 
 
 class Processes:
-    """Spawned worker processes.
+    """An executor of spawned worker processes.
 
     Args:
         workers: their number; by default one per core, or one per GPU where cells use those.
@@ -53,7 +53,7 @@ class Processes:
         self.workers = workers
 
     def environment(self, cell: Cell) -> dict[str, Any]:
-        """That of this machine."""
+        """Return versions and device of this machine."""
         return local_environment(cell)
 
     def outcomes(self, cells: Sequence[Cell]) -> Generator[CellResult]:

@@ -22,7 +22,7 @@ _OnTurn = Callable[[Cell, int, int], None]
 
 
 class Rounds:
-    """One pass of every cell in turn, round after round.
+    """Timed passes of cells in turn, round after round.
 
     Networks stay resident while they fit into half of the free memory; else each is built anew
     for its turn, and warmed up again.
@@ -42,7 +42,7 @@ class Rounds:
         self._resident = _fit_together(self.cells)
 
     def run(self, tick: _OnTurn = lambda *_: None) -> None:
-        """A warm-up round, then rounds until repeats and time budget are reached."""
+        """Run a warm-up round, then rounds until repeats and time budget are reached."""
         repeats = max(cell.options.repeats for cell in self.cells)
         budget = max(cell.options.time_budget for cell in self.cells)
         count, spent = 0, 0.0
@@ -55,12 +55,12 @@ class Rounds:
         self._timers.clear()
 
     def timing(self, cell: Cell) -> Timing | None:
-        """What the rounds of one cell came to; None where no unit of it could be timed."""
+        """Return the times of one cell; None where no unit of it could be timed."""
         found = self._summaries[cell](self.passes[cell], ())
         return found and replace(found, matmul_flop_per_s=self._matmul_rate(cell))
 
     def _matmul_rate(self, cell: Cell) -> float:
-        """Of the cell's device in its dtype, measured once."""
+        """Multiplications per second of the cell's device in its dtype, measured once."""
         kind = (cell.options.device, cell.spec.dtype)
         if kind not in self._rates:
             device = resolve_device(*kind)
@@ -88,7 +88,7 @@ class Rounds:
         return found[1]
 
     def _timer(self, cell: Cell, device: torch.device) -> Timer:
-        """Of the cell's first seed."""
+        """The timer of the cell's first seed."""
         if cell in self._timers:
             return self._timers[cell]
         if not self._resident:

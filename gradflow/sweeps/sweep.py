@@ -40,7 +40,7 @@ _Environments = Mapping[Cell, dict[str, Any]]
 
 @dataclass
 class Sweep:
-    """What a sweep came to.
+    """The runs and the failures of a sweep.
 
     Attributes:
         runs: every cell that was measured or found, stored; in the order of the grid.
@@ -68,7 +68,7 @@ def sweep(
     progress: Progress = lambda *_: None,
     clock: Clock | None = None,
 ) -> Sweep:
-    """Measure a grid.
+    """Measure the cells of a grid.
 
     Args:
         cells: the grid.
@@ -104,7 +104,7 @@ def _environments(cells: Sequence[Cell], executor: Executor) -> _Environments:
 
 
 def _place(cell: Cell) -> tuple[object, ...]:
-    """What decides on the environment."""
+    """The parts of a cell that decide its environment."""
     library = isinstance(cell.spec, ModelRequest) and cell.spec.is_from_library
     return cell.options.device, cell.spec.dtype, library
 
@@ -123,7 +123,7 @@ class _Work:
     waiting: dict[Cell, Path] = field(default_factory=dict)
 
     def reuse(self) -> None:
-        """Find what is stored: whole runs, or else statistics."""
+        """Find the stored runs of cells: whole ones, or else statistics."""
         if not self.executor.shared:
             self.shelf.adopt(self.out, self.cells)
         on_shelf = store.run_folders(self.shelf.folder)
@@ -150,12 +150,12 @@ class _Work:
             self.waiting.setdefault(cell, run.path)
 
     def _keep_untimed(self, cell: Cell, run: Run) -> None:
-        """A run as it is; from the shelf it goes to the others."""
+        """Keep a run as it is; a run on the shelf moves to the stored runs."""
         on_shelf = run.path is not None and run.path.parent == self.shelf.folder
         self.done.keep(cell, store.save(run, self.out) if on_shelf else run)
 
     def measure(self) -> None:
-        """The statistics of what was not found; what is to be timed is put on the shelf."""
+        """Measure the statistics of cells that were not found; shelve those that need times."""
         missing = [c for c in self.cells if c not in self.done.runs and c not in self.waiting]
         with closing(self.executor.outcomes(missing)) as outcomes:
             for outcome in outcomes:
@@ -169,7 +169,7 @@ class _Work:
                 self.meter.measured(cell)
 
     def time(self, clock: Clock | None) -> None:
-        """All times together, then each run to its place."""
+        """Take the times of all cells together, then store each run."""
         cells = [cell for cell in self.cells if cell in self.waiting]
         if not cells:
             return
@@ -233,18 +233,18 @@ class _Meter:
         self._total = sum(_statistics_share(c) + _timing_share(c) for c in cells)
 
     def found(self, whole: Sequence[Cell], untimed: Sequence[Cell]) -> None:
-        """What need not be measured, or timed alone."""
+        """Count cells that need not be measured, or need times alone."""
         self._measured += len(whole) + len(untimed)
         self._done += sum(_statistics_share(cell) for cell in [*whole, *untimed])
         self._move(sum(_timing_share(cell) for cell in whole), self._what())
 
     def measured(self, cell: Cell) -> None:
-        """The statistics of a cell are done."""
+        """Count a cell whose statistics are done."""
         self._measured += 1
         self._move(_statistics_share(cell), self._what())
 
     def timed(self, cell: Cell, count: int, repeats: int) -> None:
-        """A cell had its turn in a round of timing."""
+        """Count the turn of a cell in a round of timing."""
         what = f"timing, round {count} of {max(count, repeats)}" if count else "warming up"
         self._move(cell.layers, what)
 
@@ -269,12 +269,12 @@ SHELF_PREFIX = ".sweep-"
 
 @dataclass(frozen=True)
 class Shelf:
-    """The hidden folder of one sweep."""
+    """The hidden folder where one sweep keeps cells that wait for their times."""
 
     folder: Path
 
     def put(self, cell: Cell, run: Run) -> Path:
-        """Keep a run; returns its folder.
+        """Keep a run on the shelf; return its folder.
 
         Raises:
             MeasurementError: the disk is full, or failed.
@@ -282,12 +282,12 @@ class Shelf:
         return store.save_as(run, self.folder, f"cell-{cell.key}")
 
     def drop(self, folder: Path) -> None:
-        """Forget a run that has its times; others than those on the shelf stay."""
+        """Remove a run from the shelf; a folder elsewhere stays."""
         if folder.parent == self.folder:
             shutil.rmtree(folder, ignore_errors=True)
 
     def adopt(self, out: Path, cells: Collection[Cell]) -> None:
-        """Take over what killed sweeps left of these cells; the rest waits for whoever wants it."""
+        """Take over what killed sweeps left of these cells; the rest stays where it is."""
         keys = {cell.key for cell in cells}
         for other in abandoned(out, SHELF_PREFIX):
             remove_abandoned(other)
@@ -299,7 +299,7 @@ class Shelf:
 
 @contextmanager
 def shelf_in(out: Path) -> Iterator[Shelf]:
-    """A shelf in a folder of runs; gone at the end if nothing is left on it.
+    """Make a shelf in a folder of runs; it is removed at the end if nothing is left on it.
 
     Raises:
         MeasurementError: the disk is full, or failed.
@@ -316,7 +316,7 @@ def shelf_in(out: Path) -> Iterator[Shelf]:
 
 
 def _look_up(folders: Iterable[Path], cells: Collection[Cell]) -> Iterator[tuple[Cell, Run]]:
-    """Each cell with each run that has its key; damaged folders are passed over."""
+    """Yield each cell with each run that has its key; damaged folders are passed over."""
     by_key: dict[str, list[Cell]] = {}
     for cell in cells:
         by_key.setdefault(cell.key, []).append(cell)
