@@ -1,21 +1,44 @@
-"""Statistics of one tensor into one row of a preallocated float64 buffer on its device.
+"""Statistics of tensors as rows of float64 on their device, which wait there until a step ends.
 
-The sums are those of `gradflow.reductions`; here they are written where they stay until
-the step ends, with few operations and without waiting for the device.
+The sums are those of `gradflow.reductions`; here they are written where they stay, with few
+operations and without waiting for the device.
+
+While a CUDA graph is captured the hooks run as always, but their kernels only become part of it.
+They write to memory that was there before and never moves; every replay writes there anew, and the
+host reads it when the step ends. Until then replays add up, as micro-batches do.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import torch
 from torch import Tensor
 
+from gradflow.errors import UsageError
 from gradflow.reductions import forward_sums, gradient_sums, mean_cosine
 
-# What a row holds, by the place in it.
-FORWARD = ("y_sq", "y_cos", "y_max")
-GRADIENT = ("g_sq", "nonzero", "nonfinite", "g_cos", "g_max", "small")
-WIDTH = max(len(FORWARD), len(GRADIENT))
-CHUNK = 256
+# The numbers of a row, by their position in it: of an activation, or of a gradient.
+FORWARD_NUMBERS = ("y_sq", "y_cos", "y_max")
+GRADIENT_NUMBERS = ("g_sq", "nonzero", "nonfinite", "g_cos", "g_max", "small")
+# The numbers of a parameter, by their position in its row.
+PARAMETER_NUMBERS = ("norm", "grad", "nonfinite", "used", "update")
+# Stands in a parameter's row for a number that has not been seen.
+MISSING = -1.0
+_WIDTH = max(len(FORWARD_NUMBERS), len(GRADIENT_NUMBERS))
+_CHUNK = 256
+# Kinds of device whose work can be captured as a graph.
+CAPTURABLE = ("cuda",)
+# Rows for one layer in all graphs: a call has up to five.
+ROWS_PER_LAYER = 64
+_FORWARD_MAX, _GRADIENT_MAX = FORWARD_NUMBERS.index("y_max"), GRADIENT_NUMBERS.index("g_max")
+
+
+def is_capturing() -> bool:
+    """Return whether work that is launched now becomes part of a CUDA graph and does not run."""
+    # Asked about its stream, a build for CUDA raises where there is no driver.
+    begun: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # torch's stubs
+    return begun and torch.cuda.is_current_stream_capturing()
 
 
 class Pool:
@@ -28,9 +51,9 @@ class Pool:
         self.taken = 0
 
     def take(self) -> int:
-        """The number of a row that nobody else writes to."""
+        """Return the number of a row that nobody else writes to."""
         if self.taken == len(self.rows):
-            chunk = torch.full((CHUNK, WIDTH), torch.nan, dtype=torch.float64, device=self.device)
+            chunk = torch.full((_CHUNK, _WIDTH), torch.nan, dtype=torch.float64, device=self.device)
             self.chunks.append(chunk)
             self.rows += chunk.unbind(0)
         self.taken += 1
@@ -41,35 +64,128 @@ class Pool:
         self.rows[number][: len(values)].copy_(torch.stack(values))
 
     def table(self) -> Tensor:
-        """All rows that were taken, still on the device; shape (rows, WIDTH)."""
-        used = self.chunks[: -(-self.taken // CHUNK)]
-        return torch.cat(used)[: self.taken] if used else torch.empty(0, WIDTH).double()
+        """Return all rows that were taken, still on the device; shape (rows, row length)."""
+        used = self.chunks[: -(-self.taken // _CHUNK)]
+        return torch.cat(used)[: self.taken] if used else torch.empty(0, _WIDTH).double()
 
     def release(self) -> None:
         """Give all rows back."""
         self.taken = 0
 
-    def times(self, row: list[float]) -> float:  # noqa: ARG002 (others look at it)
-        """How many tensors a row on the host stands for."""
+    def times(self, row: list[float]) -> float:  # noqa: ARG002 (graphs look at it)
+        """Return how many tensors a row on the host stands for."""
         return 1.0
 
 
-def real(x: Tensor) -> Tensor:
-    """x with a batch axis; complex numbers are pairs of real ones."""
-    if x.is_complex():
-        x = torch.view_as_real(x.resolve_conj()).flatten(-2)
-    return x if x.ndim > 1 else x.reshape(1, -1)
+class GraphPool(Pool):
+    """Rows that replays add to, with the number of replays in the last column; none is given back.
+
+    Args:
+        device: where the rows lie.
+        layers: how many layers are watched.
+    """
+
+    def __init__(self, device: torch.device, layers: int) -> None:
+        super().__init__(device)
+        rows = ROWS_PER_LAYER * (layers + 4)
+        self.sums = torch.zeros(rows, _WIDTH + 1, dtype=torch.float64, device=device)
+        self.one = torch.ones(1, dtype=torch.float64, device=device)
+
+    def take(self) -> int:
+        """Return the number of a row that nobody else writes to.
+
+        Raises:
+            UsageError: all rows are taken.
+        """
+        if self.taken == len(self.sums):
+            rule = f"graphs that are captured under watch have {self.taken} rows"
+            raise UsageError(rule, "more calls of layers", "watch fewer layers with layers=")
+        self.taken += 1
+        return self.taken - 1
+
+    def write(self, number: int, values: list[Tensor]) -> None:
+        """Add values to a row; in the columns of maxima keep the largest."""
+        row, count = self.sums[number], len(values)
+        new = torch.stack(values)
+        if count > 1:  # an inner product has a row of its own
+            column = _FORWARD_MAX if count == len(FORWARD_NUMBERS) else _GRADIENT_MAX
+            torch.maximum(row[column], new[column], out=row[column])
+            for part in (slice(0, column), slice(column + 1, count)):
+                row[part].add_(new[part])
+        else:
+            row[:1].add_(new)
+        row[_WIDTH:].add_(self.one)
+
+    def table(self) -> Tensor:
+        """Return all rows that were taken; shape (rows, row length + 1)."""
+        return self.sums[: self.taken]
+
+    def release(self) -> None:
+        """Set every number to zero, once the host has read them."""
+        self.sums.zero_()
+
+    def times(self, row: list[float]) -> float:
+        """Return how often a row was written to since the host last read it."""
+        return row[_WIDTH]
+
+
+class GraphParameters:
+    """A row of `PARAMETER_NUMBERS` for each parameter on a device whose work can be captured.
+
+    Attributes:
+        seen: the ids of parameters whose gradient some graph has measured.
+        steps: whether some graph has an optimizer's step in it.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], kinds: Sequence[str]) -> None:
+        self.seen: set[int] = set()
+        self.steps = False
+        self._rows: dict[int, Tensor] = {}
+        self._tables: list[Tensor] = []
+        devices: dict[torch.device, list[Tensor]] = {}
+        for parameter in parameters:
+            if parameter.device.type in kinds:
+                devices.setdefault(parameter.device, []).append(parameter)
+        for device, own in devices.items():
+            shape = len(own), len(PARAMETER_NUMBERS)
+            table = torch.full(shape, MISSING, dtype=torch.float64, device=device)
+            self._tables.append(table)
+            self._rows |= {id(p): row for p, row in zip(own, table.unbind(0), strict=True)}
+
+    def put(self, parameter: Tensor, name: str, value: Tensor | float) -> None:
+        """Write a number of a parameter where it stays, in a graph that is being captured."""
+        cell = self._rows[id(parameter)][PARAMETER_NUMBERS.index(name)]
+        if isinstance(value, Tensor):
+            cell.copy_(value)
+        else:
+            cell.fill_(value)
+
+    def over(self, rows: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+        """Return rows of parameters, what graphs have written in place of missing numbers."""
+        if not (self.seen or self.steps):
+            return rows
+        written = torch.stack([self._rows[id(p)] for p in parameters])
+        filled = torch.where(rows == MISSING, written, rows)
+        grad, used = (filled[:, PARAMETER_NUMBERS.index(name)] for name in ("grad", "used"))
+        used.copy_(torch.where(used == MISSING, grad, used))
+        return filled
+
+    def release(self) -> None:
+        """Mark every number as missing, once the host has read them."""
+        if self.seen or self.steps:
+            for table in self._tables:
+                table.fill_(MISSING)
 
 
 def measure_forward(pool: Pool, number: int, y: Tensor) -> None:
-    """Write the `FORWARD` numbers of y.
+    """Write the `FORWARD_NUMBERS` of an activation y into a row.
 
     Args:
-        pool: where to.
-        number: the row.
+        pool: where the row lies.
+        number: of the row.
         y: (batch, tokens, features) counts as tokens; other shapes are (batch, ...).
     """
-    y, tokens = real(y), y.ndim == 3
+    y, tokens = _real(y), y.ndim == 3
     sums = forward_sums(y, tokens=tokens)
     size, length = torch.as_tensor(sums["y_norm"]), torch.as_tensor(sums["y_length"])
     groups, vectors = (y.shape[:-2].numel(), y.shape[-2]) if tokens else (1, y.shape[0])
@@ -79,18 +195,18 @@ def measure_forward(pool: Pool, number: int, y: Tensor) -> None:
 
 
 def measure_gradient(pool: Pool, number: int, g: Tensor, smallest: float | None) -> Tensor:
-    """Write the `GRADIENT` numbers of a gradient.
+    """Write the `GRADIENT_NUMBERS` of a gradient g into a row.
 
     Args:
-        pool: where to.
-        number: the row.
+        pool: where the row lies.
+        number: of the row.
         g: the gradient.
         smallest: the smallest normal number of its half-precision format; None for wide formats.
 
     Returns:
-        The gradient in float64, a copy of its own.
+        The gradient in float64, in memory of its own.
     """
-    g = real(g)
+    g = _real(g)
     wide = g.to(torch.float64, copy=True)
     sums = gradient_sums(wide)
     size, nonzero = torch.as_tensor(sums["grad_norm"]), torch.as_tensor(sums["nonzero"])
@@ -107,8 +223,15 @@ def measure_gradient(pool: Pool, number: int, g: Tensor, smallest: float | None)
 
 
 def measure_cross(pool: Pool, number: int, below: Tensor, above: Tensor) -> None:
-    """Write the inner product of two gradients of one shape."""
+    """Write the inner product of two gradients of one shape into a row."""
     pool.write(number, [torch.dot(below.reshape(-1), above.reshape(-1))])
+
+
+def _real(x: Tensor) -> Tensor:
+    """x with a batch axis; complex numbers are pairs of real ones."""
+    if x.is_complex():
+        x = torch.view_as_real(x.resolve_conj()).flatten(-2)
+    return x if x.ndim > 1 else x.reshape(1, -1)
 
 
 def _cosine(square: Tensor, count: int) -> Tensor:

@@ -1,8 +1,8 @@
-"""`watch`: gradient flow of any model while it trains."""
+"""`watch`: gradient flow of any model while it trains, step by step."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -13,8 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console, Group
 from rich.text import Text
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from gradflow.errors import UsageError
 from gradflow.runs import store
@@ -22,19 +26,16 @@ from gradflow.runs.records import Run
 from gradflow.showing.terminal.one_run import run_view
 from gradflow.showing.terminal.printing import print_view
 from gradflow.specs.run_options import RunOptions
-from gradflow.torch_internals import is_compiled
-from gradflow.watching import graph_pool
-from gradflow.watching.calls import Pass
-from gradflow.watching.discovery import Place, find_layers, repeats
-from gradflow.watching.host_totals import Tally, seen, tally, to_host
+from gradflow.torch_internals import UpdateAfter, is_compiled, scale_tensor
+from gradflow.watching import device_rows
+from gradflow.watching.discovery import WatchedLayer, find_layers, repeats
+from gradflow.watching.distributed import ranks_of, sharded_again, unwrapped
 from gradflow.watching.layer_hooks import installed
 from gradflow.watching.parameters import ParameterWatch
-from gradflow.watching.ranks import ranks_of, sharded_again, unwrapped
-from gradflow.watching.recorder import Recorder
+from gradflow.watching.recorder import Recorder, WatchedPass
 from gradflow.watching.recurrent_blocks import called_again, candidates
-from gradflow.watching.steps import Steps, followed_scaler, scale_of
-from gradflow.watching.tensorboard import write_events
-from gradflow.watching.watched_run import Watched, of_step, to_run, verdict_step
+from gradflow.watching.step_totals import StepNumbers, rank_totals, step_numbers, to_host
+from gradflow.watching.watched_run import Watched, of_step, verdict_step, watched_run, write_events
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -50,35 +51,35 @@ class Flow:
     def __init__(self, watched: Watched, every: int, options: RunOptions, scaler: Any) -> None:
         self._watched, self._every, self._options = watched, every, options
         self._scaler, self._ranks = scaler, watched.ranks
-        self._recorder = Recorder(watched.places)
+        self._recorder = Recorder(watched.layers)
         self._recorder.prepare(p.device for p in watched.model.parameters())
         self._parameters = ParameterWatch(watched.owned, watched.ranks)
-        self._tallies: list[Tally] = []
+        self._measured: list[StepNumbers] = []
         self._run: Run | None = None
         self._step = 0
         self._started, self._begin = datetime.now(UTC), perf_counter()
 
     @property
     def run(self) -> Run:
-        """All measured steps; its verdict is that of the first, or of the first that loses values.
+        """All measured steps; the verdict is the first step's, or of the first that loses values.
 
         Raises:
             MeasurementError: no layer has run.
         """
         if self._run is None:
-            found: dict[str, Any] = {
+            environment: dict[str, Any] = {
                 "start_utc": self._started.isoformat(timespec="seconds"),
                 "duration_s": perf_counter() - self._begin,
             }
             if self._ranks:
-                found["ranks"] = self._ranks.count
-            self._run = to_run(self._watched, self._tallies, self._options, found)
+                environment["ranks"] = self._ranks.count
+            self._run = watched_run(self._watched, self._measured, self._options, environment)
         return self._run
 
     @property
-    def places(self) -> list[Place]:
+    def watched_layers(self) -> list[WatchedLayer]:
         """The modules that are watched; a model that has not run may still show others."""
-        return self._watched.layers
+        return self._watched.counting
 
     @property
     def layers(self) -> pd.DataFrame:
@@ -104,7 +105,7 @@ class Flow:
             return
         run = self.run
         step = verdict_step(run.spec, run.layer_records, run.options)
-        heading = Text(f"step {step} of {len(self._tallies)} watched", style="dim")
+        heading = Text(f"step {step} of {len(self._measured)} watched", style="dim")
         notes = (Text(line, style="yellow") for line in run.warnings)
         print_view(Group(heading, run_view(of_step(run, step)), *notes), console or Console())
 
@@ -143,36 +144,36 @@ class Flow:
     def end_step(self) -> None:
         """Say that a training step is over, where no torch optimizer says it.
 
-        So it is after the replay of a CUDA graph that has the optimizer's step in it.
+        The replay of a CUDA graph that has the optimizer's step in it is such a step.
         """
         recorder = self._recorder
-        if graph_pool.is_capturing():  # and nothing of it has run
+        if device_rows.is_capturing():  # and nothing of it has run
             recorder.close()
             self._parameters.reset()
         elif recorder.ran or recorder.captured:
             self._end(self._settle(recorder.close()))
 
-    def _end(self, passes: list[Pass]) -> None:
-        """Keep what was measured; a step of graphs that were not replayed is none."""
+    def _end(self, passes: list[WatchedPass]) -> None:
+        """Keep the numbers of a step; a captured graph that was not replayed is no step."""
         recorder = self._recorder
-        found: list[Tally] = []
+        numbers: list[StepNumbers] = []
         if recorder.active and (passes or recorder.captured or self._ranks):
-            found = self._tally(passes)
-            self._tallies += found
+            numbers = self._read(passes)
+            self._measured += numbers
             self._run = None
         recorder.release()
         self._parameters.release()
-        if found or passes or not recorder.active or not recorder.captured:
+        if numbers or passes or not recorder.active or not recorder.captured:
             self._step += 1
         recorder.active = self._parameters.active = self._step % self._every == 0
 
-    def _settle(self, passes: list[Pass]) -> list[Pass]:
-        """The passes without the modules that do not count, which the first of them tell."""
+    def _settle(self, passes: list[WatchedPass]) -> list[WatchedPass]:
+        """Return passes with the calls of layers alone; the first passes tell which modules are."""
         if self._watched.kept is not None or not self._recorder.active:
             return passes
         recorder = self._recorder
         all_passes = [*passes, *recorder.captured]
-        mine = called_again(self._watched.places, all_passes), bool(all_passes)
+        mine = called_again(self._watched.layers, all_passes), bool(all_passes)
         votes = self._ranks.gather(mine) if self._ranks else [mine]
         if any(ran for _, ran in votes):
             kept = {i for again, _ in votes for i in again} or range(self._watched.found)
@@ -182,32 +183,33 @@ class Flow:
         recorder.captured = [one for one in recorder.captured if one.only(recorder.kept)]
         return [one for one in passes if one.only(recorder.kept)]
 
-    def _tally(self, passes: Sequence[Pass]) -> list[Tally]:
-        """The step, unless no layer has run; the only place that waits for device and ranks."""
+    def _read(self, passes: Sequence[WatchedPass]) -> list[StepNumbers]:
+        """Read the numbers of the step, if a layer has run; waits for the device and for ranks."""
         captured = self._recorder.captured
         pools = list(self._recorder.pools.values())
         pools += self._recorder.graph_pools.values() if captured else ()
         own = self._parameters.read()
-        tables, others = to_host(pools, [*own, *scale_of(self._scaler)])
+        rows, others = to_host(pools, [*own, *_scale_of(self._scaler)])
         scale = float(others[-1][0]) if len(others) > len(own) else 1.0
         params = self._parameters.whole(self._parameters.in_order(others[: len(own)]))
-        mine = seen([*passes, *(one for one in captured if one.was_replayed(tables))], tables)
-        parts = self._ranks.gather(mine) if self._ranks else [mine]
-        return tally(self._step, parts, params, scale)
+        replayed = (one for one in captured if one.was_replayed(rows))
+        mine = rank_totals([*passes, *replayed], rows)
+        ranks = self._ranks.gather(mine) if self._ranks else [mine]
+        return step_numbers(self._step, ranks, params, scale)
 
     @contextmanager
     def _attached(self, optimizer: torch.optim.Optimizer | None) -> Iterator[None]:
-        """All hooks, and none of them at the end."""
+        """Put all hooks, and take them off at the end."""
         model = self._watched.model
         parameters, scaler = self._parameters, self._scaler
-        steps = Steps(model.parameters(), optimizer, parameters.before_step, self._stepped)
+        before, after = parameters.before_step, self._stepped
         with ExitStack() as stack:
-            traced = stack.enter_context(installed(model, self._recorder))
-            stack.callback(traced.forget_graphs)
+            compiled = stack.enter_context(installed(model, self._recorder))
+            stack.callback(compiled.forget_graphs)
             for handle in parameters.hooks():
                 stack.callback(handle.remove)
-            stack.enter_context(steps.followed())
-            stack.enter_context(followed_scaler(scaler, self.end_step))
+            stack.enter_context(_hooked_steps(model.parameters(), optimizer, before, after))
+            stack.enter_context(_hooked_scaler(scaler, self.end_step))
             stack.callback(self._let_go)
             yield
 
@@ -290,3 +292,51 @@ def watch(
                     flow.end_step()
             raise
         flow.end_step()
+
+
+@contextmanager
+def _hooked_steps(
+    parameters: Iterable[Tensor],
+    optimizer: torch.optim.Optimizer | None,
+    before: Callable[[], None],
+    after: Callable[[], None],
+) -> Iterator[None]:
+    """Call `before` and `after` around each step of one optimizer.
+
+    Where it is None, the steps of every optimizer that holds one of the parameters count.
+    """
+    ids = {id(p) for p in parameters}
+
+    def calling(action: Callable[[], None]) -> Any:
+        def hook(stepping: torch.optim.Optimizer, *_: Any) -> None:
+            held = (p for group in stepping.param_groups for p in group["params"])
+            if stepping is optimizer or (optimizer is None and any(id(p) in ids for p in held)):
+                action()
+
+        return hook
+
+    with ExitStack() as stack:
+        stack.callback(register_optimizer_step_pre_hook(calling(before)).remove)
+        stack.callback(register_optimizer_step_post_hook(calling(after)).remove)
+        yield
+
+
+@contextmanager
+def _hooked_scaler(scaler: Any, end: Callable[[], None]) -> Iterator[None]:
+    """Call `end` before a scaler changes its scale: it leaves out steps with infinities."""
+    if scaler is None:
+        yield
+        return
+    scaler.update = UpdateAfter(scaler, scaler.update, end)
+    try:
+        yield
+    finally:
+        del scaler.update
+
+
+def _scale_of(scaler: Any) -> list[Tensor]:
+    """The factor in the gradients as a tensor on its device; empty without a scaler."""
+    if scaler is None or not scaler.is_enabled():
+        return []
+    scale = scale_tensor(scaler)
+    return [torch.ones(1) * scaler.get_scale() if scale is None else scale.reshape(1)]

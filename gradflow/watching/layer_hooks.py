@@ -19,30 +19,28 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from gradflow.torch_internals import Hook, in_backward
-from gradflow.watching.calls import Call, Pass, Tap
-from gradflow.watching.discovery import Place
-from gradflow.watching.main_tensor import exchanged, stream_of
-from gradflow.watching.ranks import class_of
-from gradflow.watching.recorder import Recorder
+from gradflow.watching.discovery import WatchedLayer, exchanged, stream_of
+from gradflow.watching.distributed import class_of
+from gradflow.watching.recorder import LayerCall, Recorder, Tap, WatchedPass
 
 
-class Traced:
-    """The recorder as compiled graphs see it: they know places, not tensors to hook.
+class CompiledTaps:
+    """The recorder as compiled graphs see it: they know indices of layers, not tensors to hook.
 
     Attributes:
         recorder: notes what happens.
-        ran: a tap has run inside a compiled graph.
-        waiting: for the input (True) or output (False) of each place, the taps whose gradient
+        ran: whether a tap has run inside a compiled graph.
+        waiting: for the input (True) or output (False) of each layer, the taps whose gradient
             has not come, newest last: backward goes through the calls in reverse.
     """
 
     def __init__(self, recorder: Recorder) -> None:
         self.recorder = recorder
         self.ran = False
-        self.waiting: dict[tuple[int, bool], list[tuple[Pass, Tap]]] = {}
+        self.waiting: dict[tuple[int, bool], list[tuple[WatchedPass, Tap]]] = {}
 
     def forward(self, x: Tensor, place: int, *, entering: bool, graph: bool) -> None:
-        """The input or the output of a place has been computed; `graph`: it requires a gradient."""
+        """Measure the input or output of a layer; `graph` says whether it requires a gradient."""
         self.ran = True
         if in_backward() or not self.recorder.watches() or not x.numel():
             return
@@ -52,56 +50,56 @@ class Traced:
         tap = self.recorder.tap(current, x)
         tap.hooked = graph
         if entering:
-            current.entered.append(Call(place, current.counted(place), tap))
+            current.entered.append(LayerCall(place, current.counted(place), tap))
         else:
             current.complete(self._call(current, place), tap)
         if graph:
             self._wait((place, entering), current, tap)
 
     def backward(self, g: Tensor, place: int, *, entering: bool) -> None:
-        """The gradient of an input or output has been computed."""
+        """Measure the gradient of an input or output of a layer."""
         waiting = self.waiting.get((place, entering))
         if waiting:
             owner, tap = waiting.pop()
             self.recorder.gradient(owner, tap, g)
 
-    def _wait(self, where: tuple[int, bool], current: Pass, tap: Tap) -> None:
-        """Expect the gradient of a tap; those of passes that are over come no more."""
+    def _wait(self, where: tuple[int, bool], current: WatchedPass, tap: Tap) -> None:
+        """Expect the gradient of a tap; the taps of passes that are over are given up."""
         passes = self.recorder.passes
         waiting = [item for item in self.waiting.get(where, ()) if item[0] in passes]
         self.waiting[where] = [*waiting, (current, tap)]
 
     def forget_graphs(self) -> None:
-        """Have everything compiled again if there are taps in a graph."""
+        """Have torch compile everything again if there are taps in a graph."""
         if self.ran:
             torch.compiler.reset()
 
-    def _call(self, current: Pass, place: int) -> Call:
-        """The call that returns: its x is its own, or the output of the layer before."""
+    def _call(self, current: WatchedPass, place: int) -> LayerCall:
+        """The call that returns; without an own input, x is the output of the layer before."""
         call = current.returned(place)
         if call is None:
-            call = Call(place, current.counted(place))
-            before = self.recorder.places[place].previous
+            call = LayerCall(place, current.counted(place))
+            before = self.recorder.layers[place].previous
             call.x = next((c.y for c in reversed(current.calls) if c.place == before), None)
         return call
 
 
-_LIVE: dict[int, Traced] = {}
+_LIVE: dict[int, CompiledTaps] = {}
 _NUMBERS = count()
 
 
-# They call Python and keep what they find: reduce-overhead captures what lies between them.
-OUTSIDE_GRAPHS = torch.Tag.cudagraph_unsafe
+# Taps call Python and keep what they find: reduce-overhead captures what lies between them.
+_OUTSIDE_GRAPHS = torch.Tag.cudagraph_unsafe
 
 
-@torch.library.custom_op("gradflow::tap", mutates_args=(), tags=OUTSIDE_GRAPHS)
+@torch.library.custom_op("gradflow::tap", mutates_args=(), tags=_OUTSIDE_GRAPHS)
 def _tap(x: Tensor, watcher: int, place: int, entering: bool, graph: bool) -> Tensor:
     if watcher in _LIVE:
         _LIVE[watcher].forward(x, place, entering=entering, graph=graph)
     return x.clone()
 
 
-@torch.library.custom_op("gradflow::tap_gradient", mutates_args=(), tags=OUTSIDE_GRAPHS)
+@torch.library.custom_op("gradflow::tap_gradient", mutates_args=(), tags=_OUTSIDE_GRAPHS)
 def _tap_gradient(g: Tensor, watcher: int, place: int, entering: bool) -> Tensor:
     if watcher in _LIVE:
         _LIVE[watcher].backward(g, place, entering=entering)
@@ -124,16 +122,16 @@ _tap.register_autograd(_pass_on, setup_context=_keep_numbers)
 
 
 @contextmanager
-def installed(model: nn.Module, recorder: Recorder) -> Iterator[Traced]:
-    """Hooks on the model and its layers; all of them are gone at the end, whatever happens."""
-    number, traced = next(_NUMBERS), Traced(recorder)
-    _LIVE[number] = traced
+def installed(model: nn.Module, recorder: Recorder) -> Iterator[CompiledTaps]:
+    """Hook the model and its layers; all hooks are gone at the end, whatever happens."""
+    number, taps = next(_NUMBERS), CompiledTaps(recorder)
+    _LIVE[number] = taps
     handles: list[RemovableHandle] = []
     try:
         handles += _on_root(model, recorder)
-        for place, layer in enumerate(recorder.places):
+        for place, layer in enumerate(recorder.layers):
             handles += _on_layer(layer, recorder, number, place)
-        yield traced
+        yield taps
     finally:
         for handle in handles:
             handle.remove()
@@ -142,7 +140,7 @@ def installed(model: nn.Module, recorder: Recorder) -> Iterator[Traced]:
 
 @dataclass(eq=False)
 class _BeforeModel(Hook):
-    """The model is called, and no copy of it."""
+    """Begins a pass when the model itself is called, and not a copy of it."""
 
     model: nn.Module
     recorder: Recorder
@@ -153,7 +151,7 @@ class _BeforeModel(Hook):
 
 
 class _AfterModel(_BeforeModel):
-    """The model has returned."""
+    """Ends a pass when the model itself has returned."""
 
     def __call__(self, called: nn.Module, *_: Any) -> None:
         if not torch.compiler.is_compiling() and called is self.model:
@@ -162,7 +160,7 @@ class _AfterModel(_BeforeModel):
 
 @dataclass(eq=False)
 class _BeforeLayer(Hook):
-    """A layer is called: `first` in a chain, whose input is no other layer's output."""
+    """Sees the input of a layer; `first` says that it is no other layer's output."""
 
     layer: nn.Module
     recorder: Recorder
@@ -177,12 +175,12 @@ class _BeforeLayer(Hook):
             return None
         if not self.first:
             return None
-        return _traced((args, kwargs), self.watcher, self.place, entering=True)
+        return _tapped((args, kwargs), self.watcher, self.place, entering=True)
 
 
 @dataclass(eq=False)
 class _AfterLayer(Hook):
-    """A layer has returned."""
+    """Sees the output of a layer."""
 
     layer: nn.Module
     recorder: Recorder
@@ -196,7 +194,7 @@ class _AfterLayer(Hook):
             return None
         x = stream_of(args)
         shape = None if x is None else x.shape
-        return _traced(output, self.watcher, self.place, entering=False, shape=shape)
+        return _tapped(output, self.watcher, self.place, entering=False, shape=shape)
 
 
 def _on_root(model: nn.Module, recorder: Recorder) -> Iterator[RemovableHandle]:
@@ -205,20 +203,20 @@ def _on_root(model: nn.Module, recorder: Recorder) -> Iterator[RemovableHandle]:
 
 
 def _on_layer(
-    layer: Place, recorder: Recorder, watcher: int, place: int
+    layer: WatchedLayer, recorder: Recorder, watcher: int, place: int
 ) -> Iterator[RemovableHandle]:
     module = layer.module
     before = _BeforeLayer(module, recorder, watcher, place, first=layer.previous is None)
-    # `fully_shard` exchanges what the layer is given: see it before.
+    # `fully_shard` exchanges what the layer is given: this hook sees it before.
     prepend = class_of(module) is not type(module)
     yield before.put(module.register_forward_pre_hook, with_kwargs=True, prepend=prepend)
     yield _AfterLayer(module, recorder, watcher, place).put(module.register_forward_hook)
 
 
-def _traced(
+def _tapped(
     value: Any, watcher: int, place: int, *, entering: bool, shape: torch.Size | None = None
 ) -> Any:
-    """The same value, its stream through a tap; None where there is nothing to watch."""
+    """A value with its stream led through a tap; None where there is nothing to watch."""
     x = stream_of(value, shape)
     if x is None or not torch.is_grad_enabled():
         return None

@@ -27,20 +27,26 @@ from gradflow.torch_internals import (
     foreach_subtract,
     version_of,
 )
-from gradflow.watching import graph_pool
-from gradflow.watching.discovery import Place
-from gradflow.watching.graph_parameters import COLUMNS, MISSING, GraphedParameters
-from gradflow.watching.ranks import Ranks, copies, is_sharded, local
+from gradflow.watching import device_rows
+from gradflow.watching.device_rows import MISSING, PARAMETER_NUMBERS, GraphParameters
+from gradflow.watching.discovery import WatchedLayer
+from gradflow.watching.distributed import Ranks, copies_of, is_sharded, local_part
 
-# Of these powers of a shard's numbers the sum is that of the whole parameter.
-POWERS = np.array([1 if name == "nonfinite" else 2 for name in COLUMNS])
+# Exponent of each number of a shard at which the sum over shards is the whole parameter's.
+_POWERS = np.array([1 if name == "nonfinite" else 2 for name in PARAMETER_NUMBERS])
 # Below so many elements a call costs more than what it computes.
-SMALL = 1 << 13
+_SMALL = 1 << 13
 
 
 @dataclass(frozen=True)
-class Owned:
-    """A parameter, and the innermost watched layer that it belongs to."""
+class OwnedParameter:
+    """A parameter, and the innermost watched layer that it belongs to.
+
+    Attributes:
+        place: index of the layer.
+        name: of the parameter, dotted, inside the layer.
+        parameter: the tensor itself.
+    """
 
     place: int
     name: str
@@ -48,7 +54,7 @@ class Owned:
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class SeenGradient:
     """A gradient as it came: its norm and non-finite count, and which tensor in which version."""
 
     size: Tensor
@@ -57,28 +63,31 @@ class Seen:
     version: int
 
     def still(self, grad: Tensor) -> bool:
-        """Whether the gradient has been neither replaced nor written to; DTensors do not say."""
+        """Return whether the gradient was neither replaced nor written to; no for DTensors."""
+        # The version of a DTensor does not tell of writes to its shard.
         known = self.identity, self.version
         return not is_sharded(grad) and known == (id(grad), version_of(grad))
 
 
-def owned_parameters(places: Sequence[Place], kept: Collection[int] | None = None) -> list[Owned]:
-    """Every parameter of the layers once: tied ones belong to the first that has them.
+def owned_parameters(
+    layers: Sequence[WatchedLayer], kept: Collection[int] | None = None
+) -> list[OwnedParameter]:
+    """Return every parameter of the layers once: a tied one belongs to the first that has it.
 
     Args:
-        places: the layers.
-        kept: which of them count; None is all.
+        layers: all that are watched.
+        kept: indices of the layers that count; None is all.
     """
-    layers = [(i, p) for i, p in enumerate(places) if kept is None or i in kept]
-    depth = {id(layer.module): i for i, layer in layers}
-    found: dict[int, Owned] = {}
-    for place, layer in layers:
+    counting = [(i, layer) for i, layer in enumerate(layers) if kept is None or i in kept]
+    places = {id(layer.module): i for i, layer in counting}
+    owned: dict[int, OwnedParameter] = {}
+    for place, layer in counting:
         for name, parameter in layer.module.named_parameters():
-            if is_lazy(parameter) or id(parameter) in found:
+            if is_lazy(parameter) or id(parameter) in owned:
                 continue
-            if _innermost(layer.module, name, depth) == place:
-                found[id(parameter)] = Owned(place, name, parameter)
-    return sorted(found.values(), key=lambda owned: owned.place)
+            if _innermost(layer.module, name, places) == place:
+                owned[id(parameter)] = OwnedParameter(place, name, parameter)
+    return sorted(owned.values(), key=lambda one: one.place)
 
 
 def _innermost(module: nn.Module, name: str, places: dict[int, int]) -> int:
@@ -98,38 +107,38 @@ class ParameterWatch:
         active: whether this step is measured.
     """
 
-    def __init__(self, owned: Sequence[Owned], ranks: Ranks | None = None) -> None:
+    def __init__(self, owned: Sequence[OwnedParameter], ranks: Ranks | None = None) -> None:
         self.owned, self.ranks = owned, ranks
         self.active = True
         self._parameters: list[nn.Parameter] = [one.parameter for one in owned]
         self._kept = {id(p) for p in self._parameters}
-        self._graphed = GraphedParameters(self._parameters, graph_pool.KINDS)
+        self._graphed = GraphParameters(self._parameters, device_rows.CAPTURABLE)
         self._copies: list[Tensor] = []
         self.reset()
 
     def reset(self) -> None:
-        """A new step begins."""
+        """Forget everything, as a new step begins."""
         self._waits = self._arrived = False
-        self._grads: dict[int, Seen] = {}
+        self._grads: dict[int, SeenGradient] = {}
         self._used: dict[int, Tensor] = {}
         self._weights: list[Tensor] = []
         self._updates: list[Tensor] = []
 
     def release(self) -> None:
-        """The numbers of the step have been read."""
+        """Forget everything, once the numbers of the step have been read."""
         self.reset()
         self._graphed.release()
 
     def hooks(self) -> Iterator[RemovableHandle]:
-        """Hooks that see each gradient once it has been written."""
+        """Hook every parameter; yield what removes the hooks."""
         hook = self._accumulated if self.ranks is None else self._wait
         for parameter in self._parameters:
             if parameter.requires_grad:
                 add = parameter.register_post_accumulate_grad_hook
                 yield add(hook)  # type: ignore[no-untyped-call]  # torch's stubs
 
-    def keep(self, owned: Sequence[Owned]) -> None:
-        """Go on with some of the parameters, in this order."""
+    def keep(self, owned: Sequence[OwnedParameter]) -> None:
+        """Go on with some of the parameters, in the given order."""
         places = {id(p): i for i, p in enumerate(self._parameters)}
         order = [places[id(one.parameter)] for one in owned]
         self._copies, self._weights, self._updates = (
@@ -164,42 +173,42 @@ class ParameterWatch:
         values = _values(grad)
         size = norm(values)
         count = count_nonfinite(values, size)
-        self._grads[id(parameter)] = Seen(size, count, id(grad), version_of(grad))
-        if graph_pool.is_capturing():
+        self._grads[id(parameter)] = SeenGradient(size, count, id(grad), version_of(grad))
+        if device_rows.is_capturing():
             self._graphed.seen.add(id(parameter))
             self._graphed.put(parameter, "grad", size)
             self._graphed.put(parameter, "nonfinite", count)
 
     def _watches(self) -> bool:
         """Whether what happens now is measured: what a graph captures always is."""
-        return self.active or graph_pool.is_capturing()
+        return self.active or device_rows.is_capturing()
 
     @torch.no_grad()
     def before_step(self) -> None:
-        """The optimizer is about to step: gradients as it uses them, and the weights."""
+        """Measure the weights, and gradients as the optimizer uses them, before it steps."""
         if not self._watches():
             return
         parameters = self._local()
         self._copies = self._copies or [torch.empty_like(p) for p in parameters]
         foreach_copy(self._copies, parameters)
-        self._weights = norms(self._copies)
+        self._weights = _norms(self._copies)
         self._put("norm", self._weights)
         self._use()
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """The optimizer has stepped."""
+        """Measure the updates that the optimizer's step has made."""
         if not self._watches():
             return
         if self._arrived:
             self._use()  # the optimizer has called a closure, which clips on its own
         if self._weights:
             foreach_subtract(self._copies, self._local())
-            self._updates = norms(self._copies)
+            self._updates = _norms(self._copies)
             self._put("update", self._updates)
 
     def _put(self, name: str, values: Sequence[Tensor]) -> None:
-        if graph_pool.is_capturing():
+        if device_rows.is_capturing():
             self._graphed.steps = True
             for parameter, value in zip(self._parameters, values, strict=True):
                 self._graphed.put(parameter, name, value)
@@ -216,14 +225,14 @@ class ParameterWatch:
                 self._see(parameter, grad)
             elif seen is None or not seen.still(grad):
                 self._used[key] = norm(_values(grad))
-                if graph_pool.is_capturing():
+                if device_rows.is_capturing():
                     self._graphed.put(parameter, "used", self._used[key])
 
     @torch.no_grad()
     def read(self) -> list[Tensor]:
-        """For each device a tensor (parameters there, `COLUMNS`); not seen is `MISSING`."""
+        """Return for each device a tensor (parameters there, `PARAMETER_NUMBERS`)."""
         if not self._weights and not self._graphed.steps:
-            self._weights = norms(self._local())
+            self._weights = _norms(self._local())
         return [self._table(device, places) for device, places in self._by_device().items()]
 
     def _table(self, device: torch.device, places: Sequence[int]) -> Tensor:
@@ -242,33 +251,33 @@ class ParameterWatch:
                 self._used.get(key, seen.size if seen else missing),
                 self._updates[i] if self._updates else missing,
             ]
-        found = torch.stack(rows).view(-1, len(COLUMNS))
-        return self._graphed.over(found, [self._parameters[i] for i in places])
+        table = torch.stack(rows).view(-1, len(PARAMETER_NUMBERS))
+        return self._graphed.over(table, [self._parameters[i] for i in places])
 
     def in_order(self, tables: Sequence[np.ndarray]) -> np.ndarray:
-        """The tables of `read` on the host, as one with a row for each of `owned`."""
-        found = np.full((len(self.owned), len(COLUMNS)), MISSING)
+        """Return the tables of `read` on the host as one, with a row for each of `owned`."""
+        whole = np.full((len(self.owned), len(PARAMETER_NUMBERS)), MISSING)
         for places, table in zip(self._by_device().values(), tables, strict=True):
-            found[places] = table
-        return found
+            whole[places] = table
+        return whole
 
     def whole(self, shards: np.ndarray) -> np.ndarray:
-        """Rows of `COLUMNS` of whole parameters, from those of the shards on this rank.
+        """Return rows of `PARAMETER_NUMBERS` of whole parameters, from those of this rank's shards.
 
-        Squares and counts are added over the ranks, those of a shard that several ranks have only
-        once. What no rank has seen is missing.
+        Squares and counts are added over the ranks; a shard that several ranks have counts once.
+        A number that no rank has seen is missing.
         """
         if self.ranks is None or not any(map(is_sharded, self._parameters)):
             return shards
-        held = np.array([[copies(p, self.ranks.count)] for p in self._parameters])
+        held = np.array([[copies_of(p, self.ranks.count)] for p in self._parameters])
         there = shards != MISSING
-        powers = np.where(there, shards, 0.0) ** POWERS
+        powers = np.where(there, shards, 0.0) ** _POWERS
         total, present = self.ranks.add(np.stack([powers / held, there]))
-        counts = [name == "nonfinite" for name in COLUMNS]
+        counts = [name == "nonfinite" for name in PARAMETER_NUMBERS]
         return np.where(present > 0, np.where(counts, np.rint(total), np.sqrt(total)), MISSING)
 
     def _local(self) -> list[Tensor]:
-        return [local(parameter) for parameter in self._parameters]
+        return [local_part(parameter) for parameter in self._parameters]
 
     def _by_device(self) -> dict[torch.device, list[int]]:
         places: dict[torch.device, list[int]] = {}
@@ -277,25 +286,25 @@ class ParameterWatch:
         return places
 
 
-def norms(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """`stats.norm` of each; small ones, and those on a GPU, in few calls."""
-    found: dict[int, Tensor] = {}
+def _norms(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """`reductions.norm` of each tensor; of small ones, and on a GPU of all, in few calls."""
+    sizes: dict[int, Tensor] = {}
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for i, x in enumerate(tensors):
-        large = x.device.type == "cpu" and x.numel() > SMALL
+        large = x.device.type == "cpu" and x.numel() > _SMALL
         if large or x.is_complex() or x.is_sparse:
-            found[i] = norm(_values(x))
+            sizes[i] = norm(_values(x))
         else:
             groups.setdefault((x.device, x.dtype), []).append(i)
     for places in groups.values():
-        sizes = foreach_norm([tensors[i] for i in places])
-        found |= dict(zip(places, sizes, strict=True))
-    return [found[i] for i in range(len(tensors))]
+        together = foreach_norm([tensors[i] for i in places])
+        sizes |= dict(zip(places, together, strict=True))
+    return [sizes[i] for i in range(len(tensors))]
 
 
 def _values(x: Tensor) -> Tensor:
-    """All numbers of a parameter or gradient as real ones; of a sparse one those it stores."""
-    x = local(x).detach()
+    """All numbers of a parameter or gradient as real ones; the stored ones of a sparse tensor."""
+    x = local_part(x).detach()
     if x.is_sparse:
         x = x.coalesce().values()
     return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x

@@ -1,8 +1,8 @@
 """Seconds of each layer's calls, forward and backward, in passes that carry no statistics.
 
-Forward: from the layer's call to its return. Backward: from the moment that the gradient of its
-output is complete to that of its input's. Layers that torch does not tell apart, as in a
-checkpoint that runs them again, have no times.
+A forward lasts from the layer's call to its return, a backward from the moment at which the
+gradient of its output is complete to the same moment of its input. Layers that torch does not tell
+apart, as in a checkpoint that runs them again, have no times.
 """
 
 from __future__ import annotations
@@ -22,51 +22,51 @@ from gradflow.engine.flops import FlopCounter
 from gradflow.engine.timing import Clock, Pass, summarise
 from gradflow.runs.records import Timing
 from gradflow.torch_internals import in_backward
-from gradflow.watching.discovery import Place, unit_name
-from gradflow.watching.main_tensor import stream_of
+from gradflow.watching.discovery import WatchedLayer, stream_of, unit_name
+from gradflow.watching.recorder import CallKey
 
-Key = tuple[int, int]
-# Forward and backward, by place and call.
-Seconds = dict[Key, tuple[float, float]]
+# Seconds, or FLOPs, forward and backward, by call.
+CallTimes = dict[CallKey, tuple[float, float]]
 
 
 @dataclass
-class _Call:
-    """Marks of one call; those of backward are None until its gradients come.
+class _MarkedCall:
+    """Numbers of the marks of one call; the marks of backward are None until its gradients come.
 
-    `below` is the call whose output it was given: one moment ends this one and begins that one.
+    `below` is the call whose output this call was given: one mark ends its backward and begins
+    that of `below`.
     """
 
-    key: Key
+    key: CallKey
     entered: int
     x: Tensor | None = None
-    below: _Call | None = None
+    below: _MarkedCall | None = None
     left: int | None = None
     from_above: int | None = None
     to_below: int | None = None
 
 
 @dataclass
-class Marks:
+class _Marks:
     """Every mark of one pass in order, and which of them belong to which call."""
 
     clock: Clock
     moments: list[Any] = field(default_factory=list)
-    calls: list[_Call] = field(default_factory=list)
-    open: list[_Call] = field(default_factory=list)
+    calls: list[_MarkedCall] = field(default_factory=list)
+    open: list[_MarkedCall] = field(default_factory=list)
     counts: Counter[int] = field(default_factory=Counter)
-    last: tuple[_Call, Tensor] | None = None
+    last: tuple[_MarkedCall, Tensor] | None = None
 
     def mark(self) -> int:
-        """A moment; returns its number."""
+        """Mark this moment; return the number of the mark."""
         self.moments.append(self.clock.mark())
         return len(self.moments) - 1
 
     def enter(self, place: int, given: object) -> None:
-        """A layer is called; by a checkpoint, once more."""
-        if in_backward():
+        """Mark the call of a layer."""
+        if in_backward():  # a checkpoint calls it once more
             return
-        call = _Call((place, self.counts[place]), 0, stream_of(given))
+        call = _MarkedCall((place, self.counts[place]), 0, stream_of(given))
         self.counts[place] += 1
         self.calls.append(call)
         self.open.append(call)
@@ -77,7 +77,7 @@ class Marks:
         call.entered = self.mark()
 
     def leave(self, place: int, output: object) -> None:
-        """A layer returns."""
+        """Mark the return of a layer."""
         if in_backward():
             return
         now = self.mark()
@@ -91,23 +91,23 @@ class Marks:
             self.last = call, y
             y.register_hook(lambda g: self._above(call, g))  # type: ignore[no-untyped-call]  # torch's stubs
 
-    def _above(self, call: _Call, g: Tensor | None) -> None:
+    def _above(self, call: _MarkedCall, g: Tensor | None) -> None:
         if g is not None:  # nor that of another piece of one tensor
             call.from_above = self.mark()
 
-    def _below(self, call: _Call, g: Tensor | None) -> None:
+    def _below(self, call: _MarkedCall, g: Tensor | None) -> None:
         if g is not None:
             call.to_below = self.mark()
 
-    def seconds(self) -> Seconds:
-        """Forward and backward seconds of the calls that have both; may wait for the device."""
+    def seconds(self) -> CallTimes:
+        """Return forward and backward seconds of the calls that have both; waits for the device."""
         steps = self.clock.seconds(self.moments)
         return {
             call.key: (sum(steps[call.entered : call.left]), sum(steps[above:below]))
             for call, above, below in self._whole()
         }
 
-    def _whole(self) -> Iterator[tuple[_Call, int, int]]:
+    def _whole(self) -> Iterator[tuple[_MarkedCall, int, int]]:
         end = len(self.moments) - 1
         for call in self.calls:
             below = call.to_below if call.below is None else call.below.from_above
@@ -118,17 +118,17 @@ class Marks:
 
 
 def timed_step(
-    places: Sequence[Place], step: Callable[[], None], clock: Clock
-) -> tuple[Seconds, float]:
-    """Seconds of each call in one step, and of the whole step.
+    layers: Sequence[WatchedLayer], step: Callable[[], None], clock: Clock
+) -> tuple[CallTimes, float]:
+    """Return the seconds of each call in one step, and of the whole step.
 
     Args:
-        places: the layers.
+        layers: the layers to time.
         step: one forward and one backward pass.
-        clock: that of the device.
+        clock: of the device.
     """
-    marks = Marks(clock)
-    with _installed(places, marks):
+    marks = _Marks(clock)
+    with _installed(layers, marks):
         marks.mark()
         step()
         marks.mark()
@@ -138,59 +138,60 @@ def timed_step(
 
 @dataclass(frozen=True)
 class OperationClock:
-    """A clock whose moments are the operations that were counted so far."""
+    """A clock that counts floating-point operations in place of seconds."""
 
     counter: FlopCounter
 
     def mark(self) -> int:
-        """How many there were."""
+        """Return how many operations there were so far."""
         return self.counter.total
 
     def seconds(self, marks: Sequence[int]) -> list[float]:
-        """Operations between neighbours."""
+        """Return the operations between neighbouring marks."""
         return [after - before for before, after in pairwise(marks)]
 
 
-def counted_step(places: Sequence[Place], step: Callable[[], None]) -> Seconds | None:
-    """FLOPs of each call in one step, forward and backward; None where torch has no formula.
+def counted_step(layers: Sequence[WatchedLayer], step: Callable[[], None]) -> CallTimes | None:
+    """Return the FLOPs of each call in one step; None where torch has no formula for an operation.
 
-    They are counted between the very moments at which `timed_step` takes the time. None as well
+    They are counted between the very marks at which `timed_step` takes the time. None as well
     where the step cannot be counted: `torch.cond` and its like refuse to be looked at.
     """
     with suppress(Exception), FlopCounter() as counter:
-        found, _ = timed_step(places, step, OperationClock(counter))
-        return found if counter.is_complete else None
+        flops, _ = timed_step(layers, step, OperationClock(counter))
+        return flops if counter.is_complete else None
     torch.compiler.reset()  # what was half compiled under the counter would fail again
     return None
 
 
 def bare_step(step: Callable[[], None], clock: Clock) -> float:
-    """Seconds of one step without any hook."""
+    """Return the seconds of one step without any hook."""
     marks = [clock.mark()]
     step()
     marks.append(clock.mark())
     return clock.seconds(marks)[0]
 
 
-def put_together(
+def layer_timing(
     units: Sequence[str],
-    steps: Sequence[tuple[Seconds, float]],
+    steps: Sequence[tuple[CallTimes, float]],
     bare: Sequence[float] = (),
-    flops: Seconds | None = None,
+    flops: CallTimes | None = None,
 ) -> Timing | None:
-    """Medians over steps of the calls that have times in every one of them; None if none has.
+    """Return medians over steps of the calls that every step has times of; None if there is none.
 
     Args:
-        units: name of each place.
-        flops: what `counted_step` returned.
+        units: name of each layer.
         steps: what `timed_step` returned, step by step.
         bare: seconds of steps without hooks.
+        flops: what `counted_step` returned.
     """
-    keys = [key for key in steps[0][0] if all(key in found for found, _ in steps)]
+    keys = [key for key in steps[0][0] if all(key in seconds for seconds, _ in steps)]
     if not keys:
         return None
     passes: list[Pass] = [
-        ([found[key][0] for key in keys], [found[key][1] for key in keys]) for found, _ in steps
+        ([seconds[key][0] for key in keys], [seconds[key][1] for key in keys])
+        for seconds, _ in steps
     ]
     names = [(layer, unit_name(units[key[0]], key[1])) for layer, key in enumerate(keys, start=1)]
     timing = summarise(names, passes, bare, [total for _, total in steps])
@@ -201,18 +202,18 @@ def put_together(
 
 
 @contextmanager
-def _installed(places: Sequence[Place], marks: Marks) -> Iterator[None]:
+def _installed(layers: Sequence[WatchedLayer], marks: _Marks) -> Iterator[None]:
     handles: list[RemovableHandle] = []
     try:
-        for number, place in enumerate(places):
-            handles += _on_layer(place.module, number, marks)
+        for place, layer in enumerate(layers):
+            handles += _on_layer(layer.module, place, marks)
         yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _on_layer(layer: nn.Module, place: int, marks: Marks) -> Iterator[RemovableHandle]:
+def _on_layer(layer: nn.Module, place: int, marks: _Marks) -> Iterator[RemovableHandle]:
     def before(_: nn.Module, args: Any, kwargs: Any) -> None:
         marks.enter(place, (args, kwargs))
 

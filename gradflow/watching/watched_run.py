@@ -1,4 +1,4 @@
-"""From the steps that were watched to a `Run`: the records, the verdict and what looks wrong."""
+"""From the steps that were watched to a `Run`, and to TensorBoard."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,27 +16,31 @@ from torch import nn
 
 from gradflow.engine.environment import describe
 from gradflow.engine.rows import log10
-from gradflow.errors import MeasurementError
+from gradflow.errors import MeasurementError, UsageError
 from gradflow.judging.assembly import Measured, assembled_run
 from gradflow.judging.findings import findings
 from gradflow.judging.verdicts import classify
-from gradflow.runs.records import LayerRecord, ParamRecord, Run
+from gradflow.runs.records import LayerRecord, ParamRecord, Run, columns
 from gradflow.specs.model_spec import ModelSpec, Spec
 from gradflow.specs.run_options import RunOptions
-from gradflow.watching.discovery import Place, unit_name
-from gradflow.watching.graph_parameters import MISSING
-from gradflow.watching.host_totals import Key, Tally, in_order
-from gradflow.watching.parameters import Owned, owned_parameters
-from gradflow.watching.ranks import Ranks, class_of
-from gradflow.watching.step_totals import Columns
+from gradflow.watching.device_rows import MISSING
+from gradflow.watching.discovery import WatchedLayer, unit_name
+from gradflow.watching.distributed import Ranks, class_of
+from gradflow.watching.parameters import OwnedParameter, owned_parameters
+from gradflow.watching.recorder import CallKey
+from gradflow.watching.step_totals import ColumnValues, StepNumbers, merged_order
 
 # Columns without a default, where nothing has been measured.
-EMPTY: Columns = dict.fromkeys(("act_rms", "act_max_abs", "grad_norm", "log10_grad_norm"))
+_EMPTY: ColumnValues = dict.fromkeys(("act_rms", "act_max_abs", "grad_norm", "log10_grad_norm"))
+
+
+# Columns that name a row, and hold no number to draw.
+_ROW_NAMES = ("seed", "step", "layer", "unit")
 
 
 @dataclass(frozen=True)
-class Numbers:
-    """A row of `parameters.COLUMNS`; None is missing."""
+class ParameterNumbers:
+    """A row of `PARAMETER_NUMBERS`, with None for missing numbers."""
 
     norm: float | None
     grad: float | None
@@ -46,85 +51,92 @@ class Numbers:
 
 @dataclass(frozen=True)
 class Watched:
-    """What is watched.
+    """The model that is watched, and its layers.
 
     Attributes:
         model: the model.
-        places: its layers, and behind them the candidates that may count in their stead.
-        found: how many of them are layers.
+        layers: its layers, and behind them the candidates that may count in their stead.
+        found: how many of `layers` are no candidates.
         ranks: the processes that share the model.
-        kept: the places that count; None until the model has run.
+        kept: indices of the layers that count; None until the model has run.
     """
 
     model: nn.Module
-    places: Sequence[Place]
+    layers: Sequence[WatchedLayer]
     found: int
     ranks: Ranks | None = None
     kept: Collection[int] | None = None
 
     @property
-    def layers(self) -> list[Place]:
-        """Those that count."""
+    def counting(self) -> list[WatchedLayer]:
+        """The layers that count, as far as is known."""
         kept = range(self.found) if self.kept is None else self.kept
-        return [self.places[i] for i in sorted(kept)]
+        return [self.layers[i] for i in sorted(kept)]
 
     @cached_property
-    def owned(self) -> list[Owned]:
-        """The parameters of the places that count, or may."""
-        return owned_parameters(self.places, self.kept)
+    def owned(self) -> list[OwnedParameter]:
+        """The parameters of the layers that count, or may."""
+        return owned_parameters(self.layers, self.kept)
 
     @cached_property
     def spans(self) -> dict[int, tuple[int, int]]:
-        """First and last place in `owned` of the parameters of each layer, which lie together."""
-        found: dict[int, tuple[int, int]] = {}
+        """Where in `owned` the parameters of each layer begin and end, by its index."""
+        spans: dict[int, tuple[int, int]] = {}
         for i, one in enumerate(self.owned):
-            found[one.place] = found.get(one.place, (i, i))[0], i + 1
-        return found
+            spans[one.place] = spans.get(one.place, (i, i))[0], i + 1
+        return spans
 
-    def unit(self, key: Key) -> str:
-        """Name of a row."""
+    def unit(self, key: CallKey) -> str:
+        """Return the name of the row of a call."""
         place, number = key
-        return unit_name(self.places[place].name, number)
+        return unit_name(self.layers[place].name, number)
 
 
-def to_run(
-    watched: Watched, tallies: Sequence[Tally], options: RunOptions, when: dict[str, Any]
+def watched_run(
+    watched: Watched, steps: Sequence[StepNumbers], options: RunOptions, when: dict[str, Any]
 ) -> Run:
-    """All measured steps as one run.
+    """Return all measured steps as one run.
+
+    Args:
+        watched: the model and its layers.
+        steps: the measured steps.
+        options: thresholds of the verdict.
+        when: entries of the environment beside those of the device.
 
     Raises:
         MeasurementError: no layer has run.
     """
-    if not tallies or not tallies[0].layers:
+    if not steps or not steps[0].layers:
         raise nothing_ran(watched)
-    order = in_order([list(tally.layers) for tally in tallies])
-    spec = _spec(watched, order, tallies[0])
-    layers = [r for tally in tallies for r in _layer_rows(watched, order, tally, options.seed)]
-    params = [r for tally in tallies for r in _param_rows(watched, order, tally, options.seed)]
-    step = verdict_step(spec, layers, options)
-    judged_layers = [row for row in layers if row.step == step]
-    judged_params = [row for row in params if row.step == step]
+    order = merged_order([list(step.layers) for step in steps])
+    spec = _spec(watched, order, steps[0])
+    seed = options.seed
+    layers = [row for step in steps for row in _layer_rows(watched, order, step, seed)]
+    params = [row for step in steps for row in _param_rows(watched, order, step, seed)]
+    judged = verdict_step(spec, layers, options)
+    judged_layers = [row for row in layers if row.step == judged]
+    judged_params = [row for row in params if row.step == judged]
     return assembled_run(
         Measured(
             spec,
             options,
-            describe(spec, tallies[0].device) | when,
+            describe(spec, steps[0].device) | when,
             layers=layers,
             params=params,
             warnings=list(findings(judged_layers, judged_params, spec)),
-            judged_step=step,
+            judged_step=judged,
         )
     )
 
 
 def of_step(run: Run, step: int) -> Run:
-    """The run with the layers of one step alone."""
+    """Return the run with the layers of one step alone."""
     return replace(run, layer_records=[row for row in run.layer_records if row.step == step])
 
 
 def nothing_ran(watched: Watched) -> MeasurementError:
-    """The error for a step in which no layer has run."""
-    names = ", ".join(place.name for place in watched.places[:3])
+    """Return the error for steps in which no layer has run."""
+    names = ", ".join(layer.name for layer in watched.layers[:3])
     return MeasurementError(
         f"no watched layer of {type(watched.model).__name__} has run with gradients ({names}); "
         "run a forward and a backward pass inside `with gradflow.watch(...)`; a function that "
@@ -133,7 +145,7 @@ def nothing_ran(watched: Watched) -> MeasurementError:
 
 
 def verdict_step(spec: Spec, layers: Sequence[LayerRecord], options: RunOptions) -> int:
-    """The first step in which values are lost, else the first step."""
+    """Return the first step in which values are lost, else the first step."""
     steps = {step: list(rows) for step, rows in groupby(layers, key=attrgetter("step"))}
     for step, rows in steps.items():
         judged = [row for row in rows if row.layer > 0 or spec.input_has_gradient]
@@ -142,40 +154,44 @@ def verdict_step(spec: Spec, layers: Sequence[LayerRecord], options: RunOptions)
     return next(iter(steps))
 
 
-def _spec(watched: Watched, order: Sequence[Key], tally: Tally) -> ModelSpec:
-    modules = [watched.places[place] for place, _ in order]
+def _spec(watched: Watched, order: Sequence[CallKey], step: StepNumbers) -> ModelSpec:
+    kinds = (watched.layers[place].kind for place, _ in order)
     return ModelSpec(
         model=class_of(watched.model).__name__,
         units=" ".join(map(watched.unit, order)),
-        kinds=" ".join(place.kind for place in modules),
-        shape="x".join(map(str, tally.shape)),
-        dtype=tally.dtype,
+        kinds=" ".join(kinds),
+        shape="x".join(map(str, step.shape)),
+        dtype=step.dtype,
         parameters=sum(one.parameter.numel() for one in watched.owned),
         training=watched.model.training,
-        input_has_gradient=tally.input.get("grad_norm") is not None,
+        input_has_gradient=step.input.get("grad_norm") is not None,
     )
 
 
 def _layer_rows(
-    watched: Watched, order: Sequence[Key], tally: Tally, seed: int
+    watched: Watched, order: Sequence[CallKey], step: StepNumbers, seed: int
 ) -> Iterator[LayerRecord]:
-    """From the input up; a layer that did not run in this step has no row."""
-    yield LayerRecord(seed, tally.step, 0, "input", **EMPTY | tally.input)
+    """Rows of one step from the input up; a layer that did not run in it has no row."""
+    yield LayerRecord(seed, step.step, 0, "input", **_EMPTY | step.input)
     for layer, key in enumerate(order, start=1):
-        if key in tally.layers:
-            columns = EMPTY | tally.layers[key] | _parameter_columns(watched, key, tally.params)
-            yield LayerRecord(seed, tally.step, layer, watched.unit(key), **columns)
+        if key in step.layers:
+            columns = _EMPTY | step.layers[key] | _parameter_columns(watched, key, step.params)
+            yield LayerRecord(seed, step.step, layer, watched.unit(key), **columns)
 
 
-def _owned_rows(watched: Watched, key: Key, params: np.ndarray) -> list[tuple[Owned, Numbers]]:
-    """The parameters of a layer; those of a module that is called again are its first call's."""
+def _owned_rows(
+    watched: Watched, key: CallKey, params: np.ndarray
+) -> list[tuple[OwnedParameter, ParameterNumbers]]:
+    """The parameters of a layer, which belong to the first call of its module."""
     place, number = key
     own = range(*watched.spans.get(place, (0, 0))) if number == 0 else ()
-    found = ((watched.owned[i], params[i].tolist()) for i in own)
-    return [(one, Numbers(*(None if v == MISSING else v for v in row))) for one, row in found]
+    rows = ((watched.owned[i], params[i].tolist()) for i in own)
+    return [
+        (one, ParameterNumbers(*(None if v == MISSING else v for v in row))) for one, row in rows
+    ]
 
 
-def _parameter_columns(watched: Watched, key: Key, params: np.ndarray) -> Columns:
+def _parameter_columns(watched: Watched, key: CallKey, params: np.ndarray) -> ColumnValues:
     own = [numbers for _, numbers in _owned_rows(watched, key, params)]
     if not own:
         return {}
@@ -193,19 +209,19 @@ def _parameter_columns(watched: Watched, key: Key, params: np.ndarray) -> Column
 
 
 def _length(values: Sequence[float | None]) -> float | None:
-    """Norm of what has these norms together, left-out ones not counted."""
+    """Norm of several tensors together, from their norms; None is left out."""
     present = [value for value in values if value is not None]
     return math.hypot(*present) if present else None
 
 
 def _param_rows(
-    watched: Watched, order: Sequence[Key], tally: Tally, seed: int
+    watched: Watched, order: Sequence[CallKey], step: StepNumbers, seed: int
 ) -> Iterator[ParamRecord]:
     for layer, key in enumerate(order, start=1):
-        for one, numbers in _owned_rows(watched, key, tally.params) if key in tally.layers else ():
+        for one, numbers in _owned_rows(watched, key, step.params) if key in step.layers else ():
             yield ParamRecord(
                 seed,
-                tally.step,
+                step.step,
                 layer,
                 watched.unit(key),
                 one.name,
@@ -216,3 +232,44 @@ def _param_rows(
                 log10(numbers.grad, 0),
                 None if numbers.nonfinite is None else int(numbers.nonfinite),
             )
+
+
+def write_events(rows: Sequence[LayerRecord], folder: Path | str) -> Path:
+    """Write a scalar `column/unit` at its step for every cell; missing cells are left out.
+
+    The numbers are float32 there, as TensorBoard keeps scalars.
+
+    Args:
+        rows: of `layers.csv`, for one seed.
+        folder: where one more file of events goes.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UsageError: the extra is not installed, or the folder cannot be written to.
+    """
+    names = [name for name in columns(LayerRecord) if name not in _ROW_NAMES]
+    writer = _writer(folder)
+    try:
+        for row in rows:
+            for name in names:
+                if (value := getattr(row, name)) is not None:
+                    writer.add_scalar(f"{name}/{row.unit}", value, row.step)
+    finally:
+        writer.close()
+    return Path(folder)
+
+
+def _writer(folder: Path | str) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        rule = "TensorBoard's files need the extra `tensorboard`"
+        remedy = "run pip install 'gradflow-bench[tensorboard]'"
+        raise UsageError(rule, "none installed", remedy) from None
+    try:
+        return SummaryWriter(str(folder))
+    except OSError as error:
+        got = f"{folder} ({error.strerror})"
+        raise UsageError("a folder that can be written to", got, "choose another") from None

@@ -17,7 +17,7 @@ from zoo import WIDTH, Residual, chain
 import gradflow
 from gradflow.errors import UsageError
 from gradflow.watching import Flow, callbacks
-from gradflow.watching.callbacks.session import Watching, base_class
+from gradflow.watching.callbacks import TrainingWatch, base_class
 
 STEPS, BATCH, LR, CLIP = 4, 4, 0.1, 0.05
 # The trainers round the learning rate and the clipping in their own ways.
@@ -86,11 +86,11 @@ def test_what_cannot_be_stored_is_said_before_training(tmp_path: Path) -> None:
     place = tmp_path / "file"
     place.write_text("")
     with pytest.raises(UsageError, match="can be written to"):
-        Watching(out=place)._begin(model_of())
+        TrainingWatch(out=place)._begin(model_of())
 
 
 def test_a_run_that_cannot_be_stored_does_not_cost_the_training(tmp_path: Path) -> None:
-    watching = Watching(out=tmp_path)
+    watching = TrainingWatch(out=tmp_path)
     watching._begin(model_of())
     with pytest.warns(UserWarning, match="gradflow: no watched layer of Chain has run"):
         watching._end()
@@ -98,7 +98,7 @@ def test_a_run_that_cannot_be_stored_does_not_cost_the_training(tmp_path: Path) 
 
 
 def test_the_next_training_takes_the_hooks_of_one_that_failed_away(tmp_path: Path) -> None:
-    watching, failed = Watching(out=tmp_path), model_of()
+    watching, failed = TrainingWatch(out=tmp_path), model_of()
     watching._begin(failed)
     assert has_hooks(failed)
     watching._begin(model_of())

@@ -65,7 +65,7 @@ class Nested(nn.Module):
 def test_one_block_deep_inside_is_the_layer() -> None:
     flow = watched(Universal())
     assert units(flow) == calls("encoder.groups.0", 3)
-    assert [place.name for place in flow.places] == ["encoder.groups.0"]
+    assert [layer.name for layer in flow.watched_layers] == ["encoder.groups.0"]
     # The pooler, which the loss does not see, would make it "dead".
     assert flow.run.summary.verdict == "healthy"
 

@@ -20,9 +20,10 @@ from zoo import WIDTH, Residual, chain
 
 import gradflow
 from gradflow.watching import Flow, flow
-from gradflow.watching.host_totals import in_order
-from gradflow.watching.parameters import COLUMNS, MISSING, Owned, ParameterWatch
-from gradflow.watching.ranks import Ranks, ranks_of, unwrapped
+from gradflow.watching.device_rows import MISSING, PARAMETER_NUMBERS
+from gradflow.watching.distributed import Ranks, ranks_of, unwrapped
+from gradflow.watching.parameters import OwnedParameter, ParameterWatch
+from gradflow.watching.step_totals import merged_order
 
 # Of the parameters, whose gradients nobody averages here, and of one rank alone.
 NOT_STREAMS = ("param_grad_norm", "log10_param_grad_norm", "grad_cos", "headroom_log2")
@@ -120,7 +121,7 @@ class Shards:
         there = [np.array([row]) != MISSING for row in rows]
         power = [2.0, 2.0, 1.0, 2.0, 2.0]
         sums = [np.where(t, np.array([r]), 0) ** power for t, r in zip(there, rows, strict=True)]
-        assert mine.shape == (2, 1, len(COLUMNS))
+        assert mine.shape == (2, 1, len(PARAMETER_NUMBERS))
         return np.stack([sum(sums), self.held * sum(t.astype(float) for t in there)])
 
 
@@ -132,8 +133,8 @@ def test_norms_of_shards_are_those_of_the_parameter(cuts: list[int], held: int) 
     ranks: Any = Shards(parts, held)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("gradflow.watching.parameters.is_sharded", lambda _: True)
-        patch.setattr("gradflow.watching.parameters.copies", lambda *_: held)
-        watch = ParameterWatch([Owned(0, "weight", nn.Parameter(parts[0]))], ranks)
+        patch.setattr("gradflow.watching.parameters.copies_of", lambda *_: held)
+        watch = ParameterWatch([OwnedParameter(0, "weight", nn.Parameter(parts[0]))], ranks)
         mine = np.array([[parts[0].norm().item(), 0.0, 3.0, MISSING, 0.0]])
         (row,) = watch.whole(mine)
     size = whole.norm().item()
@@ -143,8 +144,8 @@ def test_norms_of_shards_are_those_of_the_parameter(cuts: list[int], held: int) 
 def test_keys_that_no_list_has_together_are_in_the_order_of_their_places() -> None:
     lists = [[(0, 0), (2, 0), (3, 0)], [(0, 0), (1, 0), (3, 0)], [(0, 0), (4, 0), (3, 0)]]
     wanted = [(0, 0), (1, 0), (2, 0), (4, 0), (3, 0)]
-    assert in_order(lists) == wanted
-    assert in_order([[(1, 0), (0, 0)], [(1, 0), (2, 0), (0, 0)]]) == [(1, 0), (2, 0), (0, 0)]
+    assert merged_order(lists) == wanted
+    assert merged_order([[(1, 0), (0, 0)], [(1, 0), (2, 0), (0, 0)]]) == [(1, 0), (2, 0), (0, 0)]
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import gradflow
 from gradflow.errors import UsageError
 from gradflow.runs.records import LayerRecord
 from gradflow.watching import Flow
-from gradflow.watching.tensorboard import KEYS, write_events
+from gradflow.watching.watched_run import _ROW_NAMES, write_events
 
 
 def row(step: int = 0, **values: Any) -> LayerRecord:
@@ -51,7 +51,7 @@ def test_every_cell_of_a_training_is_a_scalar(tmp_path: Path) -> None:
     wanted: dict[str, dict[int, float]] = {}
     for layer in flow.layers.to_dict("records"):
         for name, value in layer.items():
-            if name not in KEYS and value is not None and not math.isnan(value):
+            if name not in _ROW_NAMES and value is not None and not math.isnan(value):
                 tag = f"{name}/{layer['unit']}"
                 wanted.setdefault(tag, {})[layer["step"]] = pytest.approx(value, rel=1e-6)
     assert scalars(tmp_path / "board") == wanted

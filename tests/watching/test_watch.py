@@ -22,7 +22,7 @@ from gradflow.errors import MeasurementError, UsageError
 from gradflow.runs.records import LayerRecord
 from gradflow.specs.stack import StackSpec
 from gradflow.watching import Flow
-from gradflow.watching.calls import Pass, Tap
+from gradflow.watching.recorder import Tap, WatchedPass
 
 COMMON = (
     "act_rms",
@@ -360,5 +360,5 @@ def test_steps_leave_numbers_and_no_objects() -> None:
             model(torch.randn(3, WIDTH)).sum().backward()
             flow.end_step()
         gc.collect()
-        assert not [one for one in gc.get_objects() if type(one) in (Tap, Pass)]
+        assert not [one for one in gc.get_objects() if type(one) in (Tap, WatchedPass)]
     assert len(flow.run.layer_records) == 3 * 4

@@ -16,7 +16,7 @@ import gradflow
 from gradflow.errors import MeasurementError
 from gradflow.runs.records import LayerRecord
 from gradflow.watching import Flow
-from gradflow.watching.calls import Pass
+from gradflow.watching.recorder import WatchedPass
 
 NUMBERS = ("act_rms", "act_cos", "grad_norm", "gain", "identity_share", "param_grad_norm")
 # Tracing and differentiation without code generation, which takes most of the time.
@@ -128,7 +128,7 @@ def test_passes_without_a_backward_are_not_kept() -> None:
             step(compiled, batch())
             flow.end_step()
         gc.collect()
-        assert sum(type(one) is Pass for one in gc.get_objects()) <= 2
+        assert sum(type(one) is WatchedPass for one in gc.get_objects()) <= 2
 
 
 @pytest.mark.slow

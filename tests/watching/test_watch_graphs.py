@@ -16,7 +16,7 @@ from zoo import WIDTH, Residual, Universal, chain
 
 import gradflow
 from gradflow.errors import MeasurementError, UsageError
-from gradflow.watching import Flow, graph_pool
+from gradflow.watching import Flow, device_rows
 from gradflow.watching.layer_hooks import _tap, _tap_gradient
 
 STEPS, SAMPLES = 5, 4
@@ -27,8 +27,8 @@ NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 def graph(monkeypatch: pytest.MonkeyPatch) -> FakeGraph:
     """A graph that this machine can capture."""
     made = FakeGraph()
-    monkeypatch.setattr(graph_pool, "KINDS", ("cpu",))
-    monkeypatch.setattr(graph_pool, "is_capturing", lambda: made.capturing)
+    monkeypatch.setattr(device_rows, "CAPTURABLE", ("cpu",))
+    monkeypatch.setattr(device_rows, "is_capturing", lambda: made.capturing)
     return made
 
 
@@ -174,7 +174,7 @@ def test_two_graphs_of_one_model_do_not_disturb_each_other(
     graph: FakeGraph, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     second = FakeGraph()
-    monkeypatch.setattr(graph_pool, "is_capturing", lambda: graph.capturing or second.capturing)
+    monkeypatch.setattr(device_rows, "is_capturing", lambda: graph.capturing or second.capturing)
     model = model_of()
     optimizer, x = optimizer_of(model), batches()[0].clone()
     with gradflow.watch(model) as flow:
@@ -239,7 +239,7 @@ def test_nothing_is_left_on_a_model_whose_step_was_captured(graph: FakeGraph) ->
 def test_more_calls_than_there_is_room_for_are_an_error_that_says_what_to_do(
     graph: FakeGraph, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(graph_pool, "ROWS_PER_LAYER", 1)
+    monkeypatch.setattr(device_rows, "ROWS_PER_LAYER", 1)
     model, x = model_of(), batches()[0]
     with pytest.raises(UsageError, match=r"have \d+ rows.*watch fewer layers"):  # noqa: SIM117
         with gradflow.watch(model), graph:
@@ -257,14 +257,14 @@ def test_a_build_for_cuda_on_a_machine_without_a_driver_can_watch(
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", no_driver)
-    assert not runpy.run_path(graph_pool.__file__)["is_capturing"]()
+    assert not runpy.run_path(device_rows.__file__)["is_capturing"]()
 
 
 def test_parameters_of_which_a_rank_has_a_shard_have_a_row_in_graphs(
     graph: FakeGraph, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The shard is another tensor whenever it is asked for."""
-    monkeypatch.setattr("gradflow.watching.parameters.local", lambda x: x.detach())
+    monkeypatch.setattr("gradflow.watching.parameters.local_part", lambda x: x.detach())
     alike(captured_step(graph), eager())
 
 

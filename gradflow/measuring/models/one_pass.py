@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from gradflow.errors import UsageError
-from gradflow.watching.main_tensor import stream_of
+from gradflow.watching.discovery import stream_of
 
 
 def called(model: nn.Module, batch: Any) -> Any:

@@ -31,8 +31,8 @@ from gradflow.specs.user_files import errors_of_users_code, without_digest
 from gradflow.text import gib
 from gradflow.training.steps import Problem, step_record, train
 from gradflow.watching import watch
-from gradflow.watching.discovery import Place, find_layers, repeats
-from gradflow.watching.times import bare_step, counted_step, put_together, timed_step
+from gradflow.watching.discovery import WatchedLayer, find_layers, repeats
+from gradflow.watching.times import bare_step, counted_step, layer_timing, timed_step
 
 
 def model_timer(request: ModelRequest, options: RunOptions, device: torch.device) -> Timer:
@@ -55,18 +55,18 @@ def timer_of(subject: Subject, request: ModelRequest) -> Timer:
     return Timer(
         timed=partial(timed_step, places, step),
         bare=partial(bare_step, step),
-        summary=partial(put_together, [place.name for place in places], flops=flops),
+        summary=partial(layer_timing, [place.name for place in places], flops=flops),
     )
 
 
-def layers_of(subject: Subject, example: Example, request: ModelRequest) -> list[Place]:
+def layers_of(subject: Subject, example: Example, request: ModelRequest) -> list[WatchedLayer]:
     """The layers of a model; where only a run tells them, after one."""
     model = subject.model
     if request.patterns is not None or repeats(model):
         return find_layers(model, request.patterns)
     with untouched(model), watch(model) as flow:
         backward(subject, example, request)
-    return flow.places
+    return flow.watched_layers
 
 
 # Parameters and their gradients; with them, training has two moments and the values before.

@@ -8,16 +8,16 @@ import torch.distributed as dist
 from torch import nn
 
 from gradflow.errors import UsageError
-from gradflow.watching.callbacks.session import Watching, base_class
+from gradflow.watching.callbacks import TrainingWatch, base_class
 
 _Base: Any = base_class("transformers", "TrainerCallback")
 
 
-class HuggingFaceCallback(Watching, _Base):  # type: ignore[misc]  # Any where it is not installed
+class HuggingFaceCallback(TrainingWatch, _Base):  # type: ignore[misc]  # Any where it is not installed
     """Watches a `transformers.Trainer`: `Trainer(..., callbacks=[HuggingFaceCallback(every=10)])`.
 
-    A step is one of the optimizer, so accumulated batches count as one; evaluations are left out.
-    Arguments and attributes are those of `Watching`.
+    Steps are the optimizer's, so accumulated batches count as one; evaluations are left out.
+    Arguments and attributes are those of `TrainingWatch`.
     """
 
     def on_train_begin(

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from gradflow.watching.callbacks.session import Watching, base_class
+from gradflow.watching.callbacks import TrainingWatch, base_class
 
 _Base: Any = base_class("lightning.pytorch", "Callback")
 
 
-class LightningCallback(Watching, _Base):  # type: ignore[misc]  # Any where it is not installed
+class LightningCallback(TrainingWatch, _Base):  # type: ignore[misc]  # Any where it is not installed
     """Watches a `lightning.Trainer`: `Trainer(..., callbacks=[LightningCallback(every=10)])`.
 
-    A step is one of an optimizer, so accumulated batches count as one; evaluations are left out.
+    Steps are the optimizer's, so accumulated batches count as one; evaluations are left out.
     Names of layers are those in the LightningModule. Arguments and attributes are those of
-    `Watching`.
+    `TrainingWatch`.
     """
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -24,13 +24,13 @@ class LightningCallback(Watching, _Base):  # type: ignore[misc]  # Any where it 
         self._begin(trainer.strategy.model, scaler=scaler)
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        """Lightning calls `validation_step`, not the model: nothing else tells it from training."""
+        """Pause: nothing else tells a `validation_step`, which does not call the model, apart."""
         del trainer, pl_module
         if self.flow is not None:
             self._evaluation.enter_context(self.flow.paused())
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        """Go on."""
+        """Go on after the validation."""
         del trainer, pl_module
         self._evaluation.close()
 
@@ -40,6 +40,6 @@ class LightningCallback(Watching, _Base):  # type: ignore[misc]  # Any where it 
         self._end()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Leave the model as it was."""
+        """Leave the model as it was, without storing a run."""
         del trainer, pl_module
         self._stack.__exit__(type(exception), exception, exception.__traceback__)

@@ -1,4 +1,4 @@
-"""One model on several processes: which they are, and what all of them have seen.
+"""One model on several processes (ranks): which they are, and what all of them have seen.
 
 DDP has all parameters on every rank. FSDP2 (`fully_shard`) has a shard of each, as a DTensor. Under
 both every rank has a batch of its own, and gradients are averaged over the ranks.
@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gradflow.errors import UsageError
 from gradflow.torch_internals import compiled_inner
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Ranks:
     """The processes that share a model; all of them take part in every call of `add` and `gather`.
 
     Attributes:
-        groups: one for each axis of the grid of ranks.
-        device: where their backend can add.
+        groups: of processes, one for each axis of the grid of ranks.
+        device: on which their backend can add.
     """
 
     groups: tuple[dist.ProcessGroup, ...]
@@ -38,7 +38,7 @@ class Ranks:
 
     @property
     def count(self) -> int:
-        """How many processes there are."""
+        """Number of processes that share the model."""
         return prod(group.size() for group in self.groups)
 
     @property
@@ -46,17 +46,17 @@ class Ranks:
         """Whether this process speaks for all."""
         return all(group.rank() == 0 for group in self.groups)
 
-    def gather(self, mine: T) -> list[T]:
-        """What each rank has, in one order on all of them."""
-        found: list[Any] = [mine]
+    def gather(self, mine: _T) -> list[_T]:
+        """Return what each rank has, in one order on all of them."""
+        gathered: list[Any] = [mine]
         for group in self.groups:
             lists: list[Any] = [None] * group.size()
-            dist.all_gather_object(lists, found, group=group)
-            found = [item for part in lists for item in part]
-        return found
+            dist.all_gather_object(lists, gathered, group=group)
+            gathered = [item for part in lists for item in part]
+        return gathered
 
     def add(self, mine: np.ndarray) -> np.ndarray:
-        """The sum over all ranks."""
+        """Return the sum of an array over all ranks."""
         total = torch.from_numpy(mine).to(self.device)
         for group in self.groups:
             dist.all_reduce(total, group=group)
@@ -64,11 +64,11 @@ class Ranks:
 
 
 def ranks_of(model: nn.Module, group: dist.ProcessGroup | None = None) -> Ranks | None:
-    """The processes that share a model; None where it is on one alone.
+    """Return the processes that share a model; None where it is on one alone.
 
     Args:
         model: as it trains, with what is wrapped around it.
-        group: of a DDP model whose inner module this is.
+        group: the processes of a DDP model whose inner module `model` is.
 
     Raises:
         UsageError: parameters are spread in another way than by DDP or FSDP2.
@@ -79,18 +79,18 @@ def ranks_of(model: nn.Module, group: dist.ProcessGroup | None = None) -> Ranks 
     sharded: list[Any] = [p for p in model.parameters() if is_sharded(p)]
     if sharded:
         mesh = sharded[0].device_mesh
-        found = Ranks(tuple(mesh.get_all_groups()), torch.device(mesh.device_type))
+        ranks = Ranks(tuple(mesh.get_all_groups()), torch.device(mesh.device_type))
     elif group := group or _replicas(model):
-        found = Ranks((group,), next(model.parameters()).device)
+        ranks = Ranks((group,), next(model.parameters()).device)
     else:
         return None
-    return found if found.count > 1 else None
+    return ranks if ranks.count > 1 else None
 
 
 def sharded_again(model: nn.Module) -> None:
     """Put parameters back into the shards that the optimizer holds.
 
-    A forward without a backward leaves those of the root gathered.
+    A forward without a backward leaves the parameters of the root gathered.
     """
     for module in model.modules():
         if class_of(module) is not type(module):
@@ -98,7 +98,7 @@ def sharded_again(model: nn.Module) -> None:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside `torch.compile` and DDP, which layers have their names from."""
+    """Return the model inside `torch.compile` and DDP, in which layers have their names."""
     while True:
         if isinstance(model, DistributedDataParallel):
             model = model.module
@@ -109,25 +109,26 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def class_of(module: nn.Module) -> type:
-    """The class of a module as it was written; `fully_shard` puts one of its own before it."""
+    """Return the class of a module as it was written, without the one that `fully_shard` adds."""
     kind = type(module)
     sharded = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
     return kind.__bases__[1] if sharded is not None and sharded in kind.__bases__ else kind
 
 
 def is_sharded(x: Tensor) -> bool:
-    """Whether it is a DTensor; whoever has one has imported its module."""
+    """Return whether a tensor is a DTensor."""
+    # Whoever has a DTensor has imported its module.
     tensors = sys.modules.get("torch.distributed.tensor")
     return tensors is not None and isinstance(x, tensors.DTensor)
 
 
-def local(x: Tensor) -> Tensor:
-    """The part of a tensor that lies on this rank: all of it, or its shard."""
+def local_part(x: Tensor) -> Tensor:
+    """Return the part of a tensor that lies on this rank: all of it, or its shard."""
     return x.to_local() if is_sharded(x) else x  # type: ignore[attr-defined]  # a DTensor
 
 
-def copies(x: Tensor, count: int) -> int:
-    """How many of `count` ranks have the part of a parameter that this one has."""
+def copies_of(x: Tensor, count: int) -> int:
+    """Return how many of `count` ranks have the part of a parameter that this rank has."""
     if not is_sharded(x):
         return count
     mesh, placements = x.device_mesh, x.placements  # type: ignore[attr-defined]  # a DTensor
@@ -135,13 +136,13 @@ def copies(x: Tensor, count: int) -> int:
 
 
 def _replicas(model: nn.Module) -> dist.ProcessGroup | None:
-    """The group of a DDP model."""
+    """Group of the processes of a DDP model."""
     wrapped = (m for m in model.modules() if isinstance(m, DistributedDataParallel))
     return next((m.process_group for m in wrapped), None)
 
 
 def _unknown(model: nn.Module) -> Iterator[str]:
-    """What spreads parameters in ways whose norms would be wrong here."""
+    """Ways in which parameters are spread whose norms would be wrong here."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is not None and any(
         isinstance(m, fsdp.FullyShardedDataParallel) for m in model.modules()
