@@ -1,6 +1,6 @@
 """The pytest plugin: gradient flow as an assertion. Imports no torch until it is used.
 
-PYTEST_DONT_REWRITE: it has no assertions of its own.
+PYTEST_DONT_REWRITE: the module has no assertions of its own.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ def assert_gradient_flow(
 
     Raises:
         AssertionError: with the verdict, the reasons, the layer and a small profile.
-        UsageError: a value that cannot work.
+        UsageError: a limit is negative or NaN, `model` is no module, or nothing takes a gradient.
     """
     __tracebackhide__ = True
     from gradflow.judging.gate import Bounds, check_limits
-    from gradflow.measuring.guard import Baseline, guard
+    from gradflow.measuring.guard import NormsFile, guard
 
     bounds = Bounds(max_decades, no_nonfinite=True)
     check_limits(bounds, rtol)
-    kept = None if baseline is None else Baseline(Path(baseline), rtol, update)
+    kept = None if baseline is None else NormsFile(Path(baseline), rtol, update)
     if lines := guard(model, batch, bounds, loss, kept):
         raise AssertionError("\n".join(lines))
 
@@ -72,7 +72,7 @@ class Guard:
         baseline: str | None = None,
         **options: Any,
     ) -> None:
-        """As the function; `baseline` is a name in `gradflow_baselines/` beside the test file."""
+        """Fail as `assert_gradient_flow` does; `baseline` names a file in `gradflow_baselines/`."""
         __tracebackhide__ = True
         file = None if baseline is None else self.folder / f"{baseline}.csv"
         options = {"update": self.update} | options
@@ -80,12 +80,12 @@ class Guard:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add `--gradflow-update`."""
+    """Add the option `--gradflow-update` to pytest."""
     group = parser.getgroup("gradflow")
     group.addoption("--gradflow-update", action="store_true", help="rewrite gradient baselines")
 
 
 @pytest.fixture
 def gradflow(request: pytest.FixtureRequest) -> Guard:
-    """Asserts gradient flow, with baselines beside the test file."""
+    """Assert gradient flow, with baselines in a folder beside the test file."""
     return Guard(request.path.parent / FOLDER, bool(request.config.getoption("gradflow_update")))

@@ -55,13 +55,14 @@ class Bounds:
 DEFAULT_BOUNDS = Bounds(max_decades=3.0)
 
 
-def check_limits(bounds: Bounds, rtol: float, spelled: Callable[[str], str] = str) -> None:
+def check_limits(bounds: Bounds, rtol: float, spelled: Callable[[str], str] = "{}=".format) -> None:
     """Refuse limits that make no sense.
 
     Args:
         bounds: the limits.
         rtol: relative difference from a baseline that passes.
-        spelled: how the caller's user writes the name of a limit, such as `--max-decades`.
+        spelled: how the caller's user writes the name of a limit: `max_decades=` in Python,
+            `--max-decades` on the command line.
 
     Raises:
         UsageError: a negative limit, NaN, or an empty range.
@@ -70,7 +71,8 @@ def check_limits(bounds: Bounds, rtol: float, spelled: Callable[[str], str] = st
     for name, value in (limits | {"rtol": rtol}).items():
         if value is not None and not (math.isfinite(value) and value >= 0):
             rule = f"{spelled(name)} is a finite number of at least 0"
-            raise UsageError(rule, value, f"use for example {spelled(name)} 1")
+            example = f"{spelled(name)} 1".replace("= ", "=")
+            raise UsageError(rule, value, f"use for example {example}")
     low, high = bounds.min_gain, bounds.max_gain
     if low is not None and high is not None and low > high:
         rule = f"{spelled('min_gain')} is at most {spelled('max_gain')}"

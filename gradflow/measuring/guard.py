@@ -20,20 +20,20 @@ from gradflow.measuring.models.one_pass import called, projection, untouched
 from gradflow.runs.records import LayerRecord, Run
 from gradflow.watching import watch
 
-COLUMNS = ("unit", "log10_grad_norm", "log10_param_grad_norm")
-# Lines of the profile in a failure; the rows between are left out.
-SHOWN = 12
-Loss = Callable[[Any], Tensor]
+_STORED = ("unit", "log10_grad_norm", "log10_param_grad_norm")
+# Lines of the profile in a failure; the rows between them are left out.
+_LINES = 12
+_Loss = Callable[[Any], Tensor]
 
 
 @dataclass(frozen=True)
-class Baseline:
+class NormsFile:
     """A file of gradient norms in the user's repository.
 
     Attributes:
         file: the CSV file.
         rtol: relative difference of a norm that passes.
-        update: write the file instead of reading it.
+        update: whether to write the file instead of reading it.
     """
 
     file: Path
@@ -45,27 +45,37 @@ def guard(
     model: nn.Module,
     batch: Any,
     bounds: Bounds,
-    loss: Loss | None = None,
-    baseline: Baseline | None = None,
+    loss: _Loss | None = None,
+    baseline: NormsFile | None = None,
 ) -> list[str]:
-    """Lines that say what is wrong, with verdict and profile; none where all holds."""
+    """Return lines that say what is wrong, with verdict and profile; none where all holds.
+
+    Args:
+        model: any module; it is left as it was.
+        batch: its input, as for `flow_of`.
+        bounds: limits on the gradient.
+        loss: a scalar from the output, as for `flow_of`.
+        baseline: the file of norms to hold the model's against, or to write.
+    """
     run = flow_of(model, batch, loss)
     reasons = list(judge_run(run, bounds).reasons)
     if baseline is not None and baseline.update and not reasons:
-        write(run, baseline.file)
+        _write(run, baseline.file)
     elif baseline is not None and not baseline.update:
         reasons += _against(run, baseline)
     return _failure(run, reasons) if reasons else []
 
 
-def flow_of(model: nn.Module, batch: Any, loss: Loss | None = None, seed: int = 0) -> Run:
-    """Watch one forward and one backward pass; gradients, buffers and random state are put back.
+def flow_of(model: nn.Module, batch: Any, loss: _Loss | None = None, seed: int = 0) -> Run:
+    """Watch one forward and one backward pass of a model, which is left as it was.
+
+    Gradients, buffers and the random state are put back.
 
     Args:
         model: any module.
         batch: its input: one tensor, a tuple or list of arguments, or a mapping of names to them.
-        loss: a scalar from the output; None: <c, y> with a random c of norm 1, y the first
-            floating tensor of the output.
+        loss: a scalar from the output; None takes <c, y> with a random c of norm 1, where y is the
+            first floating tensor of the output.
         seed: of c, and of dropout.
 
     Raises:
@@ -81,16 +91,16 @@ def flow_of(model: nn.Module, batch: Any, loss: Loss | None = None, seed: int = 
     return flow.run
 
 
-def write(run: Run, file: Path) -> None:
+def _write(run: Run, file: Path) -> None:
     """Write the norms of a run: one row per layer, in full precision; missing is empty."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w", newline="", encoding="utf-8") as out:
         writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        writer.writerows([getattr(row, name) for name in COLUMNS] for row in run.layer_records)
+        writer.writerow(_STORED)
+        writer.writerows([getattr(row, name) for name in _STORED] for row in run.layer_records)
 
 
-def _against(run: Run, baseline: Baseline) -> Iterator[str]:
+def _against(run: Run, baseline: NormsFile) -> Iterator[str]:
     if not baseline.file.is_file():
         yield f"no baseline {baseline.file.name}: write it with --gradflow-update"
         return
@@ -99,7 +109,7 @@ def _against(run: Run, baseline: Baseline) -> Iterator[str]:
         yield f"{baseline.file.name} has other layers: write it anew with --gradflow-update"
         return
     for row, base in zip(run.layer_records, stored, strict=True):
-        for name in COLUMNS[1:]:
+        for name in _STORED[1:]:
             if not _close(getattr(row, name), base[name], math.log10(1 + baseline.rtol)):
                 mine = getattr(row, name)
                 yield f"{row.unit}: {name} {mine}, baseline {base[name] or 'none'}"
@@ -108,10 +118,10 @@ def _against(run: Run, baseline: Baseline) -> Iterator[str]:
 def _stored(file: Path) -> list[dict[str, str]]:
     with file.open(newline="", encoding="utf-8") as given:
         header, *rows = list(csv.reader(given)) or [[]]
-    if tuple(header) != COLUMNS or any(len(row) != len(COLUMNS) for row in rows):
-        rule = f"a baseline has the columns {', '.join(COLUMNS)}"
+    if tuple(header) != _STORED or any(len(row) != len(_STORED) for row in rows):
+        rule = f"a baseline has the columns {', '.join(_STORED)}"
         raise UsageError(rule, file.name, "write it anew with --gradflow-update")
-    return [dict(zip(COLUMNS, row, strict=True)) for row in rows]
+    return [dict(zip(_STORED, row, strict=True)) for row in rows]
 
 
 def _close(mine: float | None, stored: str, limit: float) -> bool:
@@ -152,7 +162,7 @@ def _decades(row: LayerRecord) -> float:
 def _profile(rows: Sequence[LayerRecord]) -> Iterator[str]:
     finite = [v for row in rows if math.isfinite(v := _decades(row))]
     low, high = min(finite, default=0.0), max(finite, default=0.0)
-    count = min(SHOWN, len(rows))
+    count = min(_LINES, len(rows))
     for i in range(count):
         row = rows[i * (len(rows) - 1) // max(count - 1, 1)]
         value = _decades(row)

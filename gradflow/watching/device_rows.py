@@ -69,7 +69,7 @@ class Pool:
         return torch.cat(used)[: self.taken] if used else torch.empty(0, _WIDTH).double()
 
     def release(self) -> None:
-        """Give all rows back."""
+        """Give all rows back to be taken anew."""
         self.taken = 0
 
     def times(self, row: list[float]) -> float:  # noqa: ARG002 (graphs look at it)

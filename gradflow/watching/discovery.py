@@ -1,4 +1,4 @@
-"""What of a model is watched: which modules are layers, and which of their tensors is the stream.
+"""Finds what to watch in a model: the modules that are layers, and the stream among their tensors.
 
 Layers are the modules that a pattern names, or the repeated blocks. The stream is the main tensor
 among those that a layer takes or returns, in a tuple, a dictionary or a dataclass.

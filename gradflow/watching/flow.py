@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 
 class Flow:
-    """What `watch` has seen so far.
+    """The steps that `watch` has seen so far, as a run.
 
     A step ends when an optimizer steps, when `end_step` is called, or with the `with` block; the
     backward passes before that count as one batch. Steps are numbered by how many came before.

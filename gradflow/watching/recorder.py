@@ -1,4 +1,4 @@
-"""What is kept of every forward pass of a step and of its backward pass: calls, taps, numbers.
+"""The recorder: it keeps calls, taps and numbers of every forward and backward pass of a step.
 
 A tap is one watched tensor: the output of a layer, or the input of a layer that is not the output
 of another. Its numbers are rows of a `Pool`. A step may have several passes, each a forward with
@@ -62,7 +62,7 @@ class Tap:
 
     @property
     def device(self) -> torch.device:
-        """Device of the tensor."""
+        """The device on which the tensor lies."""
         return self.forward[0].device
 
 

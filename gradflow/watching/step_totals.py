@@ -89,7 +89,7 @@ class LayerTotals:
 
 @dataclass(frozen=True)
 class RankTotals:
-    """What one process has seen of a step; some 20 numbers a layer, which go to all ranks.
+    """Totals of a step on one process: some 20 numbers a layer, which go to all ranks.
 
     Attributes:
         input: totals of the input of the first layer; None where there is none.

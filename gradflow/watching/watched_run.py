@@ -1,4 +1,4 @@
-"""From the steps that were watched to a `Run`, and to TensorBoard."""
+"""Makes a `Run` of the steps that were watched, and events for TensorBoard."""
 
 from __future__ import annotations
 

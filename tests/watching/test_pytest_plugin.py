@@ -113,6 +113,11 @@ def test_nan_and_zero_fail_whatever_the_bounds() -> None:
 def test_usage() -> None:
     with pytest.raises(UsageError, match=r"nn\.Module"):
         assert_gradient_flow(lambda x: x, torch.ones(1))  # type: ignore[arg-type]
+    limit = (
+        r"^max_decades= is a finite number of at least 0; got -1; use for example max_decades=1$"
+    )
+    with pytest.raises(UsageError, match=limit):
+        assert_gradient_flow(stack(), torch.ones(1, 8), max_decades=-1)
     frozen = stack().requires_grad_(False)
     with pytest.raises(UsageError, match="takes a gradient"):
         assert_gradient_flow(frozen, torch.ones(1, 8))

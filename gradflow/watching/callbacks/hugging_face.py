@@ -1,4 +1,4 @@
-"""The callback for `transformers.Trainer`."""
+"""The callback that watches a `transformers.Trainer`."""
 
 from __future__ import annotations
 
@@ -38,6 +38,6 @@ class HuggingFaceCallback(TrainingWatch, _Base):  # type: ignore[misc]  # Any wh
         self._begin(model, scaler=scaler, group=dist.group.WORLD if shared else None)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Store the run."""
+        """Store the run, as training ends."""
         del args, state, control, given
         self._end()

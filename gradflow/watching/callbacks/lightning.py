@@ -1,4 +1,4 @@
-"""The callback for `lightning.Trainer`."""
+"""The callback that watches a `lightning.Trainer`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class LightningCallback(TrainingWatch, _Base):  # type: ignore[misc]  # Any wher
         self._evaluation.close()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Store the run."""
+        """Store the run, as training ends."""
         del trainer, pl_module
         self._end()
 
