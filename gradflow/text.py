@@ -5,9 +5,6 @@ Everything inside the package is SI and full precision; this module is the edge 
 
 from __future__ import annotations
 
-import csv
-import html
-import io
 import json
 import math
 import re
@@ -127,6 +124,8 @@ def _escape(character: str) -> str:
 
 def escape_markdown(text: str) -> str:
     """The text as one line in which nothing is Markdown or HTML."""
+    import html  # a millisecond, as `csv` below: the command line waits for neither
+
     for mark in "\\|`*_[]~":
         text = text.replace(mark, "\\" + mark)
     return html.escape(" ".join(text.split()), quote=False)
@@ -148,6 +147,9 @@ def _markdown_row(cells: Sequence[str]) -> str:
 
 def csv_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Dictionaries as CSV, all their keys on the first line; a missing value is an empty cell."""
+    import csv
+    import io
+
     columns = dict.fromkeys(key for row in rows for key in row)
     text = io.StringIO()
     writer = csv.DictWriter(text, list(columns), lineterminator="\n")

@@ -19,10 +19,10 @@ from gradflow.cli.common import (
     Residual,
     RunFolders,
     check_target,
+    one_shortcut,
     read_runs,
     run_name,
     say,
-    shortcut,
     write_text,
 )
 from gradflow.cli.options import with_fields
@@ -67,7 +67,7 @@ def check_command(
     from gradflow.judging.gate import DEFAULT_BOUNDS, Bounds, check_limits, load_baseline
 
     check_target(json)
-    given |= shortcut(given, residual, plain)
+    given |= one_shortcut(given, residual, plain)
     _check_source(runs, given)
     bounds = Bounds(max_decades, min_gain, max_gain, no_nonfinite)
     if bounds.empty and baseline is None:

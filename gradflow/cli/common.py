@@ -41,31 +41,31 @@ Content = TypeVar("Content")
 # The shortcut
 
 
-def shortcut(given: Mapping[str, Any], residual: bool, plain: bool) -> dict[str, str]:
-    """The field that `--residual` or `--plain` stands for.
-
-    Raises:
-        UsageError: both are given, or one of them beside `--shortcut`.
-    """
-    check_shortcut(given, residual, plain)
-    if residual and plain:
-        rule = "a unit has a shortcut or has none"
-        raise UsageError(rule, "--residual --plain", "give one of the two")
-    if residual or plain:
-        return {"shortcut": "residual" if residual else "plain"}
-    return {}
-
-
-def check_shortcut(given: Mapping[str, Any], residual: bool, plain: bool) -> None:
-    """Refuse two ways to say what the shortcut is.
+def shortcuts(given: Mapping[str, Any], residual: bool, plain: bool) -> list[str]:
+    """The values of `--shortcut` that `--residual` and `--plain` stand for.
 
     Raises:
         UsageError: `--residual` or `--plain` beside `--shortcut`.
     """
-    if "shortcut" in given and (residual or plain):
-        short = "--residual" if residual else "--plain"
-        rule = f"{short} is short for --shortcut {short[2:]}"
+    named = ["residual"] * residual + ["plain"] * plain
+    if named and "shortcut" in given:
+        short = f"--{named[0]}"
+        rule = f"{short} is short for --shortcut {named[0]}"
         raise UsageError(rule, f"{short} and --shortcut", "give one of the two")
+    return named
+
+
+def one_shortcut(given: Mapping[str, Any], residual: bool, plain: bool) -> dict[str, str]:
+    """The field that `--residual` or `--plain` stands for; empty without both.
+
+    Raises:
+        UsageError: both are given, or one of them beside `--shortcut`.
+    """
+    named = shortcuts(given, residual, plain)
+    if len(named) > 1:
+        rule = "a unit has a shortcut or has none"
+        raise UsageError(rule, "--residual --plain", "give one of the two")
+    return {"shortcut": named[0]} if named else {}
 
 
 # Stored runs

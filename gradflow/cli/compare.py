@@ -19,12 +19,12 @@ from gradflow.cli.common import (
     Residual,
     RunFolders,
     Targets,
-    check_shortcut,
     check_target,
     load_runs,
     progress_bar,
     say,
     say_notes,
+    shortcuts,
     show_view,
     write_targets,
 )
@@ -93,9 +93,8 @@ def compare_command(
     quiet: Quiet = False,
 ) -> None:
     """Compare designs side by side: options take lists, joined by commas. Bare: the seed grid."""
-    check_shortcut(given, residual, plain)
-    if residual or plain:
-        given["shortcut"] = ["residual"] * residual + ["plain"] * plain
+    if named := shortcuts(given, residual, plain):
+        given["shortcut"] = named
     targets = {"csv": csv, "markdown": markdown, "json": json}
     _check_request(runs, bool(given) or theory_only, targets, noise)
     if theory_only:
@@ -164,12 +163,7 @@ def _make_grid(given: dict[str, Any]) -> Grid:
 
 
 def _measure_grid(
-    grid: Grid,
-    out: Path,
-    chosen: _ChosenExecutor,
-    *,
-    fresh: bool,
-    quiet: bool,
+    grid: Grid, out: Path, chosen: _ChosenExecutor, *, fresh: bool, quiet: bool
 ) -> Sweep:
     """Every cell of the grid, measured now or found in `out`.
 
@@ -177,8 +171,8 @@ def _measure_grid(
         grid: the cells.
         out: folder of the runs.
         chosen: where the cells are measured.
-        fresh: do not look for stored runs.
-        quiet: no progress.
+        fresh: measure cells that are stored, too.
+        quiet: show no progress.
 
     Raises:
         UsageError: a bad value.
@@ -229,8 +223,8 @@ def _choose_reference(runs: Sequence[Run | None], wanted: str | None) -> Run:
     """The run that times are divided by: the first unless a number or a folder is given.
 
     Args:
-        runs: in the order of the grid; None where a cell has failed.
-        wanted: a number from 1, or a folder, among the runs or not.
+        runs: the runs in the order of the grid; None where a cell has failed.
+        wanted: a number from 1, or a folder of these runs or of another one.
 
     Raises:
         UsageError: there is no such run.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from importlib.resources import files
 from typing import Annotated
 
 import typer
@@ -28,6 +27,8 @@ def guide_page(topic: str) -> str:
     Raises:
         UsageError: the topic is unknown.
     """
+    from importlib.resources import files  # 3 ms, which `--help` need not wait for
+
     check_choice("the topic", topic, TOPICS)
     return files("gradflow").joinpath("guide", f"{topic}.md").read_text(encoding="utf-8")
 

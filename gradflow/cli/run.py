@@ -12,9 +12,9 @@ from gradflow.cli.common import (
     Quiet,
     Residual,
     check_target,
+    one_shortcut,
     progress_bar,
     say,
-    shortcut,
     show_view,
     write_text,
 )
@@ -40,7 +40,7 @@ def run_command(
 ) -> None:
     """Measure one stack, or a model: gradient norms, gains and times per layer, and a verdict."""
     check_target(json)
-    given |= shortcut(given, residual, plain)
+    given |= one_shortcut(given, residual, plain)
     if theory_only:
         predict_run(given, json, quiet=quiet)
         return

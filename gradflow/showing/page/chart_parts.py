@@ -169,32 +169,26 @@ def themed(
 ) -> alt.LayerChart:
     """The chart in the given colours, with the letters and lines of all charts."""
     text: dict[str, Any] = {"labelColor": ink, "titleColor": ink, "titleFontWeight": "normal"}
-    axis = alt.AxisConfig(
-        **text,
-        labelFontSize=12,
-        titleFontSize=12,
-        gridColor=ink,
-        gridOpacity=0.12,
-        domainColor=ink,
-        tickColor=ink,
-    )
-    legend = alt.LegendConfig(
-        **text,
-        labelFontSize=12,
-        labelLimit=330,
-        orient="bottom",
-        columnPadding=16,
-        symbolOpacity=1,
-        symbolLimit=0,
-    )
+    axis: dict[str, Any] = {
+        "labelFontSize": 12,
+        "titleFontSize": 12,
+        "gridColor": ink,
+        "gridOpacity": 0.12,
+    }
+    legend: dict[str, Any] = {
+        "labelFontSize": 12,
+        "labelLimit": 330,
+        "orient": "bottom",
+        "columnPadding": 16,
+    }
     # One call, because every `configure_...` of Altair copies the chart.
     return chart.configure(
         background=paper,
         font=_FONT,
         aria=False,
         range=alt.RangeConfig(category=list(colours), symbol=list(MARK_SHAPES)),
-        axis=axis,
-        legend=legend,
+        axis=alt.AxisConfig(**text, **axis, domainColor=ink, tickColor=ink),
+        legend=alt.LegendConfig(**text, **legend, symbolOpacity=1, symbolLimit=0),
         title=alt.TitleConfig(color=ink, subtitleColor=ink, anchor="start", fontSize=16),
         rule=alt.MarkConfig(color=ink),
         view=alt.ViewConfig(stroke=None),

@@ -252,16 +252,8 @@ def _chart_spec(name: str, sample: pl.DataFrame) -> dict[str, Any]:
     spec |= {"data": {"name": drawing.table}, "autosize": {"type": "fit-x", "contains": "padding"}}
     if not drawing.bars:
         spec["height"] = CHART_HEIGHT
-    return {
-        "spec": spec,
-        "table": drawing.table,
-        "title": drawing.title,
-        "columns": drawing.columns,
-        "span": drawing.span,
-        "near": drawing.near,
-        "seen": drawing.seen,
-        "bars": drawing.bars,
-    }
+    steered_by = ("table", "title", "columns", "span", "near", "seen", "bars")
+    return {"spec": spec} | {name: getattr(drawing, name) for name in steered_by}
 
 
 @cache

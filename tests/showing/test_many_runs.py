@@ -229,9 +229,3 @@ def test_markdown_has_the_answer_and_all_rows() -> None:
     assert sum(line.startswith("| residual, pre-norm") for line in lines) == 100
     bars = {line.count("|") for line in lines if line.startswith("|")}
     assert bars == {10, 8}
-
-
-def test_markdown_escapes_what_would_be_markup() -> None:
-    from gradflow.text import escape_markdown
-
-    assert escape_markdown("a|b `c` *d* <e>\n~f~") == r"a\|b \`c\` \*d\* &lt;e&gt; \~f\~"
