@@ -27,7 +27,7 @@ from pathlib import Path
 from side_by_side import write_table
 
 from gradflow.engine.environment import describe
-from gradflow.judging.run_summary import summarise_run
+from gradflow.judging.assembly import summarise_run
 from gradflow.runs.records import LayerRecord, Run
 from gradflow.runs.store import run_json, save
 from gradflow.specs.run_options import RunOptions

@@ -110,11 +110,11 @@ def compare_command(
         done = _measure_grid(grid, out, chosen, fresh=fresh, quiet=quiet)
         measured = [done.runs.get(cell) for cell in grid.cells]
         failures = _failure_lines(done.failures)
-    from gradflow.judging.comparison import compare
+    from gradflow.judging.comparison import compare_runs
 
     base, present = _choose_reference(measured, reference), [run for run in measured if run]
     say_notes(present)
-    _side_by_side(compare(present, base, noise, failures), targets, quiet=quiet)
+    _side_by_side(compare_runs(present, base, noise, failures), targets, quiet=quiet)
     if failures:
         raise MeasurementError(f"{count(len(failures), 'cell')} could not be measured; see above")
 

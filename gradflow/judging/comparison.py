@@ -56,7 +56,7 @@ class Ratio:
 
 
 @dataclass(frozen=True)
-class Row:
+class ComparedRun:
     """One run beside the reference. `name` says what tells it from the other runs."""
 
     run: Run
@@ -90,13 +90,13 @@ class Comparison:
     `failures` has one line for each cell without a run, or without times.
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[ComparedRun, ...]
     reference: Run
     noise: float
     failures: tuple[str, ...] = ()
 
 
-def compare(
+def compare_runs(
     runs: Sequence[Run], reference: Run, noise: float = NOISE, failures: Sequence[str] = ()
 ) -> Comparison:
     """Put runs beside a reference.
@@ -110,7 +110,7 @@ def compare(
     if not any(run is reference for run in runs):
         runs = [reference, *runs]
     rows = [
-        Row(
+        ComparedRun(
             run=run,
             name=name,
             profile=mean_profile(run.first_records),
@@ -136,14 +136,14 @@ def mean_profile(
     return tuple(sum(logs) / len(logs) for logs in zip(*seeds, strict=False))
 
 
-def _sorted(rows: Iterable[Row]) -> list[Row]:
+def _sorted(rows: Iterable[ComparedRun]) -> list[ComparedRun]:
     """Designs together; first those whose deepest run is nearest to no change."""
     by_design = sorted(rows, key=attrgetter("design", "depth"))
     groups = [list(group) for _, group in groupby(by_design, key=attrgetter("design"))]
     return [row for group in sorted(groups, key=_badness) for row in group]
 
 
-def _badness(group: Sequence[Row]) -> tuple[int, float]:
+def _badness(group: Sequence[ComparedRun]) -> tuple[int, float]:
     """How many depths lose the gradient; then decades at the largest depth."""
     lost = sum(not verdict_named(row.summary.verdict).passes for row in group)
     total = group[-1].summary.total_log10_gain

@@ -21,13 +21,13 @@ from gradflow.specs.run_options import RunOptions
 from gradflow.specs.stack import run_key
 from gradflow.text import count
 
-NAN_OR_INFINITY = "NaN or infinity"
+_NAN_OR_INFINITY = "NaN or infinity"
 # A row, and what is wrong there.
-Lost = tuple[LayerRecord, str]
+_Lost = tuple[LayerRecord, str]
 # Reasons of one kind that are listed one by one; the rest is counted.
-SHOWN = 3
+_SHOWN = 3
 # These move gradients by rounding only; that is what a tolerance is for, so they are only said.
-SAID = ("device_name", "gradflow", "torch", "threads", "matmul_precision")
+_SAID = ("device_name", "gradflow", "torch", "threads", "matmul_precision")
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def against_baseline(run: Run, baseline: Run, rtol: float) -> Judgement:
         *_apart(pairs, "|dW|", "log10_param_grad_norm", limit),
     ]
     what = f"gradient norms at {len(pairs)} places, each within {rtol:g} of the baseline"
-    elsewhere = [f"  beside a baseline with {line}" for line in _differences(run, baseline, SAID)]
+    elsewhere = [f"  beside a baseline with {line}" for line in _differences(run, baseline, _SAID)]
     return _arrives(run) + Judgement((what, *elsewhere), tuple(reasons))
 
 
@@ -192,7 +192,7 @@ def _arrives(run: Run) -> Judgement:
     trained = {(row.seed, row.layer, row.unit) for row in run.param_records}
     wanted = run.spec.depth * run.spec.units_per_block + run.spec.input_has_gradient
     absent: list[str] = []
-    lost: list[Lost] = []
+    lost: list[_Lost] = []
     for seed, rows in _seeds(run):
         if len(rows) != wanted:
             absent.append(f"seed {seed}: {len(rows)} of {wanted} places have a gradient")
@@ -208,15 +208,15 @@ def _beginning(run: Run) -> Iterator[str]:
         yield f"NaN or infinity begins at {where}"
 
 
-def _lost_gradients(rows: Sequence[LayerRecord]) -> Iterator[Lost]:
+def _lost_gradients(rows: Sequence[LayerRecord]) -> Iterator[_Lost]:
     for row in rows:
-        if fault := _fault(row.log10_grad_norm) or (NAN_OR_INFINITY if row.nonfinite else ""):
+        if fault := _fault(row.log10_grad_norm) or (_NAN_OR_INFINITY if row.nonfinite else ""):
             yield row, f"gradient is {fault}"
 
 
 def _lost_parameters(
     rows: Sequence[LayerRecord], trained: set[tuple[int, int, str]]
-) -> Iterator[Lost]:
+) -> Iterator[_Lost]:
     for row in rows:
         has_any = row.param_norm is not None or (row.seed, row.layer, row.unit) in trained
         if has_any and (fault := _fault(row.log10_param_grad_norm)):
@@ -229,7 +229,7 @@ def _fault(decades: float | None) -> str:
         return "missing"
     if decades == -math.inf:
         return "zero"
-    return "" if math.isfinite(decades) else NAN_OR_INFINITY
+    return "" if math.isfinite(decades) else _NAN_OR_INFINITY
 
 
 def _place(row: LayerRecord) -> str:
@@ -273,7 +273,7 @@ def _gains(run: Run, low: float, high: float) -> Judgement:
 
 def _nonfinite(run: Run) -> Judgement:
     lost = [
-        (row, NAN_OR_INFINITY)
+        (row, _NAN_OR_INFINITY)
         for row in run.layer_records
         if row.nonfinite or not all(map(_finite, (row.act_max_abs, row.act_rms, row.gain)))
     ]
@@ -288,7 +288,7 @@ def _finite(value: float | None) -> bool:
 def _apart(
     pairs: Sequence[tuple[LayerRecord, LayerRecord]], name: str, column: str, limit: float
 ) -> Iterator[str]:
-    lost: list[Lost] = []
+    lost: list[_Lost] = []
     apart: list[str] = []
     for row, base in pairs:
         mine, theirs = getattr(row, column), getattr(base, column)
@@ -304,7 +304,7 @@ def _apart(
     yield from _shortened(apart)
 
 
-def _by_kind(lost: Iterable[Lost]) -> Iterator[str]:
+def _by_kind(lost: Iterable[_Lost]) -> Iterator[str]:
     """One line for each thing that is wrong: where it is first, and at how many more places."""
     found: dict[str, tuple[LayerRecord, int]] = {}
     for row, what in lost:
@@ -318,6 +318,6 @@ def _by_kind(lost: Iterable[Lost]) -> Iterator[str]:
 def _shortened(reasons: Iterable[str]) -> Iterator[str]:
     """The first few reasons of one kind, and how many more there are."""
     every = list(reasons)
-    yield from every[:SHOWN]
-    if len(every) > SHOWN:
-        yield f"... and {len(every) - SHOWN} more like the last"
+    yield from every[:_SHOWN]
+    if len(every) > _SHOWN:
+        yield f"... and {len(every) - _SHOWN} more like the last"

@@ -11,8 +11,8 @@ import numpy as np
 
 from gradflow.errors import UsageError
 from gradflow.judging.advice import advice
-from gradflow.judging.run_summary import TREND_LAYERS, fit_trend
-from gradflow.judging.verdicts import NO_THEORY, Finding, SeedDigest, Verdict, verdict_of
+from gradflow.judging.assembly import TREND_LAYERS, fit_trend
+from gradflow.judging.verdicts import NO_THEORY, Finding, SeedDigest, verdict_of
 from gradflow.runs.records import Summary
 from gradflow.specs.run_options import RunOptions
 from gradflow.specs.stack import StackSpec
@@ -69,7 +69,7 @@ def outlook(spec: StackSpec, options: RunOptions) -> Outlook:
     """
     prediction = predict(spec)
     if prediction.log10_grad_norm is None:
-        summary = replace(_nothing(NO_THEORY, ""), theory_reason=prediction.reason)
+        summary = Summary(NO_THEORY.word, "", theory_reason=prediction.reason)
         return Outlook(spec, options, prediction, summary, None, None)
     low, high = prediction.band()[0]
     summary = _summary(np.array(prediction.log10_grad_norm), spec, options)
@@ -80,26 +80,12 @@ def outlook(spec: StackSpec, options: RunOptions) -> Outlook:
 def _summary(profile: np.ndarray, spec: StackSpec, options: RunOptions) -> Summary:
     total = float(profile[0])
     finding = Finding(verdict_of(SeedDigest(array("d", profile)), options))
-    found = _nothing(finding.verdict, advice(finding, spec, options))
-    trend = fit_trend(profile, spec).name if spec.depth >= TREND_LAYERS else None
-    per_layer = total / spec.depth
-    return replace(found, total_log10_gain=total, log10_gain_per_layer=per_layer, trend=trend)
-
-
-def _nothing(verdict: Verdict, told: str) -> Summary:
-    """A summary without numbers."""
     return Summary(
-        verdict=verdict.word,
-        advice=told,
-        total_log10_gain=None,
-        log10_gain_per_layer=None,
-        log10_gain_per_layer_low=None,
-        log10_gain_per_layer_high=None,
-        efolding_layers=None,
-        trend=None,
-        healthy_depth=None,
-        param_grad_spread=None,
-        skip_share=None,
+        verdict=finding.verdict.word,
+        advice=advice(finding, spec, options),
+        total_log10_gain=total,
+        log10_gain_per_layer=total / spec.depth,
+        trend=fit_trend(profile, spec).name if spec.depth >= TREND_LAYERS else None,
     )
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import groupby, takewhile
 from operator import attrgetter
 
-from gradflow.judging.comparison import Comparison, Row
+from gradflow.judging.comparison import ComparedRun, Comparison
 from gradflow.judging.outlook import DEEPEST, MOST_UNITS, Reach, healthy_reach
 from gradflow.judging.remarks import NOT_FINITE
 from gradflow.judging.verdicts import verdict_named
@@ -78,7 +78,7 @@ def trainable_depths(comparison: Comparison) -> list[TrainableDepth]:
     return [_of_design(rows) for rows in groups if len({row.depth for row in rows}) > 1]
 
 
-def _of_design(rows: Sequence[Row]) -> TrainableDepth:
+def _of_design(rows: Sequence[ComparedRun]) -> TrainableDepth:
     """`rows` with their depths rising."""
     healthy = list(takewhile(_is_healthy, rows))
     lost = rows[len(healthy)] if len(healthy) < len(rows) else None
@@ -110,11 +110,11 @@ def _has_theory(run: Run) -> bool:
     return run.summary.theory_band is not None or run.summary.theory_reason == NOT_FINITE
 
 
-def _is_healthy(row: Row) -> bool:
+def _is_healthy(row: ComparedRun) -> bool:
     return verdict_named(row.summary.verdict).passes
 
 
-def _by_trend(summary: Summary, last: Row | None, lost: Row | None) -> float | None:
+def _by_trend(summary: Summary, last: ComparedRun | None, lost: ComparedRun | None) -> float | None:
     """The trend's own depth, unless the runs contradict it."""
     depth = summary.healthy_depth
     if depth is None or (last and depth < last.depth) or (lost and depth > lost.depth):
@@ -122,7 +122,7 @@ def _by_trend(summary: Summary, last: Row | None, lost: Row | None) -> float | N
     return depth
 
 
-def _crossing(last: Row, lost: Row) -> float | None:
+def _crossing(last: ComparedRun, lost: ComparedRun) -> float | None:
     """Depth at which the decades reach the threshold, on a line through both runs.
 
     The line is straight in the depth where the deeper profile is exponential, else in the

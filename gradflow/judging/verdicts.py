@@ -172,10 +172,10 @@ def classify(rows: Iterable[LayerRecord], options: RunOptions) -> Finding:
         rows: one seed from the input up.
         options: the thresholds in decades.
     """
-    return digest_of(rows, options)[1]
+    return seed_digest(rows, options)[1]
 
 
-def digest_of(
+def seed_digest(
     rows: Iterable[LayerRecord], options: RunOptions, spec: Spec | None = None
 ) -> tuple[SeedDigest, Finding]:
     """One seed in a few numbers and its class, in one reading from the input up."""

@@ -182,15 +182,15 @@ class Summary:
 
     verdict: str
     advice: str
-    total_log10_gain: float | None
-    log10_gain_per_layer: float | None
-    log10_gain_per_layer_low: float | None
-    log10_gain_per_layer_high: float | None
-    efolding_layers: float | None
-    trend: str | None
-    healthy_depth: float | None
-    param_grad_spread: float | None
-    skip_share: float | None
+    total_log10_gain: float | None = None
+    log10_gain_per_layer: float | None = None
+    log10_gain_per_layer_low: float | None = None
+    log10_gain_per_layer_high: float | None = None
+    efolding_layers: float | None = None
+    trend: str | None = None
+    healthy_depth: float | None = None
+    param_grad_spread: float | None = None
+    skip_share: float | None = None
     first_layer: int | None = None
     first_unit: str | None = None
     first_pass: str | None = None
@@ -276,6 +276,11 @@ class Run:
             return self.layer_records  # which may be too many to hold
         return first_step(self.layer_records)
 
+    @property
+    def records(self) -> dict[str, Sequence[Any]]:
+        """The rows of each table of `TABLES`."""
+        return {name: getattr(self, records_of(name)) for name in TABLES}
+
     @cached_property
     def layers(self) -> pd.DataFrame:
         """`layers.csv`: one row per seed and unit."""
@@ -295,6 +300,11 @@ class Run:
     def steps(self) -> pd.DataFrame:
         """`steps.csv`: one row per seed and training step."""
         return _frame(StepRecord, self.step_records)
+
+
+def records_of(table: str) -> str:
+    """The field of a `Run` with the rows of a table: `layer_records` of `layers`."""
+    return f"{table.removesuffix('s')}_records"
 
 
 class BrokenRows(NamedTuple):

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -19,25 +18,9 @@ from types import NoneType
 from typing import Any
 
 from gradflow.errors import RunFolderError, UsageError
-from gradflow.runs.disk_rows import RecordT
-from gradflow.runs.records import (
-    SCHEMA_VERSION,
-    TABLES,
-    LayerRecord,
-    ParamRecord,
-    Run,
-    StepRecord,
-    Summary,
-    TimeRecord,
-)
+from gradflow.runs.records import SCHEMA_VERSION, TABLES, Run, Summary, records_of
 from gradflow.runs.staging import check_writable, not_stored, publish, remove_abandoned, staging
-from gradflow.runs.tables import (
-    check_is_file,
-    damaged_table,
-    durable,
-    read_records,
-    write_records,
-)
+from gradflow.runs.tables import check_is_file, damaged_table, durable, read_records, write_records
 from gradflow.specs.fields import expect, expect_items, typed
 from gradflow.specs.model_spec import Spec, spec_from_json
 from gradflow.specs.run_options import RunOptions
@@ -100,25 +83,12 @@ def load(path: Path | str) -> Run:
         RunFolderError: no run folder, an incomplete or damaged one, or a newer schema.
     """
     folder = Path(path)
-    found = described(folder, read_run_json(folder))
-
-    def table(name: str, record: type[RecordT]) -> Sequence[RecordT]:
-        return read_records(folder / f"{name}.csv", record, found.rows[name])
-
-    return Run(
-        spec=found.spec,
-        options=found.options,
-        summary=found.summary,
-        environment=found.environment,
-        overhead=found.overhead,
-        warnings=found.warnings,
-        layer_records=table("layers", LayerRecord),
-        param_records=table("params", ParamRecord),
-        time_records=table("times", TimeRecord),
-        # Runs that were stored before there was training have no such table.
-        step_records=table("steps", StepRecord) if "steps" in found.rows else [],
-        path=folder,
-    )
+    head = described(folder, read_run_json(folder))
+    values: dict[str, Any] = {name: value for name, value in vars(head).items() if name != "rows"}
+    values[records_of("steps")] = []  # runs from before there was training have no such table
+    for name, rows in head.rows.items():
+        values[records_of(name)] = read_records(folder / f"{name}.csv", TABLES[name], rows)
+    return Run(**values, path=folder)
 
 
 def read_run_json(path: Path) -> dict[str, Any]:
@@ -211,15 +181,6 @@ def _overhead(values: object) -> dict[str, Any] | None:
     return found and expect_items("overhead", found, float, int, NoneType)
 
 
-def _row_counts(run: Run) -> dict[str, int]:
-    return {
-        "layers": len(run.layer_records),
-        "params": len(run.param_records),
-        "times": len(run.time_records),
-        "steps": len(run.step_records),
-    }
-
-
 def run_folders(out: Path) -> list[Path]:
     """Folders in `out` that hold a `run.json`, oldest first; staging folders are not among them."""
     if not out.is_dir():
@@ -243,10 +204,8 @@ def _write_files(run: Run, folder: Path) -> None:
     with durable(folder / "run.json") as file:
         json.dump(run_json(run), file, indent=2, allow_nan=False)
         file.write("\n")
-    write_records(folder / "layers.csv", LayerRecord, run.layer_records)
-    write_records(folder / "params.csv", ParamRecord, run.param_records)
-    write_records(folder / "times.csv", TimeRecord, run.time_records)
-    write_records(folder / "steps.csv", StepRecord, run.step_records)
+    for name, rows in run.records.items():
+        write_records(folder / f"{name}.csv", TABLES[name], rows)
 
 
 def run_json(run: Run) -> dict[str, Any]:
@@ -259,7 +218,7 @@ def run_json(run: Run) -> dict[str, Any]:
         "environment": plain(run.environment),
         "overhead": plain(run.overhead),
         "warnings": list(run.warnings),
-        "rows": _row_counts(run),
+        "rows": {name: len(rows) for name, rows in run.records.items()},
     }
 
 

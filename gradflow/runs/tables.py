@@ -14,8 +14,8 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
-from operator import attrgetter
+from dataclasses import dataclass
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import IO, Any, get_args, get_type_hints
 
@@ -95,16 +95,20 @@ def _parsed(lines: Any, record: type[RecordT]) -> Iterator[RecordT]:
     """
     if fault := _header_fault(next(lines, []), columns(record)):
         raise ValueError(fault)
-    parsers = _parsers(record)
+    cell_types = _cell_types(record)
+    parsers = [each.parse for each in cell_types]
+    numbers = itemgetter(*(i for i, each in enumerate(cell_types) if each.wanted != "a name"))
     for cells in lines:
         if len(cells) != len(parsers):
             raise ValueError(f"has too few or too many cells in line {lines.line_num}")
         try:
-            if _ODD.search("".join(cells)):
-                _check_numbers(cells, parsers)
+            if _ODD.search("".join(numbers(cells))):
+                raise ValueError
             row = record(*(parse(cell) for parse, cell in zip(parsers, cells, strict=True)))
         except ValueError:
-            raise ValueError(_cell_fault(cells, record, lines.line_num)) from None
+            place = next(i for i, each in enumerate(cell_types) if each.refuses(cells[i]))
+            what = f"{cells[place]!r} for {columns(record)[place]} in line {lines.line_num}"
+            raise ValueError(f"has {what}, not {cell_types[place].wanted}") from None
         yield row
 
 
@@ -118,19 +122,34 @@ def _header_fault(header: Sequence[str], names: Sequence[str]) -> str | None:
     return None if tuple(header) == tuple(names) else "has columns that are not of this schema"
 
 
-def _parsers(record: type[Record]) -> list[Callable[[str], Any]]:
+@dataclass(frozen=True)
+class _CellType:
+    """How the cells of a column become values, and what they must be, in words."""
+
+    parse: Callable[[str], Any]
+    wanted: str
+
+    def refuses(self, cell: str) -> bool:
+        """Whether a cell breaks a rule."""
+        try:
+            self.parse(cell)
+        except ValueError:
+            return True
+        return self.wanted != "a name" and _ODD.search(cell) is not None
+
+
+def _cell_types(record: type[Record]) -> list[_CellType]:
     hints = get_type_hints(record)
-    return [_parser(field.name, hints[field.name]) for field in fields(record)]
+    return [_cell_type(name, hints[name]) for name in columns(record)]
 
 
-def _parser(name: str, hint: Any) -> Callable[[str], Any]:
-    """How a cell becomes a value: a type, or a function that raises a ValueError as types do."""
+def _cell_type(name: str, hint: Any) -> _CellType:
     kind, *optional = get_args(hint) or (hint,)
     if kind is str:
-        return _unit if name == "unit" else str
-    if kind is int:
-        kind = int if name == "seed" else _whole
-    return (lambda cell: kind(cell) if cell else None) if optional else kind
+        return _CellType(_unit if name == "unit" else str, "a name")
+    parse = _whole if kind is int and name != "seed" else kind
+    wanted = "a whole number" if kind is int else "a number"
+    return _CellType((lambda cell: parse(cell) if cell else None) if optional else parse, wanted)
 
 
 def _unit(cell: str) -> str:
@@ -144,27 +163,6 @@ def _whole(cell: str) -> int:
     if abs(value) > _LARGEST:
         raise ValueError
     return value
-
-
-def _check_numbers(cells: Sequence[str], parsers: Sequence[Callable[[str], Any]]) -> None:
-    """Refuse the odd characters of a line, but for those in its texts."""
-    texts = (str, _unit)
-    if any(_ODD.search(c) for p, c in zip(parsers, cells, strict=True) if p not in texts):
-        raise ValueError
-
-
-def _cell_fault(cells: Sequence[str], record: type[Record], line: int) -> str:
-    """What is wrong with the first bad cell of a line."""
-    hints = get_type_hints(record)
-    for name, parse, cell in zip(columns(record), _parsers(record), cells, strict=True):
-        try:
-            _check_numbers([cell], [parse])
-            parse(cell)
-        except ValueError:
-            kind = (get_args(hints[name]) or (hints[name],))[0]
-            wanted = {int: "a whole number", float: "a number", str: "a name"}[kind]
-            return f"has {cell!r} for {name} in line {line}, not {wanted}"
-    raise AssertionError(line)  # one of the cells was refused
 
 
 def write_records(file: Path, record: type[Record], rows: Sequence[Record]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
-from gradflow.judging.comparison import SPEED_KEYS, Comparison, Row
+from gradflow.judging.comparison import SPEED_KEYS, ComparedRun, Comparison
 from gradflow.judging.outlook import Outlook
 from gradflow.judging.trainable import TrainableDepth, trainable_depths
 from gradflow.runs.naming import names
@@ -61,7 +61,7 @@ def _depth_as_data(known: TrainableDepth | None) -> dict[str, float | None]:
     }
 
 
-def _row_as_data(row: Row, noise: float) -> dict[str, Any]:
+def _row_as_data(row: ComparedRun, noise: float) -> dict[str, Any]:
     run, options = row.run, row.run.options
     identity = {
         "run": run.path.name if run.path else None,
@@ -82,7 +82,7 @@ def _row_as_data(row: Row, noise: float) -> dict[str, Any]:
     return identity | place | summary | _ratios(row) | calls
 
 
-def _ratios(row: Row) -> dict[str, float | None]:
+def _ratios(row: ComparedRun) -> dict[str, float | None]:
     each = {"forward": row.forward, "backward": row.backward, "time": row.total}
     ends = {"": "value", "_low": "low", "_high": "high"}
     return {

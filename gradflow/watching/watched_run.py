@@ -17,8 +17,8 @@ from torch import nn
 from gradflow.engine.environment import describe
 from gradflow.engine.rows import log10
 from gradflow.errors import MeasurementError, UsageError
+from gradflow.judging.advice import findings
 from gradflow.judging.assembly import Measured, assembled_run
-from gradflow.judging.findings import findings
 from gradflow.judging.verdicts import classify
 from gradflow.runs.records import LayerRecord, ParamRecord, Run, columns
 from gradflow.specs.model_spec import ModelSpec, Spec

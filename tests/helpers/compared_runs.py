@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import strategies as st
 from records import ENVIRONMENT, layer_rows, run_of, spec_of
 
-from gradflow.judging.comparison import Comparison, compare
+from gradflow.judging.comparison import Comparison, compare_runs
 from gradflow.runs.records import Run, TimeRecord
 from gradflow.specs.stack import StackSpec
 
@@ -31,7 +31,7 @@ def seed_grid() -> Comparison:
         for norm, rate in (("none", -0.1), ("pre", 0.001), ("post", 0.01))
         for depth in (12, 50, 200)
     ]
-    return compare(runs, runs[0])
+    return compare_runs(runs, runs[0])
 
 
 EXTREME = st.floats(allow_nan=True, allow_infinity=True) | st.none()
@@ -78,4 +78,4 @@ def comparisons(draw: st.DrawFn) -> Comparison:
         profile = draw(st.lists(EXTREME, min_size=3, max_size=3))
         rows = list(layer_rows(spec, profile))
         runs.append(replace(made, summary=replace(made.summary, **numbers), layer_records=rows))
-    return compare(runs, draw(st.sampled_from(runs)))
+    return compare_runs(runs, draw(st.sampled_from(runs)))

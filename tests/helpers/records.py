@@ -8,7 +8,7 @@ from typing import Any, get_args, get_type_hints
 
 from hypothesis import strategies as st
 
-from gradflow.judging.run_summary import summarise_run
+from gradflow.judging.assembly import summarise_run
 from gradflow.runs.records import LayerRecord, ParamRecord, Record, Run, StepRecord, TimeRecord
 from gradflow.specs.run_options import RunOptions
 from gradflow.specs.stack import StackSpec

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from records import ENVIRONMENT, layer_rows, run_of, spec_of
 from scipy.special import stdtrit
 
-from gradflow.judging.comparison import Comparison, Ratio, compare, mean_profile, time_ratio
+from gradflow.judging.comparison import Comparison, Ratio, compare_runs, mean_profile, time_ratio
 from gradflow.runs.records import Run, TimeRecord
 from gradflow.specs.run_options import RunOptions
 from gradflow.specs.stack import StackSpec
@@ -233,7 +233,7 @@ def stack(shortcut: str, depth: int, per_layer: float) -> Run:
 
 
 def side_by_side(*runs: Run) -> Comparison:
-    return compare(runs, runs[0])
+    return compare_runs(runs, runs[0])
 
 
 def test_designs_are_together_the_healthiest_first_and_depths_rise() -> None:
@@ -265,7 +265,7 @@ def test_runs_of_one_network_are_counted() -> None:
 
 def test_the_reference_is_marked_and_is_one() -> None:
     reference = timed([1.0, 2.0])
-    rows = compare([timed([2.0, 4.0]), reference], reference).rows
+    rows = compare_runs([timed([2.0, 4.0]), reference], reference).rows
     assert [row.total.value for row in rows if row.is_reference] == [1.0]
     assert [row.total.value for row in rows if not row.is_reference] == [pytest.approx(2.0)]
 

@@ -12,8 +12,8 @@ import vl_convert
 from records import layer_rows, run_of, spec_of
 from rich.console import Console
 
-from gradflow.judging.comparison import compare
-from gradflow.judging.run_summary import summarise_run
+from gradflow.judging.assembly import summarise_run
+from gradflow.judging.comparison import compare_runs
 from gradflow.judging.training_outcome import common_outcome, outcome_of, running_mean, summary_of
 from gradflow.runs import store
 from gradflow.runs.records import LayerRecord, Run, StepRecord
@@ -219,10 +219,10 @@ def test_both_charts_can_be_drawn(tmp_path: Path) -> None:
 
 def test_a_comparison_has_outcome_and_final_loss() -> None:
     good, bad = trained_run(), trained_run([3.0, 3.0, math.nan])
-    found = compare([good, bad], good)
+    found = compare_runs([good, bad], good)
     text = text_of(comparison_view(found))
     assert "converged at step 2" in text
     assert "diverged at step 2" in text
     assert max(map(len, text.splitlines())) <= 80
     assert "| converged at step 2 |" in comparison_markdown(found)
-    assert "outcome" not in text_of(comparison_view(compare([run_of()], run_of())))
+    assert "outcome" not in text_of(comparison_view(compare_runs([run_of()], run_of())))

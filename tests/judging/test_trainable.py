@@ -12,7 +12,7 @@ import pytest
 from records import layer_rows, run_of, spec_of
 
 from gradflow.errors import UsageError
-from gradflow.judging.comparison import Comparison, compare
+from gradflow.judging.comparison import Comparison, compare_runs
 from gradflow.judging.outlook import Reach, healthy_reach
 from gradflow.judging.remarks import NOT_FINITE
 from gradflow.judging.trainable import TrainableDepth, trainable_depths
@@ -46,7 +46,7 @@ def power_law(depth: int) -> Run:
 
 
 def judged(*runs: Run) -> Comparison:
-    return compare(runs, runs[0])
+    return compare_runs(runs, runs[0])
 
 
 def only(*runs: Run) -> TrainableDepth:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from records import layer_rows, spec_of
 from scipy import stats
 
-from gradflow.judging.run_summary import summarise_run
+from gradflow.judging.assembly import summarise_run
 from gradflow.judging.verdicts import VERDICTS
 from gradflow.runs.records import Summary
 from gradflow.specs.run_options import RunOptions

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from records import layer_rows, run_of, spec_of
 from rich.console import Console
 
-from gradflow.judging.comparison import Comparison, Ratio, compare
+from gradflow.judging.comparison import Comparison, Ratio, compare_runs
 from gradflow.showing.formats import (
     comparison_csv,
     comparison_json,
@@ -69,14 +69,14 @@ def test_theory_has_a_column_where_any_run_has_one() -> None:
         replace(run, summary=replace(run.summary, theory_band=0.1, **known))
         for run, known in zip(runs, told, strict=True)
     ]
-    result = compare(runs, runs[0])
+    result = compare_runs(runs, runs[0])
     rows = [line for line in lines_of(shown(result)) if "healthy" in line]
     assert "+0.05 " in rows[0]
     assert "-0.50! " in rows[1]
     assert "theory: decades above what theory predicts" in " ".join(shown(result).split())
     assert "| theory |" in comparison_markdown(result)
     assert [row["theory_deviation"] for row in comparison_rows(result)] == [0.05, -0.5, None]
-    bare = compare(runs[2:], runs[2])
+    bare = compare_runs(runs[2:], runs[2])
     assert "theory" not in shown(bare)
 
 
@@ -93,7 +93,7 @@ def test_long_names_stand_above_their_rows() -> None:
         for kind in ("layernorm", "rmsnorm")
         for init in ("he", "gpt2")
     ]
-    lines = lines_of(shown(compare(runs, runs[0])))
+    lines = lines_of(shown(compare_runs(runs, runs[0])))
     assert max(map(len, lines)) <= 80
     assert "residual transformer, pre-norm, rmsnorm, gpt2 init" in lines
 
@@ -111,7 +111,7 @@ def test_80_columns_whatever_the_numbers_are(result: Comparison) -> None:
 
 def test_the_middle_of_200_rows_is_counted() -> None:
     runs = [timed_run(spec_of(depth=d), -0.1) for d in range(2, 202)]
-    lines = lines_of(shown(compare(runs, runs[0])))
+    lines = lines_of(shown(compare_runs(runs, runs[0])))
     assert len(lines) < 100
     (elided, _) = (line for line in lines if line.startswith("…"))
     assert "170 more" in elided
@@ -141,18 +141,18 @@ def test_what_may_be_said_of_a_ratio_is_marked(ratio: Ratio, text: str) -> None:
 
 def test_the_reason_is_shown_where_there_is_no_ratio() -> None:
     runs = [timed_run(spec_of()), timed_run(spec_of(depth=4), threads=2)]
-    text = " ".join(shown(compare(runs, runs[0])).split())
+    text = " ".join(shown(compare_runs(runs, runs[0])).split())
     assert "no ratio in 1 of these rows: threads 2 against 1" in text
 
 
 def test_the_reference_and_the_noise_are_named() -> None:
-    text = " ".join(shown(compare([], timed_run(spec_of()), 0.05)).split())
+    text = " ".join(shown(compare_runs([], timed_run(spec_of()), 0.05)).split())
     assert "* the reference: residual, pre-norm, depth 3." in text
     assert "5.0% away" in text
 
 
 def test_the_star_is_explained_without_times_too() -> None:
-    result = compare([run_of(spec_of(depth=2))], run_of())
+    result = compare_runs([run_of(spec_of(depth=2))], run_of())
     name = "the reference: residual, pre-norm, depth 3."
     for text, star in ((shown(result), "*"), (comparison_markdown(result), "\\*")):
         words = " ".join(text.split())
@@ -161,7 +161,7 @@ def test_the_star_is_explained_without_times_too() -> None:
 
 
 def test_runs_without_times_have_no_table_of_costs() -> None:
-    text = shown(compare([], run_of()))
+    text = shown(compare_runs([], run_of()))
     assert "fwd ms" not in text
 
 
@@ -209,7 +209,7 @@ def test_json_is_json_and_has_the_same_rows() -> None:
 
 
 def test_json_has_the_failures() -> None:
-    result = compare([], run_of(), failures=["a: out of memory"])
+    result = compare_runs([], run_of(), failures=["a: out of memory"])
     assert json.loads(comparison_json(result))["failures"] == ["a: out of memory"]
 
 
@@ -217,14 +217,14 @@ def test_numbers_that_json_has_no_word_for_become_null() -> None:
     spec = spec_of(depth=1)
     lost = run_of(spec, list(layer_rows(spec, [math.nan, 0.0], nonfinite=1)))
     lost = replace(lost, summary=replace(lost.summary, total_log10_gain=math.nan))
-    text = comparison_json(compare([lost], lost))
+    text = comparison_json(compare_runs([lost], lost))
     assert json.loads(text)["rows"][0]["total_log10_gain"] is None
     assert "NaN" not in text
 
 
 def test_markdown_has_the_answer_and_all_rows() -> None:
     runs = [timed_run(spec_of(depth=d), -0.1) for d in range(2, 52)]
-    lines = comparison_markdown(compare(runs, runs[0])).splitlines()
+    lines = comparison_markdown(compare_runs(runs, runs[0])).splitlines()
     assert lines[0].startswith("In ")
     assert sum(line.startswith("| residual, pre-norm") for line in lines) == 100
     bars = {line.count("|") for line in lines if line.startswith("|")}

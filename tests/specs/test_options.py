@@ -12,7 +12,7 @@ import pytest
 from records import ENVIRONMENT, layer_rows, run_of, spec_of
 
 from gradflow.errors import BaselineError
-from gradflow.judging.comparison import compare
+from gradflow.judging.comparison import compare_runs
 from gradflow.judging.gate import against_baseline
 from gradflow.runs.naming import names, shared
 from gradflow.runs.records import Run
@@ -68,7 +68,7 @@ def test_an_option_that_decides_numbers_is_heard_everywhere(name: str) -> None:
     assert first.design != second.design
     with pytest.raises(BaselineError, match=f"another network: {name} "):
         against_baseline(run, other, 0.1)
-    rows = list(csv.DictReader(io.StringIO(comparison_csv(compare([run, other], run)))))
+    rows = list(csv.DictReader(io.StringIO(comparison_csv(compare_runs([run, other], run)))))
     assert rows[0][name] != rows[1][name]
     cell = Cell(spec_of(), other.options)
     assert _same_numbers(other, cell, ENVIRONMENT)
@@ -104,7 +104,7 @@ def test_a_stack_beside_a_model_has_words_names_and_a_table(tmp_path: Path) -> N
         assert len({name.run for name in names(runs)}) == 2
         assert "seed 0" in shared(runs)
         saved = [save(run, tmp_path) for run in runs]
-        text = comparison_csv(compare(saved, saved[0]))
+        text = comparison_csv(compare_runs(saved, saved[0]))
         rows = list(csv.DictReader(io.StringIO(text)))
         assert sorted((row["model"], row["block"]) for row in rows) == [
             ("", "mlp"),

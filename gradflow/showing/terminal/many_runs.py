@@ -17,7 +17,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from gradflow.judging.comparison import Comparison, Ratio, Row
+from gradflow.judging.comparison import ComparedRun, Comparison, Ratio
 from gradflow.judging.remarks import theory_cell
 from gradflow.judging.trainable import trainable_depths
 from gradflow.judging.training_outcome import outcome_sentence
@@ -45,11 +45,11 @@ class ComparisonColumn:
     """One column: its heading, the text of a cell, and whether it is aligned left."""
 
     heading: str
-    cell: Callable[[Row], str]
+    cell: Callable[[ComparedRun], str]
     left: bool = False
 
 
-def _depth(row: Row) -> str:
+def _depth(row: ComparedRun) -> str:
     return f"{row.depth}{'*' if row.is_reference else ' '}"
 
 
@@ -61,7 +61,7 @@ def _short(value: float | None, digits: str, widest: int = 8) -> str:
     return text if len(text) <= widest else f"{value:.0e}"
 
 
-def _rate(row: Row) -> str:
+def _rate(row: ComparedRun) -> str:
     rate, high = row.summary.log10_gain_per_layer, row.summary.log10_gain_per_layer_high
     if rate is None:
         return ""
@@ -70,7 +70,7 @@ def _rate(row: Row) -> str:
     return _short(rate, f"+.{decimals}f") + half
 
 
-def _efolding(row: Row) -> str:
+def _efolding(row: ComparedRun) -> str:
     layers = row.summary.efolding_layers
     if layers is None or not 10 <= layers < 1e5:
         return _short(layers, ".1f", 6)
@@ -163,7 +163,7 @@ def cost_columns(noise: float) -> tuple[ComparisonColumn, ...]:
     )
 
 
-def _peak(row: Row) -> str:
+def _peak(row: ComparedRun) -> str:
     return gib(row.summary.peak_bytes) if row.summary.peak_bytes else ""
 
 
@@ -277,13 +277,13 @@ def design_table(
     return Text("\n").join(lines)
 
 
-def _elided(rows: Sequence[Row]) -> str:
+def _elided(rows: Sequence[ComparedRun]) -> str:
     verdicts = Counter(row.summary.verdict for row in rows).most_common()
     counted = ", ".join(f"{amount} {verdict}" for verdict, amount in verdicts)
     return f"… {len(rows):,} more: {counted}; --csv - has them all"
 
 
-def _grouped(layout: _Layout, rows: Sequence[Row]) -> Iterator[Text]:
+def _grouped(layout: _Layout, rows: Sequence[ComparedRun]) -> Iterator[Text]:
     for _, group in groupby(rows, key=attrgetter("design")):
         yield from layout.group(list(group))
 
@@ -299,7 +299,10 @@ class _Layout:
 
     @classmethod
     def fitting(
-        cls, columns: Sequence[ComparisonColumn], rows: Sequence[Row], write: Callable[[str], str]
+        cls,
+        columns: Sequence[ComparisonColumn],
+        rows: Sequence[ComparedRun],
+        write: Callable[[str], str],
     ) -> _Layout:
         """A layout with the names beside their rows where all of them fit there."""
         texts = [[c.heading, *(c.cell(row) for row in rows)] for c in columns]
@@ -316,7 +319,7 @@ class _Layout:
         """The line with the names of the columns."""
         return Text(self._line("design", [c.heading for c in self.columns]), style="bold")
 
-    def group(self, rows: Sequence[Row]) -> Iterator[Text]:
+    def group(self, rows: Sequence[ComparedRun]) -> Iterator[Text]:
         """The lines of the rows of one design."""
         name = _fold(rows[0].design, self.room or _WIDTH)
         if not self.room:
