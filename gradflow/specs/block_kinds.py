@@ -12,10 +12,18 @@ from gradflow.specs.user_files import loaded, object_name, without_digest
 
 @dataclass(frozen=True)
 class BlockKind:
-    """What the rest of the tool must know of a block before torch is imported.
+    """Every fact of a block that needs no torch, in one row.
 
-    `units` are the branches in order; `domain` is the shape of the stream; `options` are those
-    that mean something for this block only.
+    A block of one unit is also the branch of that unit, in blocks of several units too.
+
+    Attributes:
+        units: the branches, in order.
+        domain: the shape of the stream.
+        activation: the default one.
+        meaning: what the block computes.
+        options: the options that mean something for some blocks only, and for this one.
+        matrices: names of the branch's weights that a wiring can scale.
+        inner_norms: places of norms that stand inside the branch.
     """
 
     units: tuple[str, ...]
@@ -23,40 +31,52 @@ class BlockKind:
     activation: str
     meaning: str
     options: tuple[str, ...] = ()
+    matrices: tuple[str, ...] = ()
+    inner_norms: tuple[str, ...] = ()
 
 
-_ATTENTION_OPTIONS = ("heads", "kv_heads", "head_dim", "rope", "causal", "qk_norm")
-_FFN_OPTIONS = ("ffn_mult", "ffn_width", "gated")
+_ATTENTION = ("heads", "kv_heads", "head_dim", "rope", "causal", "qk_norm")
+_FFN = ("ffn_mult", "ffn_width", "gated")
+_TOKENS = ("bias", "seq_len")
+_IMAGES = ("image_size",)
 
 BLOCKS: dict[str, BlockKind] = {
-    "mlp": BlockKind(("mlp",), "vectors", "relu", "phi(Wx + b)"),
-    "conv": BlockKind(("conv",), "images", "relu", "phi(conv3x3(x))", ("image_size",)),
+    "mlp": BlockKind(("mlp",), "vectors", "relu", "phi(Wx + b)", matrices=("linear",)),
+    "conv": BlockKind(("conv",), "images", "relu", "phi(conv3x3(x))", _IMAGES, ("conv",)),
     "resnet": BlockKind(
-        ("resnet",), "images", "relu", "two 3x3 convolutions (basic block)", ("image_size",)
+        ("resnet",),
+        "images",
+        "relu",
+        "two 3x3 convolutions (basic block)",
+        _IMAGES,
+        ("conv1", "conv2"),
     ),
     "attention": BlockKind(
         ("attention",),
         "tokens",
         "gelu",
         "multi-head self-attention",
-        (*_ATTENTION_OPTIONS, "bias", "seq_len"),
+        (*_ATTENTION, *_TOKENS),
+        ("q", "k", "v", "out"),
+        ("mid", "query-key", "value"),
     ),
     "ffn": BlockKind(
         ("ffn",),
         "tokens",
         "gelu",
         "Linear, activation, Linear",
-        (*_FFN_OPTIONS, "bias", "seq_len"),
+        (*_FFN, *_TOKENS),
+        ("up", "down", "gate"),
+        ("mid",),
     ),
     "transformer": BlockKind(
         ("attention", "ffn"),
         "tokens",
         "gelu",
         "an attention unit, then an ffn unit",
-        (*_ATTENTION_OPTIONS, *_FFN_OPTIONS, "bias", "seq_len"),
+        (*_ATTENTION, *_FFN, *_TOKENS),
     ),
 }
-
 
 # f(alpha x) in the place of a norm: no statistics.
 POINTWISE = ("dyt", "derf")

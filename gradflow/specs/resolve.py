@@ -23,9 +23,9 @@ from gradflow.specs.fields import (
     flag,
     options_of,
 )
-from gradflow.specs.fixed_options import check_no_norm_kind, own_forms
 from gradflow.specs.published_shapes import missing
 from gradflow.specs.stack_fields import BLOCK_OPTIONS, DEFAULT_BLOCK, StackFields, kind_of
+from gradflow.specs.stack_rules import check_no_norm_kind, own_forms
 from gradflow.specs.user_files import is_user_name, loaded, without_digest
 from gradflow.specs.user_schemes import check_scheme, scheme_named
 

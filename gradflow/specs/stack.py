@@ -11,12 +11,11 @@ from typing import Any, Protocol
 
 from gradflow.specs.checkpoints import Pretrained
 from gradflow.specs.fields import flag, keyed, known_fields
-from gradflow.specs.fixed_options import check_unit
 from gradflow.specs.published_shapes import SHAPES, changed
 from gradflow.specs.resolve import GivenStack, resolve
 from gradflow.specs.run_options import RunOptions
 from gradflow.specs.stack_fields import StackFields
-from gradflow.specs.stack_rules import check_fit, check_user_code
+from gradflow.specs.stack_rules import check_fit, check_unit, check_user_code
 from gradflow.specs.user_files import without_digest
 
 

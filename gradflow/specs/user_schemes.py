@@ -1,36 +1,25 @@
-"""Schemes by name, published or a user's own, and what a user's scheme must keep to.
+"""Schemes by name, published or a user's own, and what a user's scheme must keep to. Torch-free.
 
 A published scheme is covered by tests; a user's is held against the interface when it is used, so
-that a slip is one line and not a wrong number.
+that a slip is one line and not a wrong number. Kinds of units ask for their settings, their blocks,
+and their streams.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from numbers import Real
-from typing import Any
+from typing import Any, TypeGuard
 
 from gradflow.errors import UsageError
-from gradflow.schemes import Place, Scheme, Wiring, published_scheme
+from gradflow.schemes import READOUTS, UNIT_KINDS, Place, Scheme, Wiring, published_scheme
 from gradflow.schemes.wiring import LEARNED, NORM_PLACES
+from gradflow.specs.block_kinds import BLOCKS
+from gradflow.specs.fields import check_choice
 from gradflow.specs.user_files import is_user_name, loaded, told, without_digest
-from gradflow.specs.user_units import check_kind, check_streams, check_whole, is_count, is_number
 
-# Norms that stand inside a branch, with the branches that have room for them.
-INSIDE: dict[str, tuple[str, ...]] = {
-    "mid": ("attention", "ffn"),
-    "query-key": ("attention",),
-    "value": ("attention",),
-}
-# Matrices that a wiring can scale, by branch; those of a user's branch are its own business.
-MATRICES: dict[str, tuple[str, ...]] = {
-    "mlp": ("linear",),
-    "conv": ("conv",),
-    "resnet": ("conv1", "conv2"),
-    "attention": ("q", "k", "v", "out"),
-    "ffn": ("up", "down", "gate"),
-}
 _TEXTS = ("equation", "init", "paper", "claim")
 
 
@@ -57,7 +46,9 @@ def scheme_named(name: str) -> Scheme:
             _are_numbers,
         ),
         input_scale=_Guarded(f"input_scale of {title} gives a number", scheme.input_scale, Real),
-        streams=_Guarded(f"streams of {title} gives a whole number", scheme.streams, int, is_count),
+        streams=_Guarded(
+            f"streams of {title} gives a whole number", scheme.streams, int, _is_count
+        ),
     )
 
 
@@ -85,7 +76,7 @@ class _Guarded:
 
 
 def _are_numbers(values: Mapping[Any, Any]) -> bool:
-    return all(isinstance(name, str) and is_number(x) for name, x in values.items())
+    return all(isinstance(name, str) and _is_number(x) for name, x in values.items())
 
 
 def check_scheme(name: str, fields: Collection[str], blocks: Collection[str]) -> None:
@@ -156,8 +147,8 @@ class _OwnUnits:
 
     def check(self, wiring: Wiring, place: Place, where: str) -> None:
         """Refuse a unit that breaks the rules of its kind."""
-        check_kind(wiring, place, self.block, where)
-        check_streams(self.scheme, wiring, place, where)
+        _check_kind(wiring, place, self.block, where)
+        _check_streams(self.scheme, wiring, place, where)
         self.scheme.constants(place)
         self.has_norms |= bool(wiring.norms)
         self.has_shortcut |= wiring.a != 0
@@ -174,12 +165,12 @@ class _OwnUnits:
             got = f"normalises={self.scheme.normalises}"
             raise UsageError(rule, got, f"say normalises={not self.scheme.normalises}")
         self.scheme.input_scale(self.last.depth)
-        check_whole(self.scheme, self.title, tuple(self.kinds), self.last)
+        _check_whole(self.scheme, self.title, tuple(self.kinds), self.last)
 
 
 def _check_numbers(wiring: Wiring, where: str) -> None:
     for name in ("a", "b", "c", "alpha", "logit_power"):
-        _expect(is_number(getattr(wiring, name)), f"{name} {where} is a number", wiring, name)
+        _expect(_is_number(getattr(wiring, name)), f"{name} {where} is a number", wiring, name)
     known = wiring.learned is None or wiring.learned in tuple(LEARNED)
     _expect(known, f"learned {where} is None, or one of {', '.join(LEARNED)}", wiring, "learned")
 
@@ -188,13 +179,13 @@ def _check_parts(wiring: Wiring, where: str, branch: str) -> None:
     for name in ("gains", "kinds", "settings"):
         named = isinstance(getattr(wiring, name), Mapping)
         _expect(named, f"{name} {where} is a dictionary", wiring, name)
-    scaled = all(is_number(gain) and gain >= 0 for gain in wiring.gains.values())
+    scaled = all(_is_number(gain) and gain >= 0 for gain in wiring.gains.values())
     _expect(scaled, f"gains {where} are numbers of at least 0", wiring, "gains")
-    if branch not in MATRICES and wiring.unit != "template":
+    if branch not in BLOCKS and wiring.unit != "template":
         rule = f"units of the kind {wiring.unit} are made of gradflow's own branches"
         raise UsageError(rule, branch, "choose another scheme, or a --block that is listed")
-    if branch in MATRICES:
-        matrices = [matrix for names in MATRICES.values() for matrix in names]
+    if branch in BLOCKS:  # the matrices of a user's branch are its own business
+        matrices = [matrix for kind in BLOCKS.values() for matrix in kind.matrices]
         _expect_known(f"gains {where}", wiring.gains, matrices)
 
 
@@ -204,8 +195,9 @@ def _check_norms(wiring: Wiring, where: str, kinds: Collection[str], branch: str
     _expect_known(f"kinds {where}", wiring.kinds, wiring.norms)
     _expect_known(f"kinds {where}", wiring.kinds.values(), kinds)
     for place in wiring.norms:
-        if branch not in INSIDE.get(place, (branch,)):
-            rule = f"a norm at {place} stands inside {' or '.join(INSIDE[place])}"
+        branches = [name for name, kind in BLOCKS.items() if place in kind.inner_norms]
+        if branches and branch not in branches:
+            rule = f"a norm at {place} stands inside {' or '.join(branches)}"
             raise UsageError(rule, f"norms {where}: {wiring.norms!r}", "leave it out there")
 
 
@@ -218,3 +210,101 @@ def _expect_known(what: str, names: Iterable[object], known: Collection[str]) ->
     for name in names:
         if name not in tuple(known):
             raise UsageError(f"{what} are known names", repr(name), f"use {', '.join(known)}")
+
+
+def _check_kind(wiring: Wiring, place: Place, block: str, where: str) -> None:
+    """Refuse a unit whose kind is unknown, or not defined on the block, or lacks a setting.
+
+    Args:
+        wiring: of the unit.
+        place: where it stands.
+        block: of the stack.
+        where: the same in words.
+
+    Raises:
+        UsageError: the first rule that is broken.
+    """
+    check_choice("unit of a Wiring", wiring.unit, tuple(UNIT_KINDS))
+    kind = UNIT_KINDS[wiring.unit]
+    if kind.blocks is not None:
+        check_choice(f"--block for units of the kind {kind.name}", block, kind.blocks)
+    if kind.has_own_shortcut and wiring.a != 1:
+        rule = f"a {where} is 1, for units of the kind {kind.name} have a shortcut of their own"
+        raise UsageError(rule, wiring.a, "leave it out")
+    for name in kind.settings:
+        if not _is_number(wiring.settings.get(name), flag_too=True):
+            rule = f"settings {where} have {', '.join(kind.settings)} for {kind.name}"
+            raise UsageError(rule, repr(dict(wiring.settings)), f"give {name}")
+    for name, value in kind.placed(place).items():
+        if wiring.settings[name] != value:
+            raise UsageError(f"{name} {where} is {value}", repr(wiring.settings[name]), "mend it")
+    for name, limits in kind.counts.items():
+        _check_count(f"{name} {where}", wiring.settings[name], *limits(wiring.settings))
+
+
+def _check_count(what: str, value: object, least: int, most: float) -> None:
+    if not _is_count(value) or not least <= value <= most:
+        limits = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
+        raise UsageError(f"{what} is a whole number {limits}", repr(value), "mend it")
+
+
+def _is_number(value: object, *, flag_too: bool = False) -> bool:
+    """Whether it is a finite real number; True and False are none unless they may be."""
+    if isinstance(value, bool):
+        return flag_too
+    return isinstance(value, Real) and math.isfinite(value)
+
+
+def _is_count(value: object) -> TypeGuard[int]:
+    """Whether it is a whole number, of Python's kind."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_streams(scheme: Scheme, wiring: Wiring, place: Place, where: str) -> None:
+    """Refuse a number of streams that is not what the unit gives.
+
+    Raises:
+        UsageError: says how many it gives.
+    """
+    given, true = scheme.streams(place), UNIT_KINDS[wiring.unit].streams_after(place, wiring)
+    if given != true:
+        rule = f"streams {where} is {true}, what units of the kind {wiring.unit} give"
+        raise UsageError(rule, given, "mend it")
+
+
+def _check_whole(scheme: Scheme, title: str, kinds: Collection[str], last: Place) -> None:
+    """Refuse kinds that do not go together, and a readout that does not fit the last state.
+
+    Args:
+        scheme: whose units were all checked.
+        title: of it.
+        kinds: of its units.
+        last: the last place.
+
+    Raises:
+        UsageError: the first rule that is broken.
+    """
+    streamed = [kind for kind in kinds if UNIT_KINDS[kind].has_streams]
+    if streamed and len(kinds) > 1:
+        rule = f"all units of {title} are of one kind where one carries several streams"
+        raise UsageError(rule, ", ".join(kinds), f"use {streamed[0]} everywhere")
+    profiled = any(UNIT_KINDS[kind].profiled for kind in kinds)
+    if scheme.profiled != profiled or (profiled and len(kinds) > 1):
+        known = " or ".join(name for name, kind in UNIT_KINDS.items() if kind.profiled)
+        rule = f"{title} is profiled where all its units are of the kind {known}, and only there"
+        raise UsageError(rule, f"profiled={scheme.profiled} with {', '.join(kinds)}", "mend it")
+    _check_readout(scheme, title, scheme.streams(last))
+
+
+def _check_readout(scheme: Scheme, title: str, streams: int) -> None:
+    if scheme.readout is not None:
+        check_choice(f"readout of {title}", scheme.readout, tuple(READOUTS))
+    if (scheme.readout is None) != (streams == 1):
+        rule = f"{title} has a readout where its last unit gives several streams, and only there"
+        got = f"readout={scheme.readout!r} with {streams} of them"
+        remedy = f"use one of {', '.join(READOUTS)}" if streams > 1 else "leave it out"
+        raise UsageError(rule, got, remedy)
+    taken = None if scheme.readout is None else READOUTS[scheme.readout].streams
+    if taken not in (None, streams):
+        rule = f"the readout {scheme.readout} takes {taken} streams"
+        raise UsageError(rule, f"{streams} in {title}", "choose another readout")

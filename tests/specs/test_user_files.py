@@ -30,11 +30,11 @@ from gradflow.runs.results import read_results
 from gradflow.runs.store import load, save
 from gradflow.schemes import READOUTS, SCHEMES, UNIT_KINDS, Place, Wiring
 from gradflow.specs import user_files
+from gradflow.specs.block_kinds import BLOCKS
 from gradflow.specs.grid import Cell, expand
 from gradflow.specs.run_options import RunOptions
 from gradflow.specs.stack import StackSpec
 from gradflow.specs.stack_fields import block_kind
-from gradflow.specs.user_schemes import INSIDE, MATRICES
 from gradflow.sweeps.cells import make_executor, measure_cell
 from gradflow.theory.describe import describe_stack
 from gradflow.theory.template import NoTheoryError
@@ -243,10 +243,12 @@ def test_matrices_and_places_that_a_scheme_may_name_are_those_of_the_branches(ki
     spec = StackSpec(block=kind, width=8, gated=True if kind == "ffn" else None)
     branch = BRANCHES[kind](spec, Wiring())
     matrices = [name for part, name in branch.roles().items() if hasattr(part, "shapes")]
-    assert tuple(matrices) == MATRICES[kind]
-    for place, kinds in INSIDE.items() if kind != "resnet" else ():  # which places norms itself
+    assert tuple(matrices) == BLOCKS[kind].matrices
+    places = {place for row in BLOCKS.values() for place in row.inner_norms}
+    for place in places if kind != "resnet" else ():  # which places norms itself
         parts = BRANCHES[kind](spec, Wiring(norms=(place,))).modules()
-        assert any(isinstance(part, Norm) for part in parts) == (kind in kinds)
+        inside = place in BLOCKS[kind].inner_norms
+        assert any(isinstance(part, Norm) for part in parts) == inside
 
 
 def test_the_checks_pass_a_published_scheme_as_a_users(tmp_path: Path) -> None:
