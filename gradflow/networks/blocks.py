@@ -52,7 +52,7 @@ PHI: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Branch(nn.Module):
-    """What a unit computes; made from the spec and the unit's wiring.
+    """The branch f of a unit, made from the spec and the unit's wiring.
 
     Attributes:
         feeds_activation: names of the linear maps whose output goes into the activation.
@@ -65,7 +65,7 @@ class Branch(nn.Module):
     norms_inside = False
 
     def roles(self) -> dict[nn.Module, str]:
-        """Its layers by the names that `feeds_activation`, `output` and gains use."""
+        """Return the layers with the names that `feeds_activation`, `output` and gains use."""
         return {part: name for name, part in self.named_children()}
 
 
@@ -160,7 +160,7 @@ class Attention(Branch):
         return self.attend(x, self.v(x))
 
     def attend(self, x: Tensor, values: Tensor) -> Tensor:
-        """f with these values (B, T, heads c) in the place of the projection of x."""
+        """Return f(x) with these values (B, T, heads c) in the place of the projection of x."""
         q, k, v = (self._split(part) for part in (self.q(x), self.k(x), values))
         q, k, v = self.q_norm(q), self.k_norm(k), self.v_norm(v)
         if self.base:
@@ -171,7 +171,7 @@ class Attention(Branch):
         return self.out(self.mid(mixed.transpose(1, 2).flatten(2)))
 
     def _split(self, x: Tensor) -> Tensor:
-        """(B, T, heads c) to (B, heads, T, c)."""
+        """Reshape (B, T, heads c) to (B, heads, T, c)."""
         batch, tokens, _ = x.shape
         return x.view(batch, tokens, -1, self.size).transpose(1, 2)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from gradflow.errors import UsageError
 from gradflow.specs.checkpoints import INDEX, ParameterSource, Pretrained, files_of
 
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def load_layer(weights: Pretrained, layer: int, block: nn.Module) -> None:
@@ -29,7 +29,7 @@ def load_layer(weights: Pretrained, layer: int, block: nn.Module) -> None:
     """
     parts = weights.architecture.parts
     at = weights.architecture.layer.format(layer - 1)
-    with opened(weights) as tensors:
+    with _opened(weights) as tensors:
         for name, parameter in block.named_parameters():
             part, _, kind = name.rpartition(".")
             source = parts[part]
@@ -43,7 +43,7 @@ def load_head(weights: Pretrained, norm: nn.Module, project: nn.Module) -> None:
         UsageError: as for `load_layer`.
     """
     kind = weights.architecture
-    with opened(weights) as tensors:
+    with _opened(weights) as tensors:
         for name, parameter in norm.named_parameters():
             tensors.fill(parameter, f"{kind.norm}.{name}")
         head = kind.embedding if weights.tied else kind.head
@@ -52,7 +52,7 @@ def load_head(weights: Pretrained, norm: nn.Module, project: nn.Module) -> None:
 
 
 def embed(weights: Pretrained, tokens: Tensor, width: int) -> Tensor:
-    """The embeddings of tokens, plus those of their positions where these are learned.
+    """Return the embeddings of tokens, plus those of their positions where these are learned.
 
     Args:
         weights: the checkpoint.
@@ -66,7 +66,7 @@ def embed(weights: Pretrained, tokens: Tensor, width: int) -> Tensor:
         UsageError: as for `load_layer`.
     """
     kind = weights.architecture
-    with opened(weights) as tensors:
+    with _opened(weights) as tensors:
         found = tensors.rows(f"{kind.embedding}.weight", tokens, width)
         if kind.positions:
             places = torch.arange(tokens.shape[1])
@@ -75,8 +75,8 @@ def embed(weights: Pretrained, tokens: Tensor, width: int) -> Tensor:
 
 
 @contextmanager
-def opened(weights: Pretrained) -> Iterator[Tensors]:
-    """The tensors of a checkpoint; its files are closed at the end."""
+def _opened(weights: Pretrained) -> Iterator[Tensors]:
+    """Open the tensors of a checkpoint; its files are closed at the end."""
     with ExitStack() as files:
         yield Tensors(weights, files)
 
@@ -86,7 +86,7 @@ class Tensors:
 
     Args:
         weights: the checkpoint.
-        files: closes what is opened here.
+        files: closes what is _opened here.
     """
 
     def __init__(self, weights: Pretrained, files: ExitStack) -> None:
@@ -118,7 +118,7 @@ class Tensors:
             parameter.copy_(values.T if flip else values)
 
     def rows(self, name: str, places: Tensor, width: int) -> Tensor:
-        """Some rows of a matrix.
+        """Return some rows of a matrix.
 
         Raises:
             UsageError: it is missing, broken, or has no such rows.
@@ -129,14 +129,14 @@ class Tensors:
         return values[places]
 
     def _values(self, name: str) -> Tensor:
-        """A tensor as the file has it, mapped: what is not used of it is not read."""
+        """Return a tensor as the file has it, mapped: parts that are not used are not read."""
         full, file = self._find(name)
         try:
             values: Tensor = file.get_tensor(full)
         except SafetensorError as error:
             rule = f"{full} is where {INDEX} says"
             raise UsageError(rule, str(error), "copy the folder again") from None
-        if values.dtype not in FLOATS:
+        if values.dtype not in _FLOATS:
             rule = "weights are plain floating-point numbers of 16 bits or more"
             raise UsageError(rule, f"{full} in {values.dtype}", "use a checkpoint without packing")
         return values

@@ -161,7 +161,7 @@ class Weights:
         self._numbers = self.flat[: sum(sizes[: len(drawn)])]
 
     def draw(self, source: torch.Generator) -> None:
-        """New values, by one call of the generator; constants as they were, whatever moved them.
+        """Draw new values by one call of the generator, and set the constants again.
 
         No graph that saved the old values can be used any more; autograd refuses it.
         """

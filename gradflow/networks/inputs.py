@@ -45,7 +45,7 @@ def input_batch(spec: StackSpec, seed: int, device: torch.device) -> Tensor:
     if spec.weights:
         rows = embed(spec.checkpoint, token_ids(spec, seed)[:, :-1], spec.width)
         return rows.to(device, getattr(torch, spec.dtype))
-    x = normal(spec, stream_shape(spec), generator(device, seed, "input"))
+    x = standard_normal(spec, stream_shape(spec), generator(device, seed, "input"))
     return scaled_input(spec, x).detach()
 
 
@@ -74,7 +74,7 @@ def _normalised_input(spec: StackSpec, x: Tensor) -> Tensor:
     return norm.requires_grad_(False)(x)
 
 
-def normal(spec: StackSpec, shape: tuple[int, ...], source: torch.Generator) -> Tensor:
+def standard_normal(spec: StackSpec, shape: tuple[int, ...], source: torch.Generator) -> Tensor:
     """Return standard normal elements in the number format of the spec."""
     values = torch.empty(shape, device=source.device).normal_(generator=source)
     return values.to(getattr(torch, spec.dtype))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gradflow.networks.blocks import PHI, Linear
 from gradflow.networks.checkpoint import load_head
 from gradflow.networks.initial import fill, generator, module_slots
-from gradflow.networks.inputs import normal, stream_shape, token_ids
+from gradflow.networks.inputs import standard_normal, stream_shape, token_ids
 from gradflow.networks.norms import stream_norm
 from gradflow.schemes import READOUTS
 from gradflow.specs.stack import StackSpec
@@ -36,7 +36,7 @@ class MseLoss(nn.Module):
 
     def __init__(self, spec: StackSpec, seed: int, device: torch.device) -> None:
         super().__init__()
-        self.target = normal(spec, stream_shape(spec), generator(device, seed, "target"))
+        self.target = standard_normal(spec, stream_shape(spec), generator(device, seed, "target"))
 
     def forward(self, y: Tensor) -> Tensor:
         return F.mse_loss(y, self.target)

@@ -82,7 +82,7 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 def _is_narrow(x: Tensor) -> bool:
-    """Whether torch would add up in half precision: on CPU, unless the affine map is float32.
+    """Tell whether torch would add up in half precision: on CPU, unless the map is float32.
 
     There statistics of batchnorm, and the gradients of the affine maps, would be off by percents.
     """
@@ -90,7 +90,7 @@ def _is_narrow(x: Tensor) -> bool:
 
 
 def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The affine map, in float32 where that makes all sums float32."""
+    """Return the affine map, in float32 where that makes all sums float32."""
     if _is_narrow(x):
         return weight.float(), None if bias is None else bias.float()
     return weight, bias

@@ -48,14 +48,14 @@ class Block(nn.Sequential):
 
     @property
     def units(self) -> Iterator[Unit]:
-        """The units, first to last."""
+        """Yield the units of the layer, first to last."""
         for unit in self:
             assert isinstance(unit, Unit)
             yield unit
 
 
 def layer_kind(spec: StackSpec, layer: int) -> Hashable:
-    """Layers of one kind differ in their drawn weights alone, so one module can play them all."""
+    """Return what is equal for layers that differ in weights alone: one module plays them all."""
     if spec.scheme is None:
         return spec
     units = range(spec.units_per_block)
@@ -63,7 +63,7 @@ def layer_kind(spec: StackSpec, layer: int) -> Hashable:
 
 
 def build_block(spec: StackSpec, seed: int, layer: int, device: torch.device) -> Block:
-    """Layer `layer` (from 1) of the stack, with the weights of this seed or of the checkpoint."""
+    """Return layer `layer` (from 1) with the weights of this seed or of the checkpoint."""
     block = _draw_block(spec, seed, layer, device)
     _set_found(block, spec, seed, layer, device)
     for unit in block.units:
@@ -82,7 +82,7 @@ def redraw(block: Block, spec: StackSpec, seed: int, layer: int, device: torch.d
 
 
 def _draw_block(spec: StackSpec, seed: int, layer: int, device: torch.device) -> Block:
-    """What does not depend on a forward pass."""
+    """Return a layer with all values that do not depend on a forward pass."""
     block = Block(spec, layer)
     if is_user_name(spec.block):  # whose modules may have buffers
         block.to(device, getattr(torch, spec.dtype))
@@ -95,7 +95,7 @@ def _draw_block(spec: StackSpec, seed: int, layer: int, device: torch.device) ->
 
 
 def _set_found(block: Block, spec: StackSpec, seed: int, layer: int, device: torch.device) -> None:
-    """What no draw decides: a checkpoint, or a forward pass at initialisation."""
+    """Set the values that no draw decides: a checkpoint's, or those of a pass at initialisation."""
     if spec.weights:
         load_layer(spec.checkpoint, layer, block)
     if spec.scheme and spec.scheme_record.profiled:
@@ -118,17 +118,17 @@ def _set_omegas(block: Block, omegas: tuple[float, ...]) -> None:
 
 
 def _share_scales(block: Block) -> None:
-    """One parameter b for all units of a block, where the wiring says so."""
+    """Give all units of a block one parameter b, where the wiring says so."""
     shared = [u.scale for u in block.units if isinstance(u.scale, Scale) and u.scale.is_shared]
     for scale in shared[1:]:
         scale.weight = shared[0].weight
 
 
 def rehearse(spec: StackSpec) -> None:
-    """One layer on two samples, on the CPU: shows what is wrong with a user's own block.
+    """Run one layer on two samples, on the CPU, to find what is wrong with a user's own block.
 
     Raises:
-        UsageError: it breaks the interface.
+        UsageError: the block breaks the interface.
     """
     few = replace(spec, batch_size=min(2, spec.batch_size))
     device = torch.device("cpu")
@@ -136,5 +136,5 @@ def rehearse(spec: StackSpec) -> None:
 
 
 def build_stack(spec: StackSpec, seed: int, device: torch.device) -> list[Block]:
-    """All layers, resident."""
+    """Return all layers of the stack, each with its weights in memory."""
     return [build_block(spec, seed, layer, device) for layer in range(1, spec.depth + 1)]

@@ -31,7 +31,7 @@ from gradflow.specs.user_files import is_user_name, told, without_digest
 def make_branch(
     spec: StackSpec, wiring: Wiring, name: str, branches: Mapping[str, MakeBranch]
 ) -> Branch:
-    """The branch of a unit: one of `branches`, or the user's own."""
+    """Return the branch of a unit: one of `branches`, or the user's own."""
     if is_user_name(spec.block):
         return UserBranch(spec, wiring)
     return branches[name](spec, wiring)
@@ -59,7 +59,7 @@ class Parameter:
 
 
 class UserBranch(Branch):
-    """f(x) = module(x), the module of the user's class; empty as `Linear` is.
+    """f(x) = module(x), the module of the user's class; its parameters wait for `fill`.
 
     Raises:
         UsageError: the class breaks the interface, when it is made or in a forward pass.
@@ -81,11 +81,11 @@ class UserBranch(Branch):
         self.checked = False
 
     def roles(self) -> dict[nn.Module, str]:
-        """The layers at any depth by their dotted names."""
+        """Return the layers at any depth with their dotted names."""
         return {part: name for name, part in self.module.named_modules() if name}
 
     def slots(self, spec: StackSpec, gains: Mapping[str, float]) -> Iterator[Slot]:
-        """Its own parameters with the scale of their draws."""
+        """Yield the parameters of the user's module with the scale of their draws."""
         for part in self.parts:
             yield _slot(spec, part, self, gains.get(part.role, 1.0))
 
@@ -115,7 +115,7 @@ class UserBranch(Branch):
         return y
 
     def _check_names(self, gains: Mapping[str, float]) -> None:
-        """A name that no layer has would change nothing, in silence."""
+        """Refuse a name that no layer has: it would change nothing, in silence."""
         known = {*self.roles().values(), *(part.role for part in self.parts)}
         named = {*self.feeds_activation, *([] if self.output is None else [self.output])}
         if unknown := sorted(map(str, named - known)):
@@ -129,7 +129,7 @@ class UserBranch(Branch):
 
 
 def _made(spec: StackSpec, wiring: Wiring, seed: int) -> nn.Module:
-    """The module, drawn from this seed; the global generator is as before afterwards."""
+    """Return the module, drawn from this seed; the global generator is left as it was."""
     name = spec.block
     made = branch_class(name)
     with torch.random.fork_rng(devices=[]):
@@ -144,7 +144,7 @@ def _made(spec: StackSpec, wiring: Wiring, seed: int) -> nn.Module:
 
 
 def _check_kinds(title: str, module: nn.Module, other: nn.Module) -> None:
-    """Refuse what could not be drawn anew, or would not be seen."""
+    """Refuse modules with parameters that could not be drawn anew, or would not be seen."""
     if any(is_parametrized(part) for part in module.modules()):
         rule = f"{title} holds its parameters themselves"
         raise UsageError(rule, "a parametrisation", "write it out in forward")
@@ -168,7 +168,7 @@ def _sizes(module: nn.Module) -> dict[str, torch.Size]:
 
 
 def _parameters(title: str, module: nn.Module, other: Mapping[str, Tensor]) -> Iterator[Parameter]:
-    """The parameters of a module; `other` was drawn from another seed."""
+    """Yield the parameters of a module; `other` are its parameters drawn from another seed."""
     for full, values in module.named_parameters():
         path, _, name = full.rpartition(".")
         owner = module.get_submodule(path)
@@ -199,12 +199,12 @@ def _slot(spec: StackSpec, part: Parameter, branch: Branch, gain: float) -> Slot
 
 
 def _generator_state(device: torch.device) -> Tensor:
-    """That of torch's global generator on the device."""
+    """Return the state of torch's global generator on the device."""
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
 def _described(value: object) -> str:
-    """Shape, dtype and device of a tensor; the type of anything else."""
+    """Return shape, dtype and device of a tensor in words; the type of anything else."""
     if not isinstance(value, Tensor):
         return type(value).__name__
     size = " x ".join(map(str, value.shape))

@@ -42,7 +42,7 @@ HE_V2 = Scheme(
 )
 
 # "e.g. -1, -3 etc.", section 2.2 of arXiv:1507.06228.
-GATE_BIAS = -1.0
+_GATE_BIAS = -1.0
 
 HIGHWAY_UNIT = UnitKind(
     name="highway",
@@ -56,9 +56,9 @@ HIGHWAY = Scheme(
     init="the stack's own; b_T = -1",
     paper="Srivastava et al. 2015, arXiv:1505.00387",
     claim="|g_0|^2 / |g_L|^2 is about ((1 - t)^2 + t^2 chi)^L, t = sigmoid(b_T)",
-    wire=lambda _: Wiring(unit="highway", settings={"gate_bias": GATE_BIAS}),
+    wire=lambda _: Wiring(unit="highway", settings={"gate_bias": _GATE_BIAS}),
     blocks=("mlp", "conv"),
-    constants=lambda _: {"b_T": GATE_BIAS, "t": 1 / (1 + math.exp(-GATE_BIAS))},
+    constants=lambda _: {"b_T": _GATE_BIAS, "t": 1 / (1 + math.exp(-_GATE_BIAS))},
     normalises=False,
     pitfalls=("b_T = 0: half of the stream is gone after each layer",),
 )
@@ -88,19 +88,19 @@ REZERO = Scheme(
 )
 
 # m, the matrices of a branch one after the other. The authors' Transformer counts 4 in attention.
-BRANCH_MATRICES = {"resnet": 2, "ffn": 2, "attention": 4}
-FIXUP_INNER = {"resnet": ("conv1",), "ffn": ("up",), "attention": ("q", "k", "v")}
+_BRANCH_MATRICES = {"resnet": 2, "ffn": 2, "attention": 4}
+_FIXUP_INNER = {"resnet": ("conv1",), "ffn": ("up",), "attention": ("q", "k", "v")}
 
 
 def fixup_constants(place: Place) -> dict[str, float]:
-    """L^(-1/(2m-2)) on the inner matrices, L the number of branches, m the matrices of one."""
-    inner = place.total ** (-1 / (2 * BRANCH_MATRICES[place.kind] - 2))
+    """Return the gain L^(-1/(2m-2)) of inner matrices, L branches of m matrices, and the last 0."""
+    inner = place.total ** (-1 / (2 * _BRANCH_MATRICES[place.kind] - 2))
     return {"inner gain": inner, "last gain": 0.0}
 
 
 def _fixup(place: Place) -> Wiring:
     inner, last = fixup_constants(place).values()
-    gains = dict.fromkeys(FIXUP_INNER[place.kind], inner) | {OUTPUT_PROJECTIONS[place.kind]: last}
+    gains = dict.fromkeys(_FIXUP_INNER[place.kind], inner) | {OUTPUT_PROJECTIONS[place.kind]: last}
     return Wiring(b=1.0, learned="scalar", gains=gains, unit="fixup")
 
 
@@ -134,7 +134,7 @@ FIXUP = Scheme(
 
 
 def t_fixup_constants(place: Place) -> dict[str, float]:
-    """0.67 N^(-1/4) of an encoder of N blocks, (9N)^(-1/4) on the embedding."""
+    """Return the gain 0.67 N^(-1/4) of an encoder of N blocks, (9N)^(-1/4) for the embedding."""
     return {"gain": 0.67 * place.depth**-0.25, "embedding gain": _embedding_gain(place.depth)}
 
 
@@ -166,7 +166,7 @@ T_FIXUP = Scheme(
 
 
 def survival(place: Place) -> dict[str, float]:
-    """p_l = 1 - (l/L)(1 - p_L) with p_L = 0.5."""
+    """Return the survival probability p_l = 1 - (l/L)(1 - p_L), p_L = 0.5."""
     return {"p": 1 - place.layer / place.depth * 0.5}
 
 

@@ -12,7 +12,7 @@ from gradflow.schemes.wiring import Place, Wiring
 
 
 def deepnorm_constants(place: Place) -> dict[str, float]:
-    """alpha = (2N)^(1/4), beta = (8N)^(-1/4), N the number of blocks (encoder or decoder only)."""
+    """Return alpha = (2N)^(1/4), beta = (8N)^(-1/4), N blocks of an encoder or a decoder alone."""
     return {"alpha": (2 * place.depth) ** 0.25, "beta": (8 * place.depth) ** -0.25}
 
 
@@ -65,16 +65,16 @@ KEEL = Scheme(
 
 
 # What both parameterisations say of the head.
-MUP_LACKS = ("an output multiplier of 1 over the width on the head's logits",)
+_MUP_LACKS = ("an output multiplier of 1 over the width on the head's logits",)
 
 
 def _mup(weight: float) -> Wiring:
-    """Logits over d_head, as muP has them: Yang et al. 2022, arXiv:2203.03466."""
+    """Return the wiring of muP, Yang et al. 2022 (arXiv:2203.03466): logits are over d_head."""
     return Wiring(norms=("in",), b=weight, logit_power=1.0)
 
 
 def depth_mup_constants(place: Place) -> dict[str, float]:
-    """L^(-1/2), L blocks."""
+    """Return the branch weight L^(-1/2), L the number of blocks."""
     return {"branch weight": place.depth**-0.5}
 
 
@@ -87,19 +87,19 @@ DEPTH_MUP = Scheme(
     constants=depth_mup_constants,
     final_norm=True,
     lacks=(
-        *MUP_LACKS,
+        *_MUP_LACKS,
         "learning rates by width and depth: --lr is that of all parameters",
     ),
     pitfalls=("output projections over sqrt(2L) as well", "attention logits over sqrt(d_head)"),
 )
 
 # The depth at which the authors' examples have branch weight 1 (nanoGPT-mup, branch completep).
-BASE_DEPTH = 2
+_BASE_DEPTH = 2
 
 
 def completep_constants(place: Place) -> dict[str, float]:
-    """L_base / L, L blocks."""
-    return {"branch weight": BASE_DEPTH / place.depth}
+    """Return the branch weight L_base / L, L the number of blocks."""
+    return {"branch weight": _BASE_DEPTH / place.depth}
 
 
 COMPLETEP = Scheme(
@@ -112,7 +112,7 @@ COMPLETEP = Scheme(
     constants=completep_constants,
     final_norm=True,
     lacks=(
-        *MUP_LACKS,
+        *_MUP_LACKS,
         "learning rate, Adam's eps and weight decay by width and depth: they are the same for all",
     ),
     pitfalls=(
@@ -123,17 +123,17 @@ COMPLETEP = Scheme(
 )
 
 # Cosine between tokens of real text after the embedding, as the authors' code has it.
-TEXT_CORRELATION = 0.221
+_TEXT_CORRELATION = 0.221
 
 
 @lru_cache(maxsize=8)
 def token_correlations(depth: int) -> tuple[float, ...]:
-    """r at the input of each block, by the authors' recursion.
+    """Return the token correlation r at the input of each block, by the authors' recursion.
 
     Attention makes all tokens alike, r = 1; an ffn with ReLU takes r to
     r + (sqrt(1 - r^2) - r acos r) / pi; each is mixed in with weight beta^2 = 2/N.
     """
-    found, r, share = [], TEXT_CORRELATION, 2 / depth
+    found, r, share = [], _TEXT_CORRELATION, 2 / depth
     for _ in range(depth):
         found.append(r)
         r += share * (1 - r)
@@ -142,7 +142,7 @@ def token_correlations(depth: int) -> tuple[float, ...]:
 
 
 def deepscalelm_constants(place: Place) -> dict[str, float]:
-    """lambda^2 = 1 - 2/N, beta^2 = 2/N, N blocks, and the token correlation r of the block.
+    """Return lambda and beta, lambda^2 = 1 - 2/N, beta^2 = 2/N, N blocks, and the block's r.
 
     Raises:
         UsageError: N < 3, where lambda would be 0 or imaginary.
@@ -156,7 +156,7 @@ def deepscalelm_constants(place: Place) -> dict[str, float]:
 
 
 def _deepscalelm(place: Place) -> Wiring:
-    """Gains on He: W_1 and W_2 get variance sqrt(1/2)/d at ffn_mult 4, W_v and W_o sqrt(1/r)/d."""
+    """Wire with gains on He: W_1, W_2 get var. sqrt(1/2)/d (ffn_mult 4), W_v, W_o sqrt(1/r)/d."""
     shortcut, branch, r = deepscalelm_constants(place).values()
     gains = {"up": 2**-0.75, "down": 2**0.75, "v": r**-0.25, "out": r**-0.25}
     return Wiring(a=shortcut, b=branch, norms=("in",), gains=gains)

@@ -10,7 +10,7 @@ from gradflow.schemes.wiring import Place, Wiring
 
 
 def layerscale_constants(place: Place) -> dict[str, float]:
-    """0.1 up to 18 blocks, 1e-5 up to 24, 1e-6 beyond."""
+    """Return lambda: 0.1 up to 18 blocks, 1e-5 up to 24, 1e-6 beyond."""
     return {"lambda": 0.1 if place.depth <= 18 else 1e-5 if place.depth <= 24 else 1e-6}
 
 
@@ -51,7 +51,7 @@ PRE_LN = Scheme(
 
 
 def output_gain(place: Place) -> dict[str, float]:
-    """1/sqrt(2L) on the output projections, 2L the number of units."""
+    """Return the gain 1/sqrt(2L) of output projections, 2L the number of units."""
     return {"output gain": 1 / math.sqrt(place.total)}
 
 
@@ -105,7 +105,7 @@ SANDWICH_LN = Scheme(
 
 
 def sub_ln_constants(place: Place) -> dict[str, float]:
-    """gamma = sqrt(ln 2N), N blocks of an encoder or a decoder alone."""
+    """Return gamma = sqrt(ln 2N), N blocks of an encoder or a decoder alone."""
     return {"gamma": math.sqrt(math.log(2 * place.depth))}
 
 
@@ -150,7 +150,7 @@ NORMFORMER = Scheme(
 
 
 def mix_ln_constants(place: Place) -> dict[str, float]:
-    """The first floor(N / 4) blocks are Post-LN."""
+    """Return the number of Post-LN blocks, floor(N / 4), which come first."""
     return {"post-ln blocks": float(place.depth // 4)}
 
 
@@ -172,7 +172,7 @@ MIX_LN = Scheme(
 
 
 def lns_constants(place: Place) -> dict[str, float]:
-    """1/sqrt(l), l the block from 1."""
+    """Return the factor 1/sqrt(l), l the block from 1."""
     return {"factor": 1 / math.sqrt(place.layer)}
 
 

@@ -19,7 +19,7 @@ def one_stream(_: Place) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Scheme:
-    """A published recipe.
+    """A published scheme, or a user's own: how every unit of a stack is wired and initialised.
 
     Attributes:
         equation: one unit, in words and symbols.

@@ -66,7 +66,7 @@ RESIDUAL_DUAL = Scheme(
 
 
 def siamese_constants(place: Place) -> dict[str, float]:
-    """c = sqrt(2 l), l the block from 1."""
+    """Return the divisor c = sqrt(2 l), l the block from 1."""
     return {"c": math.sqrt(2 * place.layer)}
 
 
@@ -100,15 +100,15 @@ SIAMESENORM = Scheme(
     pitfalls=("c of the unit: it is that of the block, the same for attention and ffn",),
 )
 
-HYPER_STREAMS = 4  # n, in the papers of hyper-connections and of mHC
+_HYPER_STREAMS = 4  # n, in the papers of hyper-connections and of mHC
 
 
 def _hyper(place: Place) -> Wiring:
     settings = {
         **is_first(place),
-        "streams": HYPER_STREAMS,
+        "streams": _HYPER_STREAMS,
         # k mod n, k the unit from 0: each reads another stream than the one before.
-        "stream": (place.index - 1) % HYPER_STREAMS,
+        "stream": (place.index - 1) % _HYPER_STREAMS,
     }
     return Wiring(norms=("in",), unit="hyper-connections", settings=settings)
 
@@ -134,9 +134,9 @@ HYPER_CONNECTIONS = Scheme(
     claim="at initialisation every stream is that of pre-ln: output and input gradient are "
     "n times those of pre-ln, and the same after a final LN",
     wire=_hyper,
-    constants=lambda place: {"stream": float((place.index - 1) % HYPER_STREAMS)},
+    constants=lambda place: {"stream": float((place.index - 1) % _HYPER_STREAMS)},
     final_norm=True,
-    streams=lambda _: HYPER_STREAMS,
+    streams=lambda _: _HYPER_STREAMS,
     readout="sum",
     pitfalls=(
         "k counts sub-layers, not blocks",
@@ -148,13 +148,13 @@ HYPER_CONNECTIONS = Scheme(
 
 def _mhc(place: Place, *, pre: float, off_diagonal: float) -> Wiring:
     biases = {"pre": pre, "off_diagonal": off_diagonal}
-    settings = {**is_first(place), "streams": HYPER_STREAMS, **biases}
+    settings = {**is_first(place), "streams": _HYPER_STREAMS, **biases}
     return Wiring(norms=("in",), unit="mhc", settings=settings)
 
 
 def _mhc_identity(place: Place) -> Wiring:
-    """H_pre = 1/n, the logit of it being -log(n - 1); e^-8 beside the diagonal of H_res."""
-    return _mhc(place, pre=-math.log(HYPER_STREAMS - 1), off_diagonal=-8.0)
+    """Wire with H_pre = 1/n, whose logit is -log(n - 1), and e^-8 beside the diagonal of H_res."""
+    return _mhc(place, pre=-math.log(_HYPER_STREAMS - 1), off_diagonal=-8.0)
 
 
 def _mhc_uniform(place: Place) -> Wiring:
@@ -181,7 +181,7 @@ MHC = Scheme(
     wire=_mhc_identity,
     final_norm=True,
     lacks=("a start of one paper alone: H_pre and H_post are Table 1's, H_res is mHC-lite's",),
-    streams=lambda _: HYPER_STREAMS,
+    streams=lambda _: _HYPER_STREAMS,
     readout="mean",
     pitfalls=(
         "gates of bias +1 for one stream and -1 for the others (mHC-lite): not pre-ln at the start",
@@ -198,7 +198,7 @@ MHC_UNIFORM = Scheme(
     claim="at initialisation every stream is that of pre-ln; one unit mixes all of them",
     wire=_mhc_uniform,
     final_norm=True,
-    streams=lambda _: HYPER_STREAMS,
+    streams=lambda _: _HYPER_STREAMS,
     readout="mean",
     pitfalls=("transformers draws phi from N(0, 0.02) with alpha = 1, the paper has 0.01",),
 )
@@ -237,7 +237,7 @@ def _closes_block(place: Place) -> bool:
 
 
 def _averaged(place: Place) -> Mapping[str, Any]:
-    """Outputs of blocks, the input with them, that are averaged after the unit."""
+    """Return `first`, and how many outputs of blocks are averaged after the unit, the input too."""
     return {**is_first(place), "averaged": place.layer + 1 if _closes_block(place) else 0}
 
 

@@ -60,7 +60,7 @@ class UnitKind:
 
     @property
     def has_streams(self) -> bool:
-        """Whether its units hand on several streams."""
+        """Tell whether units of the kind hand on several streams."""
         return "streams" in self.settings or self.streams is not one_stream
 
     def streams_after(self, place: Place, wiring: Wiring) -> int:
@@ -71,7 +71,7 @@ class UnitKind:
 
     @property
     def has_biases(self) -> bool:
-        """Whether the linear maps of its branches may have biases."""
+        """Tell whether the linear maps of its branches may have biases."""
         return self.fixed_options.get("bias") != "none"
 
 

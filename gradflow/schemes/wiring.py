@@ -35,7 +35,7 @@ OUTPUT_PROJECTIONS = {"resnet": "conv2", "ffn": "down", "attention": "out"}
 
 @dataclass(frozen=True)
 class Place:
-    """Where a unit stands in its stack.
+    """The place of a unit in its stack.
 
     Attributes:
         depth: layers (blocks) in the stack.
@@ -53,18 +53,18 @@ class Place:
 
     @property
     def total(self) -> int:
-        """Units (sub-layers) in the whole stack."""
+        """Return the number of units (sub-layers) in the whole stack."""
         return self.depth * self.units
 
     @property
     def index(self) -> int:
-        """Its number among them, from 1."""
+        """Return the number of the unit in the whole stack, from 1."""
         return (self.layer - 1) * self.units + self.unit + 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Wiring:
-    """One unit of the template.
+    """How one unit is wired: the scalars, norms and gains of the template.
 
     Attributes:
         a: weight of the shortcut; 0 = plain, no shortcut.

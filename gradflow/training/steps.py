@@ -31,14 +31,14 @@ BatchT = TypeVar("BatchT")
 Parameters = list[nn.Parameter]
 
 # With torch's own defaults for what is not an option.
-OPTIMIZERS: dict[str, Callable[[Parameters, float], torch.optim.Optimizer]] = {
+_OPTIMIZERS: dict[str, Callable[[Parameters, float], torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,
     "sgd": torch.optim.SGD,
 }
 
 
 @dataclass(frozen=True)
-class Step:
+class TrainingStep:
     """One step: the loss and the gradient before its update, and the update, where there is one.
 
     Attributes:
@@ -57,7 +57,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Problem(Generic[BatchT]):
-    """What `train` trains.
+    """A model with its batches and its loss, for `train`.
 
     Attributes:
         model: any module; its parameters that require a gradient are changed in place.
@@ -78,7 +78,7 @@ def train(
     problem: Problem[BatchT],
     options: RunOptions,
     observe: Callable[[int, BatchT], None] = lambda *_: None,
-) -> Iterator[Step]:
+) -> Iterator[TrainingStep]:
     """Train, and measure on the way.
 
     Steps are 0 to `options.steps`; the last has a loss but no update. A loss that is not finite
@@ -95,7 +95,7 @@ def train(
     """
     parameters = [p for p in problem.model.parameters() if p.requires_grad]
     how = options.training
-    optimizer = OPTIMIZERS[how.optimizer](parameters, how.lr)
+    optimizer = _OPTIMIZERS[how.optimizer](parameters, how.lr)
     for step, batch in zip(range(options.steps + 1), problem.batches, strict=False):
         problem.begin(step)
         due = step % how.every == 0 or step == options.steps
@@ -108,11 +108,11 @@ def train(
         if not math.isfinite(value) and not due:
             observe(step, batch)
         if not math.isfinite(value) or step == options.steps:
-            yield Step(step, value, size)
+            yield TrainingStep(step, value, size)
             return
         lr = how.learning_rate(step)
         ratio = _update(optimizer, parameters, lr, problem.constrain)
-        yield Step(step, value, size, lr, ratio)
+        yield TrainingStep(step, value, size, lr, ratio)
 
 
 def _update(
@@ -121,7 +121,7 @@ def _update(
     lr: float,
     constrain: Callable[[], None],
 ) -> float | None:
-    """Make one step; |change| / |parameters|, None where all parameters are 0."""
+    """Make one step and return |change| / |parameters|; None where all parameters are 0."""
     before = [p.detach().clone() for p in parameters]
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -133,7 +133,7 @@ def _update(
 
 
 def _total(tensors: list[Tensor]) -> float:
-    """The norm over all of them."""
+    """Return the norm over the elements of all tensors."""
     if not tensors:
         return 0.0
     return float(torch.linalg.vector_norm(torch.stack([norm(x) for x in tensors])))
@@ -155,7 +155,7 @@ class TaskNetwork(nn.Module):
         self.head = build_loss(spec, seed, device)
 
     def enter(self, batch: Batch) -> Tensor:
-        """y_0 of a batch."""
+        """Return y_0, the input of the first layer, of a batch."""
         x = batch.x if self.embedding is None else F.embedding(batch.x, self.embedding)
         return scaled_input(self.spec, x)
 
@@ -172,19 +172,19 @@ class TaskNetwork(nn.Module):
         head.labels = batch.labels
 
     def begin(self, step: int) -> None:
-        """Draw what the units draw for each step."""
+        """Let the units draw what they draw for each step."""
         for layer, block in enumerate(self.blocks, 1):
             for unit in block.units:
                 unit.begin(self.seed, layer, step)
 
     def constrain(self) -> None:
-        """Bring the weights to what the units keep them to."""
+        """Let the units bring their weights back to their constraints."""
         for block in self.blocks:
             for unit in block.units:
                 unit.constrain()
 
     def network(self, batch: Batch) -> Network:
-        """The same pass for the walk engine, with the parameters (and their norms) as they are."""
+        """Return the pass of a batch for the walk engine, with the parameters as they are."""
         self._label(batch)
         for block in self.blocks:
             for unit in block.units:
@@ -193,7 +193,7 @@ class TaskNetwork(nn.Module):
 
 
 def _embedding(spec: StackSpec, seed: int, device: torch.device) -> nn.Parameter:
-    """(classes, width), standard normal, so that y_0 is as large as that of any stack."""
+    """Return a standard normal embedding (classes, width): y_0 is as large as any stack's."""
     weight = torch.empty(spec.classes, spec.width, device=device)
     weight.normal_(generator=generator(device, seed, "embedding"))
     return nn.Parameter(weight.to(getattr(torch, spec.dtype)))
@@ -201,7 +201,7 @@ def _embedding(spec: StackSpec, seed: int, device: torch.device) -> nn.Parameter
 
 @dataclass(frozen=True)
 class Trained:
-    """What training one seed found."""
+    """The rows that training one seed gives: layers, parameters and steps."""
 
     layers: list[LayerRecord]
     params: list[ParamRecord]
@@ -243,8 +243,8 @@ def train_stack(
     return found
 
 
-def step_record(seed: int, step: Step, task: Task | None) -> StepRecord:
-    """A row of `steps.csv`; floor and chance are those of the task, where there is one."""
+def step_record(seed: int, step: TrainingStep, task: Task | None) -> StepRecord:
+    """Return a row of `steps.csv`; floor and chance are the task's, where there is one."""
     return StepRecord(
         seed=seed,
         step=step.step,

@@ -22,18 +22,18 @@ from gradflow.specs.stack import StackSpec
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    Floats = NDArray[np.float64]
+    _Floats = NDArray[np.float64]
 
-CPU = torch.device("cpu")
+_CPU = torch.device("cpu")
 # Logits of the transition probabilities are normal with this standard deviation.
-SHARPNESS = 2.0
+_SHARPNESS = 2.0
 # Length of a prototype over the standard deviation of the noise in one direction.
 SEPARATION = 4.0
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What a model sees and what it predicts.
+    """One batch of a task: the input of a model, and what it predicts.
 
     Attributes:
         x: ids (B, T), or samples with the shape of the stream.
@@ -46,7 +46,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Samples:
-    """What a task makes.
+    """The classes, shape and dtype of the samples of a task.
 
     Attributes:
         classes: symbols of the source, or prototypes.
@@ -66,7 +66,7 @@ class Task(Protocol):
     chance: float
 
     def batch(self, seed: int, step: int) -> Batch:
-        """The batch of one step; every step has new samples."""
+        """Return the batch of one step; every step has new samples."""
         ...
 
 
@@ -80,8 +80,8 @@ class MarkovTask:
 
     def __init__(self, samples: Samples, device: torch.device) -> None:
         logits = torch.empty(samples.classes, samples.classes, dtype=torch.float64)
-        logits.normal_(generator=generator(CPU, 0, "transitions"))
-        self.transitions = torch.softmax(SHARPNESS * logits, dim=1)
+        logits.normal_(generator=generator(_CPU, 0, "transitions"))
+        self.transitions = torch.softmax(_SHARPNESS * logits, dim=1)
         self.stationary = stationary(self.transitions)
         rates = torch.special.entr(self.transitions).sum(1)
         self.floor = float(self.stationary @ rates)
@@ -91,7 +91,7 @@ class MarkovTask:
         self._next = self.transitions.cumsum(1).to(device)
 
     def batch(self, seed: int, step: int) -> Batch:
-        """Sequences of T + 1 states: the first T are seen, the last T predicted."""
+        """Return sequences of T + 1 states: the first T are seen, the last T predicted."""
         device, (samples, tokens) = self._start.device, self._shape
         u = torch.empty(tokens + 1, samples, 1, dtype=torch.float64, device=device)
         u.uniform_(generator=generator(device, seed, "batch", step))
@@ -105,13 +105,13 @@ class MarkovTask:
 
 
 def _inverse(cumulative: Tensor, u: Tensor) -> Tensor:
-    """The state whose stretch of the unit interval holds u. (..., K), (B, 1) to (B,)."""
+    """Return the state whose stretch of the unit interval holds u. (..., K), (B, 1) to (B,)."""
     # The last sum is 1 but for rounding, so it bounds nothing.
     return (cumulative[..., :-1] <= u).sum(-1)
 
 
 def stationary(transitions: Tensor) -> Tensor:
-    """pi with pi P = pi and sum pi = 1, of a chain with positive P. (K, K) to (K,).
+    """Return pi with pi P = pi and sum pi = 1, P positive. (K, K) to (K,).
 
     P is squared until it is P^(2^20), all rows of which are pi.
     """
@@ -123,7 +123,7 @@ def stationary(transitions: Tensor) -> Tensor:
 
 
 class PrototypeTask:
-    """Which of `classes` prototypes lies under standard normal noise?
+    """Classification: which of `classes` prototypes lies under standard normal noise?
 
     x = a u_k + noise with orthonormal u_k, a = 4 and k uniform. For images u_k is a colour:
     constant over the pixels. Only the projections z_j = u_j x tell the classes apart, and the best
@@ -133,13 +133,13 @@ class PrototypeTask:
     def __init__(self, samples: Samples, device: torch.device) -> None:
         self._samples, self._device = samples, device
         draw = torch.empty(samples.shape[1], samples.classes, dtype=torch.float64)
-        draw.normal_(generator=generator(CPU, 0, "prototypes"))
+        draw.normal_(generator=generator(_CPU, 0, "prototypes"))
         self.prototypes = torch.linalg.qr(draw).Q.T.to(device)
         self.floor = prototype_floor(samples.classes, SEPARATION)
         self.chance = math.log(samples.classes)
 
     def batch(self, seed: int, step: int) -> Batch:
-        """Samples with the shape of the stream, and their classes."""
+        """Return samples with the shape of the stream, and their classes."""
         shape, source = self._samples.shape, generator(self._device, seed, "batch", step)
         noise = torch.empty(shape, device=self._device).normal_(generator=source)
         labels = torch.randint(
@@ -153,11 +153,11 @@ class PrototypeTask:
 
 # Grid of the floor's two integrals, and the ends of the outer one. Both integrands are analytic
 # and vanish at the ends, where the trapezoidal rule is exact but for rounding: below 1e-9.
-FINE, LOWEST, HIGHEST, DEVIATIONS = 0.05, -60.0, 40.0, 10.0
+_FINE, _LOWEST, _HIGHEST, _DEVIATIONS = 0.05, -60.0, 40.0, 10.0
 
 
 def prototype_floor(classes: int, separation: float) -> float:
-    """Cross-entropy of the best model of `PrototypeTask`, in nats.
+    """Return the cross-entropy of the best model of `PrototypeTask`, in nats.
 
     With z = noise + a e_k it is E log S - a^2, where S = sum_j exp(a z_j) is a sum of independent
     terms. Frullani's integral log S = int_0^oo (e^-t - e^-tS) dt/t, with t = e^u, makes the mean
@@ -167,22 +167,22 @@ def prototype_floor(classes: int, separation: float) -> float:
         classes: K, the number of prototypes.
         separation: a.
     """
-    n = np.arange(-DEVIATIONS, DEVIATIONS + FINE, FINE)
+    n = np.arange(-_DEVIATIONS, _DEVIATIONS + _FINE, _FINE)
     density = np.exp(-(n**2) / 2)
     density /= density.sum()  # or the rounding of its sum would be raised to K - 1
     # S e^(-a^2) is of order 1, and its logarithm is what remains once a^2 is subtracted.
-    u = np.arange(LOWEST, HIGHEST, FINE)[:, None]
+    u = np.arange(_LOWEST, _HIGHEST, _FINE)[:, None]
     own = _laplace(u + separation * n) @ density
     other = _laplace(u + separation * n - separation**2) @ density
-    return float(FINE * (_laplace(u[:, 0]) - own * other ** (classes - 1)).sum())
+    return float(_FINE * (_laplace(u[:, 0]) - own * other ** (classes - 1)).sum())
 
 
-def _laplace(log: Floats) -> Floats:
-    """exp(-e^log), which is 0 long before e^log overflows."""
+def _laplace(log: _Floats) -> _Floats:
+    """Return exp(-e^log), which is 0 long before e^log overflows."""
     return np.exp(-np.exp(np.minimum(log, 20.0)))
 
 
-TASKS: dict[str, type[MarkovTask] | type[PrototypeTask]] = {
+_TASKS: dict[str, type[MarkovTask] | type[PrototypeTask]] = {
     "tokens": MarkovTask,
     "vectors": PrototypeTask,
     "images": PrototypeTask,
@@ -190,12 +190,12 @@ TASKS: dict[str, type[MarkovTask] | type[PrototypeTask]] = {
 
 
 def build_task(spec: StackSpec, device: torch.device) -> Task:
-    """The task of this stack's stream."""
-    return TASKS[spec.kind.domain](samples_of(spec), device)
+    """Return the task that fits the stream of a stack."""
+    return _TASKS[spec.kind.domain](samples_of(spec), device)
 
 
 def samples_of(spec: StackSpec) -> Samples:
-    """What the task of a stack makes."""
+    """Return the classes, shape and dtype of a stack's task."""
     shape = stream_shape(spec)
     ids = spec.kind.domain == "tokens"
     return Samples(spec.classes, shape[:2] if ids else shape, getattr(torch, spec.dtype))

@@ -26,7 +26,7 @@ class AdminUnit(Unit):
         self.omega = Scale(spec, "vector", 1.0)
 
     def set_omega(self, value: float) -> None:
-        """Start at the profile's number."""
+        """Let omega start at the number that the profile measured."""
         self.omega.weight.data.fill_(value)
 
     def join(self, x_skip: Tensor | None, x_branch: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ class Profile:
         self._omegas: list[tuple[float, ...]] = []
 
     def omegas(self, layer: int) -> tuple[float, ...]:
-        """omega of each unit of a layer (from 1)."""
+        """Return omega of each unit of a layer (from 1)."""
         while len(self._omegas) < layer:
             units = self._draw(len(self._omegas) + 1)
             self._omegas.append(tuple([self._pass(unit) for unit in units]))
@@ -56,7 +56,7 @@ class Profile:
 
     @torch.no_grad()
     def _pass(self, unit: Unit) -> float:
-        """One unit forward."""
+        """Pass one unit forward and return its omega."""
         omega, f = math.sqrt(self._square), unit.f(self._x)
         self._square += f.double().var(correction=0).item()
         self._x = unit.after(omega * self._x + f)

@@ -64,7 +64,7 @@ class DepthAverage(ConstantStart):
         self.starts = {"weight": torch.eye(n)[-1]}
 
     def forward(self, earlier: Tensor, last: Tensor) -> Tensor:
-        """sum_j alpha_j X_j, the last X given apart."""
+        """Return sum_j alpha_j X_j, the last X given apart."""
         weights = self.weight[:-1, None, None]
         return (weights * earlier).sum(1) + self.weight[-1] * last
 

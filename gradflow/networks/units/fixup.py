@@ -78,7 +78,7 @@ class FixupResNet(ResNet):
 
 
 class FixupUnit(Unit):
-    """x' = x + s f(x), s a parameter that starts at 1; the branches are those above."""
+    """x' = x + s f(x), s a parameter that starts at 1; the branches have scalar biases."""
 
     branches: ClassVar[Mapping[str, MakeBranch]] = {
         "attention": FixupAttention,

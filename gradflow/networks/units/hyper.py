@@ -52,17 +52,17 @@ class HyperConnection(ConstantStart):
         self.norm = Norm("layernorm", "tokens", width, KIND_EPS)
 
     def read(self, h: Tensor) -> Tensor:
-        """A_m^T H, what f takes: (B, T, d)."""
+        """Return A_m^T H, the input of f: (B, T, d)."""
         weights = self.s_a * torch.tanh(self.norm(h) @ self.w_m) + self.a_m[:, None]
         return (weights.unsqueeze(-1) * h).sum(1)
 
     def mix(self, h: Tensor) -> Tensor:
-        """A_r^T H: (B, n, T, d)."""
+        """Return the mixed streams A_r^T H: (B, n, T, d)."""
         weights = self.s_a * torch.tanh(self.norm(h) @ self.w_r) + self.a_r[:, None, :]
         return torch.einsum("bstu,bstd->butd", weights, h)
 
     def write(self, h: Tensor, f: Tensor) -> Tensor:
-        """B^T f: (B, n, T, d)."""
+        """Return what f adds to the streams, B^T f: (B, n, T, d)."""
         weights = self.s_b * torch.tanh(self.norm(h) @ self.w_b) + self.b[:, None]
         return weights.unsqueeze(-1) * f.unsqueeze(1)
 
@@ -104,31 +104,31 @@ class ManifoldConnection(ConstantStart):
         }
 
     def read(self, h: Tensor) -> Tensor:
-        """H_pre H, what f takes: (B, T, d)."""
+        """Return H_pre H, the input of f: (B, T, d)."""
         weights = torch.sigmoid(self.a_pre * (_token(h) @ self.phi_pre) + self.b_pre)
         return torch.einsum("bts,bstd->btd", weights, h)
 
     def mix(self, h: Tensor) -> Tensor:
-        """H_res H: (B, n, T, d)."""
+        """Return the mixed streams H_res H: (B, n, T, d)."""
         batch, _, tokens, _ = h.shape
         dynamic = (_token(h) @ self.phi_res).view(batch, tokens, self.n, self.n)
         weights = sinkhorn(self.a_res * dynamic + self.b_res)
         return torch.einsum("btus,bstd->butd", weights, h)
 
     def write(self, h: Tensor, f: Tensor) -> Tensor:
-        """H_post^T f: (B, n, T, d)."""
+        """Return what f adds to the streams, H_post^T f: (B, n, T, d)."""
         weights = 2 * torch.sigmoid(self.a_post * (_token(h) @ self.phi_post) + self.b_post)
         return torch.einsum("bts,btd->bstd", weights, f)
 
 
 def _token(h: Tensor) -> Tensor:
-    """All streams of a token side by side, their root mean square 1: (B, T, n d)."""
+    """Return all streams of a token side by side, root mean square 1: (B, T, n d)."""
     flat = h.transpose(1, 2).flatten(2)
     return F.rms_norm(flat, flat.shape[-1:], eps=KIND_EPS)
 
 
 def sinkhorn(logits: Tensor, iterations: int = 20) -> Tensor:
-    """exp(logits), then columns and rows scaled to sum 1, in turn: (..., n, n).
+    """Return exp(logits), columns and rows scaled to sum 1 in turn: (..., n, n).
 
     Eq. 9 of Xie et al. 2025: rows come last, so these sum to 1 exactly and columns nearly;
     20 iterations are the paper's. Sinkhorn & Knopp 1967.
@@ -160,15 +160,15 @@ class HyperUnit(StreamUnit):
         return self.connection.mix(skip) + self.connection.write(skip, f)
 
     def connect(self, spec: StackSpec, wiring: Wiring) -> HyperConnection | ManifoldConnection:
-        """The matrices: f reads stream number `settings["stream"]` at the start."""
+        """Return the matrices: f reads stream number `settings["stream"]` at the start."""
         return HyperConnection(spec.width, self.n, int(wiring.settings["stream"]))
 
 
 class ManifoldUnit(HyperUnit):
-    """As `HyperUnit`, with the matrices of mHC and the biases in `settings`."""
+    """The unit of mHC: a `HyperUnit` with its matrices, whose biases are in `settings`."""
 
     def connect(self, spec: StackSpec, wiring: Wiring) -> HyperConnection | ManifoldConnection:
-        """The matrices with their biases."""
+        """Return the matrices of mHC with the biases of the settings."""
         settings = wiring.settings
         return ManifoldConnection(
             spec.width, self.n, float(settings["pre"]), float(settings["off_diagonal"])

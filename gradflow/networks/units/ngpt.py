@@ -100,7 +100,7 @@ class NgptUnit(Unit):
         self.alpha = StoredScale(spec.width, NGPT_ALPHA, 1 / math.sqrt(spec.width))
 
     def settle(self, *_: int) -> None:
-        """Before the first step too."""
+        """Bring the weights to norm 1 before the first step too."""
         self.constrain()
 
     def constrain(self) -> None:

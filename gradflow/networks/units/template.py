@@ -35,7 +35,7 @@ class _Activation(nn.Module):
 
 @dataclass(frozen=True)
 class ParamInfo:
-    """What is known of one parameter without a pass; `norm` is the norm of its value."""
+    """The facts of one parameter that need no pass; `norm` is the norm of its value."""
 
     name: str
     shape: str
@@ -65,7 +65,7 @@ class Scale(ConstantStart):
 
 
 class Factor(nn.Module):
-    """A constant times x."""
+    """A constant factor times its input."""
 
     def __init__(self, factor: float) -> None:
         super().__init__()
@@ -109,11 +109,11 @@ class Unit(nn.Module):
         self.after = _after(spec, wiring, inside=inside)
 
     def f(self, x: Tensor) -> Tensor:
-        """b No(f(c Ni(x)))."""
+        """Return b No(f(c Ni(x))), the part of the branch in the sum."""
         return self.scale(self.branch_norm(self.branch(self.scale_in(self.before(x)))))
 
     def join(self, x_skip: Tensor | None, x_branch: Tensor) -> Tensor:
-        """y from the two uses of x, given apart so that their gradients come apart.
+        """Return y from the two uses of x, given apart so that their gradients come apart.
 
         Args:
             x_skip: x as the shortcut takes it; None for a plain unit.
@@ -126,7 +126,7 @@ class Unit(nn.Module):
         return self.after((skip if self.wiring.a == 1 else self.wiring.a * skip) + f)
 
     def evaluate(self, x_skip: Tensor | None, x_branch: Tensor) -> Tensor:
-        """`join`, compiled or not."""
+        """Return `join` of both uses of x, by the compiled function where there is one."""
         compiled = self.compiled
         return compiled(self, x_skip, x_branch) if compiled else self.join(x_skip, x_branch)
 
@@ -143,16 +143,16 @@ class Unit(nn.Module):
             yield from branch.slots(spec, gains)
 
     def settle(self, seed: int, layer: int, /) -> None:
-        """What the weights of a layer need after their draw; nothing in the template."""
+        """Change the weights of a layer after their draw, where the kind of unit needs it."""
 
     def begin(self, seed: int, layer: int, step: int, /) -> None:
-        """What a step of training draws before its pass; nothing in the template."""
+        """Draw what a step of training draws before its pass, where the kind of unit does."""
 
     def constrain(self) -> None:
-        """What the weights keep to after every update; nothing in the template."""
+        """Bring the weights back to their constraint after an update, where the kind has one."""
 
     def seal(self) -> None:
-        """Note what the engines ask of every unit in every pass."""
+        """Note what the engines ask of every unit in every pass, now that its weights are there."""
         named = list(self.named_parameters())
         self.weights = tuple(p for _, p in named)
         self._known = [(name, "x".join(map(str, p.shape)), p.numel()) for name, p in named]
@@ -164,12 +164,12 @@ class Unit(nn.Module):
     def of_seeds(
         self, weights: Sequence[nn.Parameter], norms: Sequence[Tensor], compiled: Compiled
     ) -> Unit:
-        """This unit with the weights of several seeds, an axis in front, which `compiled` knows.
+        """Return a copy of the unit with the weights of several seeds, the seeds as the first axis.
 
         Args:
-            weights: in the order of its own.
-            norms: of each, one number a seed.
-            compiled: computes its `join`.
+            weights: stacked over the seeds, in the order of the unit's own.
+            norms: the norms of each weight, one number for each seed.
+            compiled: computes `join` with such weights.
         """
         found = copy(self)
         found.weights, found.compiled = tuple(weights), compiled
@@ -178,12 +178,12 @@ class Unit(nn.Module):
         return found
 
     def forget(self) -> None:
-        """The weights have new values: what was known of the old ones is not true any more."""
+        """Drop what was known of the weights, because they have new values."""
         self._infos.clear()
 
     @property
     def infos(self) -> Sequence[ParamInfo]:
-        """For each parameter what needs no pass; norms are taken when they are first asked for."""
+        """Return what is known of each parameter; norms are taken when they are first asked for."""
         if not self._infos:
             self.note_norms()
         return tuple(self._infos)
@@ -204,7 +204,7 @@ def _factor(factor: float) -> nn.Module:
 
 
 def _after(spec: StackSpec, wiring: Wiring, *, inside: bool) -> nn.Module:
-    """What follows the addition: a norm, or the activation of He et al. 2015."""
+    """Return what follows the addition: a norm, or the activation of He et al. 2015."""
     if not inside:
         return make_norm(spec, wiring, "out")
     return _Activation(spec.activation) if "out" in wiring.norms else nn.Identity()
