@@ -62,7 +62,7 @@ class ModelRequest:
     input: str | None = option(
         None,
         "its input: sizes (8,3,32,32), or what yields batches (my_pkg.data:batches)",
-        metavar="_SIZES|NAME",
+        metavar="SIZES|NAME",
         whole=True,
     )
     layers: str | None = option(

@@ -309,3 +309,10 @@ def test_a_full_disk_behind_stdout_is_one_line(words: list[str]) -> None:
 def test_the_shortcut_is_said_once(cli: CommandLine, command: str, short: str) -> None:
     done = cli(command, short, "--shortcut", "plain")
     assert (done.code, short in done.complaint) == (2, True)
+
+
+@pytest.mark.parametrize("command", [command.name for command in app.registered_commands])
+def test_the_help_shows_no_private_name(cli: CommandLine, command: str) -> None:
+    done = cli(command, "--help")
+    assert (done.code, done.err) == (0, "")
+    assert [word for word in done.out.split() if word.startswith("_")] == []

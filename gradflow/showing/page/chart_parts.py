@@ -169,18 +169,9 @@ def themed(
 ) -> alt.LayerChart:
     """The chart in the given colours, with the letters and lines of all charts."""
     text: dict[str, Any] = {"labelColor": ink, "titleColor": ink, "titleFontWeight": "normal"}
-    axis: dict[str, Any] = {
-        "labelFontSize": 12,
-        "titleFontSize": 12,
-        "gridColor": ink,
-        "gridOpacity": 0.12,
-    }
-    legend: dict[str, Any] = {
-        "labelFontSize": 12,
-        "labelLimit": 330,
-        "orient": "bottom",
-        "columnPadding": 16,
-    }
+    text["labelFontSize"] = 12
+    axis: dict[str, Any] = {"titleFontSize": 12, "gridColor": ink, "gridOpacity": 0.12}
+    legend: dict[str, Any] = {"labelLimit": 330, "orient": "bottom", "columnPadding": 16}
     # One call, because every `configure_...` of Altair copies the chart.
     return chart.configure(
         background=paper,
