@@ -26,7 +26,7 @@ from pathlib import Path
 
 from side_by_side import write_table
 
-from gradflow.engine.environment import describe
+from gradflow.engine.environment import describe_environment
 from gradflow.judging.assembly import summarise_run
 from gradflow.runs.records import LayerRecord, Run
 from gradflow.runs.store import run_json, save
@@ -87,7 +87,7 @@ def made_run(spec: StackSpec, chance: random.Random) -> Run:
 
     rows = tuple(records(chance.uniform(-0.03, 0.03), chance))
     options = RunOptions(device="cpu")
-    environment = describe(spec, torch.device("cpu"))
+    environment = describe_environment(spec, torch.device("cpu"))
     environment |= {"start_utc": "2026-01-01T00:00:00+00:00", "duration_s": 1.0}
     summary = summarise_run(rows, spec, options)
     return Run(spec, options, summary, environment, None, (), rows, (), ())

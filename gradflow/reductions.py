@@ -17,8 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-Sums = dict[str, Tensor | float]
-Numbers = dict[str, Tensor]
+# Sums of one unit by name, 0-d on the device or on the host.
+ReducedSums = dict[str, Tensor | float]
+# Numbers of several units by name, one for each unit on axis 0.
+StatVectors = dict[str, Tensor]
 
 # Tensors up to this size become float64 in one buffer that is used again and again: allocating each
 # anew would leave holes between the tensors that autograd keeps, and cost page faults.
@@ -29,7 +31,7 @@ GAINS = ("gain", "skip_gain", "branch_gain", "skip_branch_cos")
 
 
 def is_at_hand(x: Tensor) -> bool:
-    """Whether reading it waits for no device."""
+    """Whether the numbers of x can be read without waiting for a device."""
     return x.device.type == "cpu"
 
 
@@ -53,7 +55,7 @@ _BLAS_FROM = 1 << 15
 
 
 def norm(x: Tensor) -> Tensor:
-    """Euclidean norm over all elements, accumulated in float64; 0-d."""
+    """Return the Euclidean norm over all elements, 0-d, accumulated in float64."""
     if x.device.type == "cpu" and x.numel() >= _BLAS_FROM:
         wide = _wide(x.reshape(-1), "vector")
         return torch.dot(wide, wide).sqrt()
@@ -71,7 +73,7 @@ def _lengths(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def mean_cosine(square: Tensor, count: Tensor | int) -> Tensor:
-    """Mean cosine over all pairs of `count` different unit vectors u_i with |sum u_i|^2 = square.
+    """Return the mean cosine over all pairs of `count` unit vectors u_i, square = |sum u_i|^2.
 
     mean over i != j of u_i . u_j = (|sum u_i|^2 - n) / (n (n - 1)), which needs no n x n matrix.
     Not finite for a single vector, which has no pairs.
@@ -79,8 +81,8 @@ def mean_cosine(square: Tensor, count: Tensor | int) -> Tensor:
     return (square - count) / (count * (count - 1))
 
 
-def forward_sums(y: Tensor, *, tokens: bool) -> Sums:
-    """Sums behind `act_rms`, `act_max_abs` and `act_cos` of the output y of a unit.
+def forward_sums(y: Tensor, *, tokens: bool) -> ReducedSums:
+    """Reduce the output y of a unit to the sums that `forward_stats` takes.
 
     Args:
         y: (batch, ..., tokens, features), or (batch, ...) where the stream has no tokens.
@@ -94,9 +96,13 @@ def forward_sums(y: Tensor, *, tokens: bool) -> Sums:
 
 @dataclass(frozen=True)
 class Counts:
-    """Of several units, stacked: elements of y; groups of vectors; vectors in a group; samples.
+    """Sizes of the outputs of several units, each (units,).
 
-    The vectors are those whose cosines are taken: the tokens of a sample, or the samples.
+    Attributes:
+        numel: elements of y.
+        groups: groups of vectors between which cosines are taken: samples, or one group.
+        vectors: vectors in a group: the tokens of a sample, or the samples.
+        samples: samples in the batch.
     """
 
     numel: Tensor
@@ -106,7 +112,7 @@ class Counts:
 
 
 def counts(shapes: Sequence[torch.Size], *, tokens: bool) -> Counts:
-    """The counts of units with outputs of these shapes."""
+    """Return the sizes of units with outputs of these shapes."""
     rows = [
         (shape.numel(), shape[:-2].numel(), shape[-2], shape[0])
         if tokens
@@ -116,8 +122,8 @@ def counts(shapes: Sequence[torch.Size], *, tokens: bool) -> Counts:
     return Counts(*torch.tensor(rows, dtype=torch.float64).unbind(1))
 
 
-def forward_stats(sums: Numbers, count: Counts) -> Numbers:
-    """`act_rms`, `act_max_abs`, `act_cos` from `forward_sums` of units stacked on axis 0.
+def forward_stats(sums: StatVectors, count: Counts) -> StatVectors:
+    """Return `act_rms`, `act_max_abs`, `act_cos` from `forward_sums` of several units.
 
     The cosine of a single vector is not finite.
     """
@@ -128,8 +134,8 @@ def forward_stats(sums: Numbers, count: Counts) -> Numbers:
     }
 
 
-def gradient_sums(g: Tensor) -> Sums:
-    """Sums behind `grad_norm`, `nonfinite`, `zero_fraction`, `grad_cos` of g (batch, ...)."""
+def gradient_sums(g: Tensor) -> ReducedSums:
+    """Reduce a gradient g (batch, ...) to the sums that `gradient_stats` takes."""
     norms, length = _lengths(_wide(g.flatten(1), "vector"))
     size = torch.linalg.vector_norm(norms)
     return {
@@ -140,8 +146,8 @@ def gradient_sums(g: Tensor) -> Sums:
     }
 
 
-def gradient_stats(sums: Numbers, count: Counts) -> Numbers:
-    """The columns from `gradient_sums` of units stacked on axis 0; cosines between samples."""
+def gradient_stats(sums: StatVectors, count: Counts) -> StatVectors:
+    """Return `grad_norm`, `nonfinite`, `zero_fraction`, `grad_cos` from several `gradient_sums`."""
     return {
         "grad_norm": sums["grad_norm"],
         "nonfinite": sums["nonfinite"],
@@ -151,7 +157,7 @@ def gradient_stats(sums: Numbers, count: Counts) -> Numbers:
 
 
 def count_nonfinite(x: Tensor, size: Tensor) -> Tensor | float:
-    """Number of NaN and infinite elements; `size` is the norm of `x`.
+    """Return the number of NaN and infinite elements of x; `size` is the norm of x.
 
     A finite norm proves that there are none, which saves the pass where reading it is free.
     x - x is 0 exactly where x is finite, and costs a fifth of `isfinite`.
@@ -162,24 +168,24 @@ def count_nonfinite(x: Tensor, size: Tensor) -> Tensor | float:
 
 
 def grad_norm(d: Tensor) -> tuple[Tensor, Tensor | float]:
-    """Norm and non-finite count of one parameter's gradient."""
+    """Return norm and non-finite count of the gradient d of one parameter."""
     size = norm(d)
     return size, count_nonfinite(d, size)
 
 
-def part_sums(skip: Tensor, branch: Tensor) -> Sums:
-    """Sums behind the two parts of a gain: dL/dx through the shortcut and through the branch."""
+def part_sums(skip: Tensor, branch: Tensor) -> ReducedSums:
+    """Reduce dL/dx through the shortcut and through the branch to the sums of `part_stats`."""
     s, b = _wide(skip.reshape(-1), "vector"), _wide(branch.reshape(-1), "other")
     return {"skip_sq": torch.dot(s, s), "branch_sq": torch.dot(b, b), "cross": torch.dot(s, b)}
 
 
-def part_stats(sums: Numbers, below: Tensor, above: Tensor) -> Numbers:
-    """The gains of units, with gain^2 = skip^2 + branch^2 + 2 cos skip branch.
+def part_stats(sums: StatVectors, below: Tensor, above: Tensor) -> StatVectors:
+    """Return the gains of several units: gain^2 = skip^2 + branch^2 + 2 cos skip branch.
 
     Args:
-        sums: `part_sums` of the units stacked on axis 0.
-        below: norms of dL/dx.
-        above: norms of dL/dy.
+        sums: `part_sums` of the units.
+        below: norms of dL/dx, (units,).
+        above: norms of dL/dy, (units,).
     """
     skip, branch = sums["skip_sq"].sqrt(), sums["branch_sq"].sqrt()
     return {

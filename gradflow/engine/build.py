@@ -15,7 +15,7 @@ from typing import Any, Protocol, overload
 import torch
 from torch import Tensor
 
-from gradflow.engine.compiled import use
+from gradflow.engine.compiled import with_join
 from gradflow.engine.plan import Plan
 from gradflow.engine.tape import Network
 from gradflow.networks.inputs import input_batch
@@ -25,21 +25,21 @@ from gradflow.networks.units.template import Compiled
 from gradflow.specs.stack import StackSpec
 
 
-class Ahead(Protocol):
-    """Does work beside the pass. The pass must not touch what it writes before it has waited."""
+class Prefetcher(Protocol):
+    """Draws weights beside the pass, which must wait before it touches what is written."""
 
     def owns(self, tensors: Iterable[Tensor]) -> None:
-        """The work will write into these, so their memory outlives it."""
+        """Declare that the work will write into these tensors, so their memory outlives it."""
 
     def start(self, work: Callable[[], None]) -> Any:
-        """Begin once all that was issued before is done; returns what to wait for."""
+        """Start the work once all that was issued before is done; return a handle for `wait`."""
 
     def wait(self, done: Any) -> None:
-        """What is issued from now on comes after that work."""
+        """Let everything that is issued from now on come after the work of this handle."""
 
 
-class CudaAhead:
-    """A second stream; nothing here waits on the host."""
+class CudaPrefetcher:
+    """Draws weights on a second CUDA stream; nothing here waits on the host."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -51,27 +51,27 @@ class CudaAhead:
             tensor.record_stream(self._stream)
 
     def start(self, work: Callable[[], None]) -> torch.cuda.Event:
-        """An event behind the work."""
+        """Issue the work on the second stream; return an event behind it."""
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             work()
             return self._stream.record_event()
 
     def wait(self, done: torch.cuda.Event) -> None:
-        """In the stream of the pass."""
+        """Make the stream of the pass wait for the event."""
         torch.cuda.current_stream(self._device).wait_event(done)
 
 
-def ahead_on(device: torch.device) -> Ahead | None:
-    """None on CPU, where all cores are busy with the pass."""
-    return CudaAhead(device) if device.type == "cuda" else None
+def prefetcher_on(device: torch.device) -> Prefetcher | None:
+    """Return the prefetcher of a device; None on CPU, where all cores are busy with the pass."""
+    return CudaPrefetcher(device) if device.type == "cuda" else None
 
 
-class Layers(Sequence[Block], ABC):
-    """Layers 1 to `depth`, at places from 0.
+class LazyLayers(Sequence[Block], ABC):
+    """Layers 1 to `depth` as a sequence from 0, each made when it is asked for.
 
     Args:
-        depth: how many there are.
+        depth: number of layers.
     """
 
     def __init__(self, depth: int) -> None:
@@ -85,46 +85,48 @@ class Layers(Sequence[Block], ABC):
     @overload
     def __getitem__(self, index: slice) -> list[Block]: ...
     def __getitem__(self, index: int | slice) -> Block | list[Block]:
-        """The layer at this place; the layers of a slice have modules of their own."""
+        """Return the layer at this place, or the layers of a slice in modules of their own."""
         layers = range(1, self._depth + 1)[index]
-        return self.played(layers) if isinstance(layers, int) else list(map(self.built, layers))
+        if isinstance(layers, int):
+            return self.in_shared_module(layers)
+        return list(map(self.in_own_module, layers))
 
     @abstractmethod
-    def played(self, layer: int) -> Block:
-        """The layer, perhaps by a module that is used again for others."""
+    def in_shared_module(self, layer: int) -> Block:
+        """Return the layer, in a module that other layers may use after it."""
 
     @abstractmethod
-    def built(self, layer: int) -> Block:
-        """The layer, by a module of its own."""
+    def in_own_module(self, layer: int) -> Block:
+        """Return the layer, in a new module that no other layer uses."""
 
 
-# A stack of more kinds of layer than this constructs modules again and again.
-MOST_KINDS = 8
+# Modules are kept for so many kinds of layer; with more, some are made again and again.
+_MOST_KINDS = 8
 
 
 @dataclass(frozen=True)
 class _Drawn:
-    """A layer that was drawn before it was asked for, and what to wait for."""
+    """A layer that was drawn before it was asked for, and the handle to wait for."""
 
     layer: int
     block: Block
     done: Any
 
 
-class RebuiltBlocks(Layers):
+class RebuiltBlocks(LazyLayers):
     """The layers of a stack, of which `alive` neighbours can be used at a time.
 
-    A layer is played by a module that played another of its kind before: one draw gives it its
-    weights, and nothing else is made. Where work can be done ahead, the layer that is likely to
-    come next is drawn into a module of its own while this one computes.
+    A layer takes over the module of another layer of its kind: one draw gives it its weights, and
+    nothing else is made. With a prefetcher, the layer that is likely to come next is drawn into a
+    module of its own while this one computes.
 
     Args:
-        spec: as for `build_block`, like the next two.
-        seed: of the weights.
-        device: where they lie.
-        alive: of how many neighbours the weights must hold together.
-        join: compiled, in the place of the units' own; None if they are not compiled.
-        ahead: draws the next layer; None if each is drawn when it is asked for.
+        spec: the stack.
+        seed: seed of the weights.
+        device: device of the weights.
+        alive: number of neighbours whose weights must hold at the same time.
+        join: compiled forward of a unit; None if units are not compiled.
+        prefetcher: draws the next layer; None if each layer is drawn when it is asked for.
     """
 
     def __init__(
@@ -135,31 +137,31 @@ class RebuiltBlocks(Layers):
         alive: int = 1,
         *,
         join: Compiled | None = None,
-        ahead: Ahead | None = None,
+        prefetcher: Prefetcher | None = None,
     ) -> None:
         super().__init__(spec.depth)
         self._spec, self._seed, self._device = spec, seed, device
         self._alive, self._join = alive, join
         # Profiles are passes of their own, which belong into the stream of the others.
-        self._ahead = None if spec.scheme and spec.scheme_record.profiled else ahead
-        self._places = alive + (self._ahead is not None)
+        self._prefetcher = None if spec.scheme and spec.scheme_record.profiled else prefetcher
+        self._places = alive + (self._prefetcher is not None)
         self._modules: dict[Hashable, dict[int, Block]] = {}
         self._last = 0
         self._next: _Drawn | None = None
 
-    def played(self, layer: int) -> Block:
-        """The layer, good until `alive` others have been asked for."""
+    def in_shared_module(self, layer: int) -> Block:
+        """Return the layer, which is good until `alive` others have been asked for."""
         block = self._taken(layer) or self._drawn(layer)
-        self._look_ahead(layer)
+        self._prefetch(layer)
         self._last = layer
         return block
 
     def _taken(self, layer: int) -> Block | None:
-        """What was drawn ahead, if it is this layer; another is waited for and passed over."""
+        """Return the prefetched layer if it is this one; wait for another one and drop it."""
         drawn, self._next = self._next, None
-        if drawn is None or self._ahead is None:
+        if drawn is None or self._prefetcher is None:
             return None
-        self._ahead.wait(drawn.done)
+        self._prefetcher.wait(drawn.done)
         return drawn.block if drawn.layer == layer else None
 
     def _drawn(self, layer: int) -> Block:
@@ -167,29 +169,29 @@ class RebuiltBlocks(Layers):
         if place in modules:
             redraw(modules[place], self._spec, self._seed, layer, self._device)
         else:
-            modules[place] = self.built(layer)
-            if self._ahead:
-                self._ahead.owns(modules[place].parameters())
+            modules[place] = self.in_own_module(layer)
+            if self._prefetcher:
+                self._prefetcher.owns(modules[place].parameters())
         return modules[place]
 
-    def _look_ahead(self, layer: int) -> None:
-        """Begin to draw the next layer: above, or below where the pass goes down."""
+    def _prefetch(self, layer: int) -> None:
+        """Begin to draw the layer above, or the layer below where the pass goes down."""
         step = -1 if self._alive == 1 and layer == self._last - 1 else 1
-        if self._ahead is None or not 1 <= layer + step <= len(self):
+        if self._prefetcher is None or not 1 <= layer + step <= len(self):
             return
         modules = self._modules.get(layer_kind(self._spec, layer + step), {})
         block = modules.get((layer + step) % self._places)
         if block is not None:
             draw = partial(redraw, block, self._spec, self._seed, layer + step, self._device)
-            self._next = _Drawn(layer + step, block, self._ahead.start(draw))
+            self._next = _Drawn(layer + step, block, self._prefetcher.start(draw))
 
-    def built(self, layer: int) -> Block:
-        """The layer, by a module of its own."""
-        return use(self._join, build_block(self._spec, self._seed, layer, self._device))
+    def in_own_module(self, layer: int) -> Block:
+        """Return the layer, drawn into a new module."""
+        return with_join(self._join, build_block(self._spec, self._seed, layer, self._device))
 
     def _of_kind(self, kind: Hashable) -> dict[int, Block]:
         if kind not in self._modules:
-            if len(self._modules) == MOST_KINDS:
+            if len(self._modules) == _MOST_KINDS:
                 del self._modules[next(iter(self._modules))]
             self._modules[kind] = {}
         return self._modules[kind]
@@ -202,20 +204,22 @@ def build_network(
     plan: Plan | None = None,
     join: Compiled | None = None,
 ) -> Network:
-    """One seed of a stack: resident on the device, or built as the plan says."""
+    """Return one seed of a stack, resident on the device or rebuilt as the plan says."""
     if plan and plan.rebuild:
         blocks: Sequence[Block] = RebuiltBlocks(
-            spec, seed, device, plan.alive, join=join, ahead=ahead_on(device)
+            spec, seed, device, plan.alive, join=join, prefetcher=prefetcher_on(device)
         )
     else:
-        blocks = [use(join, block) for block in build_stack(spec, seed, device)]
+        blocks = [with_join(join, block) for block in build_stack(spec, seed, device)]
     return Network(blocks, input_batch(spec, seed, device), build_loss(spec, seed, device))
 
 
 def build_timed(
     spec: StackSpec, seed: int, device: torch.device, plan: Plan, join: Compiled | None = None
 ) -> Network:
-    """The layers that are timed, as a stack of their own."""
-    blocks = [use(join, build_block(spec, seed, layer, device)) for layer in plan.timed_layers]
+    """Return the timed layers of one seed as a network of their own."""
+    blocks = [
+        with_join(join, build_block(spec, seed, layer, device)) for layer in plan.timed_layers
+    ]
     x, loss = input_batch(spec, seed, device), build_loss(spec, seed, device)
     return Network(blocks, x, loss, plan.timed_layers)

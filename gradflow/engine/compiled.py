@@ -18,13 +18,13 @@ from gradflow.networks.stack import Block
 from gradflow.networks.units.template import Compiled, Unit
 from gradflow.torch_internals import compile_errors, uncompiled
 
-# Who generates the code.
+# The compiler of torch that generates the code.
 BACKEND = "inductor"
-REMEDY = "leave out --compile"
+_REMEDY = "leave out --compile"
 
 
 def compiled_join() -> Compiled:
-    """`Unit.join`, compiled at its first call for each kind of unit.
+    """Return `Unit.join`, compiled at its first call for each kind of unit.
 
     Its calls raise `UsageError` where a unit is not one graph, or layers need too many, and
     `MeasurementError` where no code could be generated.
@@ -38,7 +38,7 @@ def compiled_join() -> Compiled:
             return compiled(unit, x_skip, x_branch)
         except errors.limit:
             got = f"more kinds of {unit.name} unit than torch compiles"
-            raise UsageError("--compile uses one graph for all layers", got, REMEDY) from None
+            raise UsageError("--compile uses one graph for all layers", got, _REMEDY) from None
         except errors.any as error:
             raise _refusal(unit, error) from None
 
@@ -52,13 +52,13 @@ def _join(unit: Unit, x_skip: Tensor | None, x_branch: Tensor) -> Tensor:
 def _refusal(unit: Unit, error: Any) -> GradflowError:
     if isinstance(error, compile_errors().backend):
         what = f"--compile failed on the {unit.name} unit"
-        return MeasurementError(f"{what}: {first_line(error.inner_exception)}; {REMEDY}")
+        return MeasurementError(f"{what}: {first_line(error.inner_exception)}; {_REMEDY}")
     rule = f"--compile makes one graph of the {unit.name} unit"
-    return UsageError(rule, first_line(error), REMEDY)
+    return UsageError(rule, first_line(error), _REMEDY)
 
 
-def use(join: Compiled | None, block: Block) -> Block:
-    """The block, whose units now compute by `join`; as it was if None."""
+def with_join(join: Compiled | None, block: Block) -> Block:
+    """Return the block, whose units compute by `join` from now on; None leaves them as they are."""
     for unit in block.units:
         unit.compiled = join
     return block

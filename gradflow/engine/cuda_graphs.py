@@ -25,7 +25,7 @@ from gradflow.errors import MeasurementError, first_line
 from gradflow.specs.run_options import RunOptions
 from gradflow.torch_internals import release_graph_pool
 
-Found = TypeVar("Found")
+_ResultT = TypeVar("_ResultT")
 
 
 class Capture(Protocol):
@@ -34,7 +34,7 @@ class Capture(Protocol):
     def warm_up(self, work: Callable[[], object]) -> None:
         """Do the work once, eagerly: libraries load and allocate what they need."""
 
-    def capture(self, work: Callable[[], Found]) -> Callable[[], Found]:
+    def capture(self, work: Callable[[], _ResultT]) -> Callable[[], _ResultT]:
         """Note what the work issues and do none of it.
 
         Returns:
@@ -64,7 +64,7 @@ class CudaCapture:
             work()
         current.wait_stream(self._stream)
 
-    def capture(self, work: Callable[[], Found]) -> Callable[[], Found]:
+    def capture(self, work: Callable[[], _ResultT]) -> Callable[[], _ResultT]:
         """A graph, replayed in the stream that is current then."""
         # The outer stream context: that of torch's own does not end where a capture fails.
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream), collector_paused():
@@ -75,14 +75,14 @@ class CudaCapture:
 
 
 @dataclass(frozen=True)
-class _Replay(Generic[Found]):
+class _Replay(Generic[_ResultT]):
     """A graph; the work holds the tensors that it reads, and `found` those that it fills."""
 
     graph: torch.cuda.CUDAGraph
-    work: Callable[[], Found]
-    found: Found
+    work: Callable[[], _ResultT]
+    found: _ResultT
 
-    def __call__(self) -> Found:
+    def __call__(self) -> _ResultT:
         self.graph.replay()
         return self.found
 
@@ -116,7 +116,7 @@ class Graphs:
         self.captured = 0
         self.failure: str | None = None
 
-    def __call__(self, work: Callable[[], Found], /) -> Callable[[], Found]:
+    def __call__(self, work: Callable[[], _ResultT], /) -> Callable[[], _ResultT]:
         """The work as a graph, or as it is.
 
         Raises:

@@ -1,4 +1,4 @@
-"""What a run was measured on: versions, device, number formats, code. No host name, no path."""
+"""What a run was measured on: versions, device, number formats, code; no host name, no path."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from gradflow.errors import UsageError
 from gradflow.specs.model_spec import ModelRequest, Spec, asked_for
 from gradflow.version import __version__
 
-LIBRARY = "transformers"
+_TRANSFORMERS = "transformers"
 
 
 def resolve_device(name: str, dtype: str) -> torch.device:
-    """The device that `--device` names; `auto` is CUDA where there is one.
+    """Return the device that `--device` names; `auto` is CUDA where there is one.
 
     Raises:
-        UsageError: no such device here, or it cannot compute in this dtype.
+        UsageError: the device is not there, or it cannot compute in this dtype.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -51,8 +51,8 @@ def _check_cuda(device: torch.device) -> None:
         raise UsageError(f"--device cuda:N has N below {count}", str(device), "use --device cuda:0")
 
 
-def describe(spec: Spec | ModelRequest, device: torch.device) -> dict[str, Any]:
-    """The environment as it is written to `run.json`."""
+def describe_environment(spec: Spec | ModelRequest, device: torch.device) -> dict[str, Any]:
+    """Return the environment of a measurement as `run.json` has it."""
     return {
         "gradflow": __version__,
         "torch": torch.__version__,
@@ -67,20 +67,20 @@ def describe(spec: Spec | ModelRequest, device: torch.device) -> dict[str, Any]:
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "git": _git(),
         "argv": [without_path(word) for word in sys.argv],
-        **library(spec),
+        **library_version(spec),
     }
 
 
-def library(spec: Spec | ModelRequest) -> dict[str, str]:
-    """The version of the library that builds the model, where one does."""
+def library_version(spec: Spec | ModelRequest) -> dict[str, str]:
+    """Return name and version of the library that builds the model; empty if there is none."""
     asked = asked_for(spec)
     if isinstance(asked, ModelRequest) and asked.is_from_library:
-        return {LIBRARY: version(LIBRARY)}
+        return {_TRANSFORMERS: version(_TRANSFORMERS)}
     return {}
 
 
 def without_path(word: str) -> str:
-    """A word of the command line with absolute paths, of a list too, cut to their last part."""
+    """Return a word of the command line with its absolute paths cut to their last part."""
     head, equals, tail = word.partition("=")
     if not equals or PurePath(word).is_absolute():
         head, equals, tail = "", "", word

@@ -15,21 +15,21 @@ from gradflow.networks.units.template import Unit
 from gradflow.torch_internals import OperationMode, operation
 
 
-def grouped_flop(a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
-    """Products by groups, as of experts: of rows, of columns or of the dimension summed over."""
+def _grouped_flop(a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
+    """Return the FLOPs of products by groups: of rows, of columns, or of the summed dimension."""
     rows = a.shape[-2:] if b.ndim == 2 else a.shape
     return 2 * rows.numel() * b.shape[-1]
 
 
-# Torch's formulas: of matrix products, convolutions and attention; 2 N K M for N x K by K x M. All
-# else is memory traffic and not counted. Three are not in torch's own table.
+# Formulas of matrix products, convolutions and attention; 2 N K M for N x K by K x M. All else is
+# memory traffic and not counted. The last three are not in torch's own table.
 FORMULAS: dict[Any, Callable[..., int]] = flop_registry | {
-    operation("_grouped_mm"): grouped_flop,
+    operation("_grouped_mm"): _grouped_flop,
     operation("_scaled_dot_product_flash_attention_for_cpu"): sdpa_flop,
     operation("_scaled_dot_product_flash_attention_for_cpu_backward"): sdpa_backward_flop,
 }
-# Torch's operations that have products inside them and no formula.
-OPAQUE = {
+# Operations of torch that have products inside them and no formula.
+_OPAQUE = {
     operation(name)
     for name in (
         "mkldnn_rnn_layer",
@@ -43,16 +43,15 @@ OPAQUE = {
         "_scaled_grouped_mm",
     )
 }
-# Nobody knows what is in an operation of others.
-NAMESPACES = ("aten", "prim", "prims", "profiler", "c10d", "_c10d_functional", "gradflow")
-
+# Operations of any other namespace may have products inside them.
+_NAMESPACES = ("aten", "prim", "prims", "profiler", "c10d", "_c10d_functional", "gradflow")
 
 # How formulas refuse shapes that they do not know.
-REFUSALS = (AssertionError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError)
+_REFUSALS = (AssertionError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
 class FlopCounter(OperationMode):  # type: ignore[no-untyped-call]  # torch's stubs
-    """Adds up `total` while it is entered.
+    """Adds up the FLOPs of all operations in `total` while it is entered.
 
     `is_complete` says whether there was a formula for everything that may have products.
     """
@@ -68,23 +67,23 @@ class FlopCounter(OperationMode):  # type: ignore[no-untyped-call]  # torch's st
         found = func(*args, **(kwargs or {}))
         formula = FORMULAS.get(func.overloadpacket)
         if formula is None:
-            known = func.namespace in NAMESPACES and func.overloadpacket not in OPAQUE
+            known = func.namespace in _NAMESPACES and func.overloadpacket not in _OPAQUE
             self.is_complete = self.is_complete and known
         else:
             try:
                 self.total += formula(*args, **(kwargs or {}), out_val=found)
-            except REFUSALS:
+            except _REFUSALS:
                 self.is_complete = False
         return found
 
 
 def network_flops(network: Network) -> tuple[int, int] | None:
-    """FLOPs of one forward pass and of one backward pass through the units, the loss left out.
+    """Return the FLOPs of one forward and of one backward pass through the units, without the loss.
 
-    None where there is no formula for something in a branch.
+    None where there is no formula for an operation in a branch.
 
-    A causal mask saves nothing in the count, by torch's convention. The backward pass is that of
-    the engine: it has the gradients of all inputs and parameters. Every kind of unit is run once
+    A causal mask saves nothing in the count, by torch's convention. The backward pass computes
+    the gradients of all inputs and parameters, as the engine does. Every kind of unit is run once
     for each shape of its input.
     """
     known: dict[object, tuple[int, int, torch.Size] | None] = {}
@@ -102,7 +101,7 @@ def network_flops(network: Network) -> tuple[int, int] | None:
 
 
 def _unit_flops(unit: Unit, x: Tensor) -> tuple[int, int, torch.Size] | None:
-    """FLOPs forward and backward, and the shape of the output; None where some are unknown."""
+    """Return FLOPs forward and backward, and the output's shape; None where some are unknown."""
     branch = x.requires_grad_()
     skip = x.detach().requires_grad_() if unit.shortcut else None
     with FlopCounter() as there:

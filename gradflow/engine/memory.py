@@ -1,4 +1,4 @@
-"""Memory of the machine: what is free, what a stack needs, and the peak of a measurement."""
+"""Memory of the machine: what is free, what a stack needs, the plan, and the peak."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import ctypes
 import math
 import resource
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from gradflow.engine.plan import (
     with_seeds,
 )
 from gradflow.engine.tape import SavedBytes
-from gradflow.errors import MeasurementError, UsageError
+from gradflow.errors import MeasurementError, UsageError, is_out_of_memory
 from gradflow.networks.inputs import input_shape, stream_shape
 from gradflow.networks.stack import Block, build_block, layer_kind
 from gradflow.specs.fields import flag
@@ -45,7 +46,7 @@ _KERNELS, _NODE = 300, 4 << 10
 
 
 def available_bytes(device: torch.device) -> int:
-    """Bytes that can still be had: of the GPU, or of the host within its container's limit."""
+    """Return the free bytes of the GPU, or of the host within its container's limit."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free
@@ -62,7 +63,7 @@ def _cgroup_room() -> int:
 
 
 def footprint(spec: StackSpec, seed: int, device: torch.device) -> Footprint:
-    """Bytes of a layer: its parameters, what autograd keeps for its backward, its stream.
+    """Estimate the memory of a layer: its parameters, its autograd graph, its stream.
 
     Measured on one block and a few samples, because one layer and its batch may already be too
     much; where layers are of several kinds, on the first and the last. A state of several streams
@@ -84,7 +85,7 @@ def footprint(spec: StackSpec, seed: int, device: torch.device) -> Footprint:
         graph=int((sum(kept) / len(kept) if spec.has_streams else max(kept)) * scale),
         stream=int(streams * math.prod(stream_shape(spec)) * itemsize),
         rows=_ROW * spec.units_per_block,
-        ahead=int(device.type == "cuda"),
+        prefetched_layers=int(device.type == "cuda"),
         # Each weight meets each vector of the stream.
         work=parameters // itemsize * math.prod(stream_shape(spec)) // spec.width,
         scores=_score_bytes(spec, itemsize),
@@ -93,14 +94,14 @@ def footprint(spec: StackSpec, seed: int, device: torch.device) -> Footprint:
 
 
 def _kept(spec: StackSpec, layer: int, block: Block) -> int:
-    """What autograd keeps for the backward of one layer, its inputs among it."""
+    """Return the bytes that autograd keeps for the backward of one layer, its inputs included."""
     saved, like = SavedBytes(), next(block.parameters())
     inputs = (like.new_ones(input_shape(spec, layer, u)) for u in range(spec.units_per_block))
     return sum(saved.of(unit, x) for unit, x in zip(block.units, inputs, strict=True))
 
 
 def _score_bytes(spec: StackSpec, itemsize: int) -> int:
-    """One number, of float32 at least, for each head and pair of tokens; 0 without attention."""
+    """Return the bytes of attention scores: a float32 or wider for each head and token pair."""
     pairs = spec.batch_size * int(spec.heads or 0) * int(spec.seq_len or 0) ** 2
     return spec.kind.units.count("attention") * pairs * max(4, itemsize)
 
@@ -110,12 +111,12 @@ def _parameter_bytes(block: Block) -> int:
 
 
 def resident_bytes(size: Footprint, layers: int) -> int:
-    """Parameters of so many layers, and what autograd keeps of all of them."""
+    """Return the bytes of the parameters and autograd graphs of so many layers."""
     return layers * (size.parameters + size.graph)
 
 
 def least_bytes(spec: StackSpec) -> int:
-    """A bound from below that allocates nothing: one layer, and the fewest streams."""
+    """Return a lower bound of the bytes needed, without allocating: one layer, fewest streams."""
     shapes = [s for part in Block(spec).modules() for s in getattr(part, "shapes", {}).values()]
     last = spec.units_per_block - 1
     ends = [spec.streams(layer, last) for layer in (1, spec.depth)]  # a state grows by equal steps
@@ -129,7 +130,7 @@ def least_bytes(spec: StackSpec) -> int:
 
 
 def make_plan(spec: StackSpec, options: RunOptions, device: torch.device) -> Plan:
-    """The memory policy; refuses a stack that cannot fit before the system kills the process.
+    """Choose the memory policy; refuse a stack before the system kills the process.
 
     Raises:
         UsageError: the policy does not go with training, or with the device.
@@ -143,7 +144,8 @@ def make_plan(spec: StackSpec, options: RunOptions, device: torch.device) -> Pla
     least = least_bytes(spec)
     if least > room:
         raise out_of_memory(least, room, spec, options)
-    size = footprint(spec, options.seed, device)
+    with refusing_when_full(least, spec, options, device):
+        size = footprint(spec, options.seed, device)
     if options.steps:
         options, size = _for_training(options, size)
     plan, fits = choose(spec.depth, size, options, free)
@@ -158,17 +160,37 @@ def make_plan(spec: StackSpec, options: RunOptions, device: torch.device) -> Pla
     return plan
 
 
+@contextmanager
+def refusing_when_full(
+    needed: int, spec: StackSpec, options: RunOptions, device: torch.device
+) -> Iterator[None]:
+    """Raise a MeasurementError that says what to lower where torch cannot allocate.
+
+    Args:
+        needed: bytes that the stack needs at least.
+        spec: the stack.
+        options: how it is measured.
+        device: device whose free memory the error tells.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise out_of_memory(needed, available_bytes(device), spec, options) from None
+
+
 def _is_captured(
     plan: Plan, spec: StackSpec, options: RunOptions, size: Footprint, device: torch.device
 ) -> bool:
-    """Whether CUDA graphs are asked for, or pay."""
+    """Whether passes are captured: CUDA graphs are asked for, or save time."""
     if options.cuda_graphs is not None:
         return options.cuda_graphs
     return device.type == "cuda" and not options.steps and pays_as_graphs(plan, spec.width, size)
 
 
 def _for_graphs(options: RunOptions, device: torch.device) -> RunOptions:
-    """All layers and graphs at once."""
+    """Return the options with all layers resident and all graphs kept."""
     if device.type != "cuda":
         remedy = "leave it out, or use --device cuda"
         raise UsageError("--cuda-graphs needs a GPU", f"--device {device}", remedy)
@@ -176,7 +198,7 @@ def _for_graphs(options: RunOptions, device: torch.device) -> RunOptions:
 
 
 def _for_training(options: RunOptions, size: Footprint) -> tuple[RunOptions, Footprint]:
-    """All layers and graphs at once; gradients, the optimizer's two moments, the values before."""
+    """Return options and footprint of training, which keeps layers, graphs and optimizer state."""
     if options.keep not in ("auto", "graph") or options.rebuild:
         rule = "training keeps the whole stack"
         raise UsageError(rule, "--keep or --rebuild", "leave them out, or --steps")
@@ -185,7 +207,7 @@ def _for_training(options: RunOptions, size: Footprint) -> tuple[RunOptions, Foo
 
 
 def out_of_memory(needed: int, room: int, spec: StackSpec, options: RunOptions) -> MeasurementError:
-    """The error that says how much is needed and which options lower it."""
+    """Return the error that says how much is needed and which options lower it."""
     sizes = ("depth", "batch_size", "seq_len", "image_size", "ffn_mult", "width")
     lower = ", ".join(flag(name) for name in sizes if getattr(spec, name) is not None)
     policy = ", or leave --keep and --rebuild to gradflow" if options.is_policy_given else ""
@@ -199,18 +221,22 @@ def out_of_memory(needed: int, room: int, spec: StackSpec, options: RunOptions) 
 
 
 def reset_peak(device: torch.device) -> None:
-    """Begin a new high-water mark, where the system allows it."""
+    """Begin a new high-water mark of the memory in use, where the system allows it.
+
+    The mark of a process counts pages that malloc holds after they were freed. glibc gives them
+    back by `malloc_trim`, for which Python has no call.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
-    with suppress(AttributeError, OSError):  # glibc's: what was freed before counts as in use
+    with suppress(AttributeError, OSError):  # another C library has no such function
         ctypes.CDLL(None).malloc_trim(0)
     with suppress(OSError):
         _CLEAR_REFS.write_text("5")
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Largest memory in use: allocated on the GPU, or resident in the whole process."""
+    """Return the high-water mark in bytes: allocated on the GPU, or resident in the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

@@ -1,6 +1,13 @@
-"""Which memory policy a stack is measured with: chosen from an estimate, and said in a sentence.
+"""The memory policy of a stack, chosen from an estimate: what is kept, rebuilt and timed.
 
 Torch-free. The numbers do not depend on the policy; memory and time do.
+
+All seeds are measured in one pass where they can be and where that is faster. An operation on a
+small tensor takes as long as it takes to start, so a pile of seeds costs little more than one of
+them; a large one is as fast by itself. On 2 cores the border lay near 4 million multiply-adds in a
+layer (benchmarks/seeds.py), and below 4 seeds there was nothing to win. Nor was there with more
+than 512 KiB of attention scores, which a single seed never holds. Each seed has two tables, which
+are files where they are long; a process may have 1,024 files open.
 """
 
 from __future__ import annotations
@@ -16,8 +23,8 @@ from gradflow.specs.stack import StackSpec
 from gradflow.specs.user_files import is_user_name
 from gradflow.text import count, gib
 
-# Of the free memory a choice of its own takes no more than this; a given limit is used whole.
-AUTO_SHARE = 0.5
+# Share of the free memory that is used where no limit is given; a given limit is used whole.
+_AUTO_SHARE = 0.5
 # Deeper stacks are rebuilt without being asked: to make so many modules costs more than to draw
 # their weights twice. They are timed by a sample of layers, as are all that are not resident.
 DEEP, SAMPLE = 2000, 16
@@ -29,19 +36,20 @@ MARGIN = 1.2  # what allocators lose: 18 % at 400 units of width 128
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of one layer, and of the rest.
+    """Memory that one layer takes, by what takes it, in bytes.
 
     Attributes:
-        parameters: of a layer.
-        objects: of a layer's modules.
-        graph: what autograd keeps of a layer.
-        stream: y between two layers.
-        rows: what stays of a layer until its row is written.
-        ahead: layers that are drawn before they are asked for, where they are rebuilt.
-        work: multiply-adds of a layer's weights, forward.
-        scores: of attention between all tokens: kept only where seeds share a pass.
-        passing: what the work on a layer takes beside, for a moment.
-        nodes: what a device takes to hold a layer's passes as CUDA graphs.
+        parameters: parameters of a layer.
+        objects: Python objects of a layer's modules.
+        graph: tensors that autograd keeps for the backward pass of a layer.
+        stream: the stream between two layers.
+        rows: numbers that stay of a layer until its row is written.
+        prefetched_layers: number of layers that are drawn before they are visited, where layers
+            are rebuilt.
+        work: number of multiply-adds of a layer's weights in one forward pass.
+        scores: attention scores between all tokens; kept only where seeds share a pass.
+        transient_bytes: peak of the temporaries while one layer is computed.
+        nodes: memory of the device for one layer's passes as nodes of CUDA graphs.
     """
 
     parameters: int
@@ -49,16 +57,16 @@ class Footprint:
     graph: int
     stream: int
     rows: int
-    ahead: int = 0
+    prefetched_layers: int = 0
     work: int = 0
     scores: int = 0
-    passing: int = 0
+    transient_bytes: int = 0
     nodes: int = 0
 
     @property
     def working(self) -> int:
-        """At work: a layer with its gradients, and its statistics in float64."""
-        return 2 * self.parameters + self.graph + 10 * self.stream + self.passing
+        """Bytes while a layer is computed: it, its gradients, and its statistics in float64."""
+        return 2 * self.parameters + self.graph + 10 * self.stream + self.transient_bytes
 
 
 @dataclass(frozen=True)
@@ -66,14 +74,14 @@ class Plan:
     """A memory policy for one stack.
 
     Attributes:
-        depth: layers.
+        depth: number of layers.
         spans: which streams are kept, see `tape.record_backward`.
-        rebuild: layers are built at each visit, into modules that are used again.
-        needed: bytes by the estimate.
-        everything: bytes with all graphs kept and all parameters resident.
-        timed: layers that are timed.
-        seeds: that are measured in one pass.
-        graphs: passes are captured as CUDA graphs.
+        rebuild: whether layers are built at each visit, into modules that are used again.
+        needed: estimated bytes under this policy.
+        everything: estimated bytes with all graphs kept and all parameters resident.
+        timed: number of layers that are timed.
+        seeds: number of seeds that are measured in one pass.
+        graphs: whether passes are captured as CUDA graphs.
     """
 
     depth: int
@@ -94,18 +102,18 @@ class Plan:
 
     @property
     def alive(self) -> int:
-        """Layers whose graphs are kept together."""
+        """Number of layers whose graphs are kept at the same time."""
         return min(self.depth, self.spans[-1]) if self.spans else self.depth
 
     @property
     def streams(self) -> int:
-        """Streams that are kept together."""
+        """Number of streams that are kept at the same time."""
         lengths = (self.depth, *self.spans)
         return sum(math.ceil(n / s) for n, s in zip(lengths, self.spans, strict=False))
 
     @property
     def sentence(self) -> str:
-        """What was chosen, and what it costs."""
+        """The policy and its estimated memory in words, as run.json has them."""
         return self._policy + (f"; {self.seeds} seeds in one pass" if self.seeds > 1 else "")
 
     @property
@@ -125,7 +133,7 @@ class Plan:
 
     @property
     def is_sampled(self) -> bool:
-        """Whether the layers that are timed are built for it: the others do not stay, or are not.
+        """Whether timed layers are built for timing alone, because not all layers stay in memory.
 
         A timed pass needs the graphs of all its layers, and with them their weights.
         """
@@ -133,7 +141,7 @@ class Plan:
 
     @property
     def timed_layers(self) -> tuple[int, ...]:
-        """Numbers of the layers that are timed, spread evenly from the first to the last."""
+        """StatVectors of the layers that are timed, spread evenly from the first to the last."""
         if self.timed < 2:
             return ((self.depth + 1) // 2,) * self.timed
         step = (self.depth - 1) / (self.timed - 1)
@@ -144,10 +152,10 @@ def choose(depth: int, size: Footprint, options: RunOptions, free: int) -> tuple
     """The fastest policy among those that the options allow and that fit, or else the smallest.
 
     Args:
-        depth: layers.
-        size: the estimate.
+        depth: number of layers.
+        size: estimated memory of a layer.
         options: `keep`, `rebuild`, `memory_limit`, `timing`.
-        free: bytes that can be had.
+        free: bytes that are available.
 
     Returns:
         The plan, and whether it fits.
@@ -162,23 +170,23 @@ def choose(depth: int, size: Footprint, options: RunOptions, free: int) -> tuple
 
 
 def room_unasked(options: RunOptions, free: int) -> int:
-    """Bytes that a choice of its own may take."""
+    """Bytes that a policy may take which the user has not asked for."""
     limit = options.memory_limit_bytes
-    return int(free * AUTO_SHARE) if limit is None else min(free, limit)
+    return int(free * _AUTO_SHARE) if limit is None else min(free, limit)
 
 
 def with_graphs(plan: Plan, size: Footprint) -> Plan:
-    """The plan with CUDA graphs.
+    """Return the plan with its passes captured as CUDA graphs.
 
-    The memory of a captured pass is its own. So the bare pass, which has the gradients of all
-    parameters, does not share that of the timed one.
+    Each captured pass has memory of its own. So the bare pass, which has the gradients of all
+    parameters, does not share the memory of the timed pass.
     """
     each = size.parameters + size.graph + size.nodes
     return replace(plan, graphs=True, needed=plan.needed + int(MARGIN * plan.depth * each))
 
 
 def pays_as_graphs(plan: Plan, width: int, size: Footprint) -> bool:
-    """Whether a pass is repeated for its times, and its kernels are short."""
+    """Whether CUDA graphs save time: a whole pass is repeated, and its kernels are short."""
     whole = plan.keep == "graph" and not plan.rebuild and plan.timed > 0
     return whole and width <= NARROW and size.stream <= SMALL
 
@@ -199,7 +207,7 @@ def _candidates(depth: int, size: Footprint, options: RunOptions) -> Iterator[Pl
 
 
 def _segment(depth: int, size: Footprint, rebuild: bool) -> int:
-    """Layers of a span with the least sum of streams (depth / n of them) and graphs (n)."""
+    """Span length n that minimises the memory of depth / n streams and n graphs."""
     graph = size.graph + (size.parameters + size.objects if rebuild else 0)
     return max(1, min(depth, round(math.sqrt(depth * size.stream / max(graph, 1)))))
 
@@ -211,14 +219,14 @@ def _sized(plan: Plan, size: Footprint) -> Plan:
 
 
 def _needed(plan: Plan, size: Footprint) -> int:
-    layers = plan.alive + size.ahead if plan.rebuild else plan.depth
+    layers = plan.alive + size.prefetched_layers if plan.rebuild else plan.depth
     kept = layers * (size.parameters + size.objects) + plan.alive * size.graph
     kept += plan.streams * size.stream + size.working
     return int(MARGIN * kept) + plan.depth * size.rows
 
 
 def _with_times(plan: Plan, size: Footprint, options: RunOptions, room: int) -> Plan:
-    """How many layers are timed: all, or a sample that fits."""
+    """Return the plan with the number of timed layers: all, or a sample that fits."""
     if not options.timing:
         return plan
     each = 2 * size.parameters + size.objects + size.graph
@@ -234,20 +242,20 @@ MOST_WORK, MOST_SCORES = 1 << 22, 1 << 19
 def with_seeds(
     plan: Plan, spec: StackSpec, options: RunOptions, size: Footprint, free: int
 ) -> tuple[Plan, bool]:
-    """The plan for all seeds in one pass, or the plan as it was, for one after the other.
+    """Return the plan for all seeds in one pass, or `plan` for one seed after the other.
 
     Args:
-        plan: of one seed, which fits.
+        plan: the plan of a single seed, which fits.
         spec: the stack.
         options: `together` and `seeds` decide, within the memory that is allowed.
-        size: of one seed.
-        free: bytes that can still be had.
+        size: estimated memory of a layer of one seed.
+        free: bytes that are available.
 
     Returns:
-        The plan, and whether it fits: what was asked for may not.
+        The plan, and whether it fits into memory; a plan that was asked for may not.
 
     Raises:
-        UsageError: it was asked for, and this stack cannot do it.
+        UsageError: one pass was asked for, and this stack does not allow it.
     """
     reason = _refusal(spec, options)
     if options.together and reason:
@@ -256,7 +264,7 @@ def with_seeds(
         return plan, True
     if options.together is None and not pays(options.seeds, size):
         return plan, True
-    all_seeds, fits = choose(spec.depth, _times(size, options.seeds), options, free)
+    all_seeds, fits = choose(spec.depth, _for_seeds(size, options.seeds), options, free)
     is_as_fast = (all_seeds.spans, all_seeds.rebuild) == (plan.spans, plan.rebuild)
     if not options.together and not (fits and is_as_fast):
         return plan, True
@@ -264,13 +272,13 @@ def with_seeds(
 
 
 def pays(seeds: int, size: Footprint) -> bool:
-    """Whether so many seeds are faster together."""
+    """Whether so many seeds are faster in one pass than one after the other."""
     is_small = size.work <= MOST_WORK and size.scores <= MOST_SCORES
     return is_small and seeds >= LEAST_SEEDS
 
 
 def _refusal(spec: StackSpec, options: RunOptions) -> str | None:
-    """What stands against it."""
+    """The first property that rules out one pass for all seeds; None if there is none."""
     wirings = (spec.wiring(1, unit) for unit in range(spec.units_per_block))
     against = {
         "training": options.steps > 0,
@@ -287,9 +295,13 @@ def _refusal(spec: StackSpec, options: RunOptions) -> str | None:
     return next((reason for reason, is_so in against.items() if is_so), None)
 
 
-def _times(size: Footprint, seeds: int) -> Footprint:
-    """Of all seeds; modules are made once for them, and attention keeps its scores."""
-    numbers = ("parameters", "stream", "rows")
-    graph, passing = seeds * (size.graph + size.scores), seeds * size.scores
-    times = {name: seeds * getattr(size, name) for name in numbers}
-    return replace(size, graph=graph, passing=passing, **times)
+def _for_seeds(size: Footprint, seeds: int) -> Footprint:
+    """The footprint of all seeds: modules are shared, and attention keeps its scores."""
+    return replace(
+        size,
+        parameters=seeds * size.parameters,
+        stream=seeds * size.stream,
+        rows=seeds * size.rows,
+        graph=seeds * (size.graph + size.scores),
+        transient_bytes=seeds * size.scores,
+    )

@@ -1,7 +1,10 @@
-"""From sums on the device to records on the host, with one transfer per chunk of rows.
+"""Rows of a pass: numbers on the device become records in tables on the host, chunk by chunk.
 
 An engine measures a gradient as g * 2^exponent (see `walk`). Here the two become the norm and its
 logarithm: the logarithm is exact even where the norm itself leaves float64's range.
+
+On CPU a chunk goes to the tables at once. On CUDA nothing may wait for the device inside a pass,
+so chunks stay there, packed into one tensor each, until the pass is over.
 """
 
 from __future__ import annotations
@@ -11,39 +14,48 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from gradflow import reductions
 from gradflow.networks.units.template import ParamInfo
-from gradflow.reductions import Counts, Numbers, Sums, forward_sums
+from gradflow.reductions import Counts, ReducedSums, StatVectors
 from gradflow.runs.disk_rows import Spool
 from gradflow.runs.records import LayerRecord, ParamRecord
 
-LOG10_2 = math.log10(2)
+CHUNK_UNITS = 32
+_LOG10_2 = math.log10(2)
+# Columns that are written as they are measured.
+_AS_MEASURED = (
+    *("act_rms", "act_max_abs", "act_cos", "grad_cos", "zero_fraction"),
+    *reductions.GAINS,
+)
 
 
 @dataclass(frozen=True)
-class Row:
+class UnitRow:
     """One unit, or the input, after both passes; all numbers are still on the device.
 
     Attributes:
-        shape: of the unit's output; units of several streams may change it.
-        sums: `stats.forward_sums` of the unit's output, `stats.gradient_sums` of the gradient
-            there, and its `exponent`.
-        parts: `stats.part_sums` of the gradient at the unit's input; empty without a shortcut.
+        layer: number of the layer; 0 is the input.
+        unit: name of the unit.
+        shape: shape of the unit's output; units of several streams may change it.
+        sums: `forward_sums` of the unit's output, `gradient_sums` of the gradient there, and its
+            `exponent`.
+        parts: `part_sums` of the gradient at the unit's input; empty without a shortcut.
+        saved_bytes: what autograd keeps for the unit's backward.
         params: the unit's parameters.
-        grads: for each its gradient's norm and non-finite count, in units of 2^exponent of the
-            row below; None where autograd gave no gradient.
+        grads: norm and non-finite count of the gradient of each parameter, in units of 2^exponent
+            of the row below; None where autograd gave no gradient.
     """
 
     layer: int
     unit: str
     shape: torch.Size
-    sums: Sums
-    parts: Sums
+    sums: ReducedSums
+    parts: ReducedSums
     saved_bytes: int | None = None
     params: Sequence[ParamInfo] = ()
     grads: Sequence[tuple[Tensor | float, Tensor | float] | None] = ()
@@ -51,45 +63,46 @@ class Row:
 
 @dataclass(frozen=True)
 class Packed:
-    """Rows whose numbers are one tensor on the device.
+    """Neighbouring rows from the lowest up, whose numbers are one tensor on the device.
 
     Attributes:
-        rows: without their sums.
-        plain: which of them are of plain units, without parts of a gain.
+        rows: the rows without their numbers.
+        plain: bool (rows,), true for rows of plain units, whose gain has no parts.
         numbers: float64, all columns one after the other.
-        shapes: of each column.
+        shapes: shape of each column.
     """
 
-    rows: Sequence[Row]
+    rows: Sequence[UnitRow]
     plain: Tensor
     numbers: Tensor
     shapes: Mapping[str, torch.Size]
 
     @property
-    def has_below(self) -> bool:
-        """Whether there are rows below the first, which then is there for its neighbour alone."""
+    def overlaps(self) -> bool:
+        """Whether the first row is also in the chunk below, and here only as a neighbour."""
         return self.rows[0].layer > 0
 
 
-def to_records(
-    seed: int, rows: Sequence[Row], *, tokens: bool, step: int = 0
-) -> tuple[list[LayerRecord], list[ParamRecord]]:
-    """Records of one pass; waits for the device.
+class SeedStep(NamedTuple):
+    """The seed and the training step that rows belong to; step 0 is initialisation."""
 
-    Args:
-        seed: written into the records.
-        rows: from the input up to the last unit.
-        tokens: whether the stream has tokens: see `stats.forward_sums`.
-        step: written into the records; 0 is initialisation.
+    seed: int
+    step: int = 0
 
-    Returns:
-        Layers and parameters, in the order of the rows.
+
+class _ParamNumbers(NamedTuple):
+    """Norm of a parameter, norm of its gradient, and the gradient's non-finite count.
+
+    The count is negative where autograd gave no gradient.
     """
-    return unpack(pack(rows), (seed, step), tokens=tokens)
+
+    norm: float
+    grad: float
+    nonfinite: float
 
 
-def pack(rows: Sequence[Row]) -> Packed:
-    """Rows in one tensor, which lets go of everything else that they hold on the device.
+def pack(rows: Sequence[UnitRow]) -> Packed:
+    """Put the numbers of rows into one tensor; nothing else stays on the device.
 
     Args:
         rows: neighbours from the lowest up.
@@ -105,13 +118,15 @@ def pack(rows: Sequence[Row]) -> Packed:
 
 
 def unpack(
-    packed: Packed, when: tuple[int, int], *, tokens: bool
+    packed: Packed, when: SeedStep, *, tokens: bool
 ) -> tuple[list[LayerRecord], list[ParamRecord]]:
-    """Records of packed rows, less the first where there are rows below; waits for the device.
+    """Return the records of packed rows, without the first where it is in the chunk below.
+
+    Waits for the device.
 
     Args:
         packed: the rows.
-        when: seed and step.
+        when: seed and step of all rows.
         tokens: whether the stream has tokens.
     """
     host = _to_host(packed)
@@ -123,18 +138,21 @@ def unpack(
     param_records: list[ParamRecord] = []
     for i, row in enumerate(packed.rows):
         numbers = {name: values[i] for name, values in columns.items()}
-        # A unit's parameter gradients are measured in the scale of its input, as is its VJP.
         own = [next(params) for _ in row.params]
-        if i == 0 and packed.has_below:
+        if i == 0 and packed.overlaps:
             continue
+        # A unit's parameter gradients are measured in the scale of its input, as is its VJP.
         below = exponents[max(i - 1, 0)]
-        scales = (exponents[i], below)
-        layer_records.append(_layer_record(when, row, numbers, own, scales))
+        scaled = {
+            "grad_norm": (numbers["grad_norm"], exponents[i]),
+            "param_grad_norm": (_gradient_norm(own), below),
+        }
+        layer_records.append(_layer_record(when, row, numbers, own, scaled))
         param_records += _param_records(when, row, own, below)
     return layer_records, param_records
 
 
-def _by_name(rows: Sequence[Row]) -> dict[str, list[Tensor | float]]:
+def _by_name(rows: Sequence[UnitRow]) -> dict[str, list[Tensor | float]]:
     units = rows[1:]
     grads = [(math.nan, -1.0) if g is None else g for row in rows for g in row.grads]
     return {
@@ -147,7 +165,7 @@ def _by_name(rows: Sequence[Row]) -> dict[str, list[Tensor | float]]:
     }
 
 
-def _to_host(packed: Packed) -> Numbers:
+def _to_host(packed: Packed) -> StatVectors:
     """All columns, brought over in one transfer."""
     sizes = [shape.numel() for shape in packed.shapes.values()]
     pieces = torch.split(packed.numbers.cpu(), sizes)
@@ -171,7 +189,7 @@ def _wide(value: Tensor | float, device: torch.device) -> Tensor:
     return torch.full((), value, dtype=torch.float64, device=device)
 
 
-def _columns(host: Numbers, count: Counts, plain: Tensor) -> dict[str, list[float | None]]:
+def _columns(host: StatVectors, count: Counts, plain: Tensor) -> dict[str, list[float | None]]:
     """The measured columns of all rows; None where a row has no such number."""
     size, exponent = host["grad_norm"], host["exponent"]
     # dL/dx in the scale of dL/dy: gains are ratios of neighbours.
@@ -198,70 +216,62 @@ def _columns(host: Numbers, count: Counts, plain: Tensor) -> dict[str, list[floa
     return columns
 
 
-def _param_numbers(host: Numbers) -> Iterator[tuple[float, float, float]]:
-    return zip(
-        host["param_norm"].tolist(),
-        host["param_grad"].tolist(),
-        host["param_nonfinite"].tolist(),
-        strict=True,
-    )
+def _param_numbers(host: StatVectors) -> Iterator[_ParamNumbers]:
+    names = ("param_norm", "param_grad", "param_nonfinite")
+    return map(_ParamNumbers, *(host[name].tolist() for name in names))
+
+
+def _gradient_norm(own: Sequence[_ParamNumbers]) -> float | None:
+    """Norm of the gradients of all parameters of a unit; None where there is none."""
+    grads = [one.grad for one in own if one.nonfinite >= 0]
+    return math.hypot(*grads) if grads else None
 
 
 def _layer_record(
-    when: tuple[int, int],
-    row: Row,
+    when: SeedStep,
+    row: UnitRow,
     numbers: Mapping[str, Any],
-    own: list[tuple[float, float, float]],
-    scales: tuple[float, float],
+    own: Sequence[_ParamNumbers],
+    scaled: Mapping[str, tuple[float | None, float]],
 ) -> LayerRecord:
-    """A record of seed and step; `scales` are the exponents of dL/dy and of dL/dparameters."""
-    (seed, step), (exponent, below) = when, scales
-    grads = [grad for _, grad, count in own if count >= 0]
-    grad = math.hypot(*grads) if grads else None
+    """The record of a row; `scaled` has the norms that become size * 2^exponent by column."""
+    columns: dict[str, Any] = {name: numbers[name] for name in _AS_MEASURED}
+    for name, pair in scaled.items():
+        columns |= {name: scaled_size(*pair), f"log10_{name}": log10(*pair)}
     return LayerRecord(
-        seed=seed,
-        step=step,
+        seed=when.seed,
+        step=when.step,
         layer=row.layer,
         unit=row.unit,
-        act_rms=numbers["act_rms"],
-        act_max_abs=numbers["act_max_abs"],
-        grad_norm=scaled(numbers["grad_norm"], exponent),
-        log10_grad_norm=log10(numbers["grad_norm"], exponent),
-        **{name: numbers[name] for name in reductions.GAINS},
-        param_norm=math.hypot(*(value for value, _, _ in own)) if own else None,
-        param_grad_norm=scaled(grad, below),
-        log10_param_grad_norm=log10(grad, below),
-        act_cos=numbers["act_cos"],
-        grad_cos=numbers["grad_cos"],
+        **columns,
+        param_norm=math.hypot(*(one.norm for one in own)) if own else None,
         nonfinite=int(numbers["nonfinite"]),
-        zero_fraction=numbers["zero_fraction"],
         saved_bytes=row.saved_bytes,
     )
 
 
 def _param_records(
-    when: tuple[int, int], row: Row, own: list[tuple[float, float, float]], exponent: float
+    when: SeedStep, row: UnitRow, own: Sequence[_ParamNumbers], exponent: float
 ) -> Iterator[ParamRecord]:
-    seed, step = when
-    for info, (value, size, count) in zip(row.params, own, strict=True):
-        grad = size if count >= 0 else None
+    for info, numbers in zip(row.params, own, strict=True):
+        has_grad = numbers.nonfinite >= 0
+        grad = numbers.grad if has_grad else None
         yield ParamRecord(
-            seed,
-            step,
+            *when,
             row.layer,
             row.unit,
             info.name,
             info.shape,
             info.numel,
-            value,
-            scaled(grad, exponent),
+            numbers.norm,
+            scaled_size(grad, exponent),
             log10(grad, exponent),
-            int(count) if count >= 0 else None,
+            int(numbers.nonfinite) if has_grad else None,
         )
 
 
-def scaled(size: float | None, exponent: float) -> float | None:
-    """size * 2^exponent; 0 or inf where that leaves float64's range."""
+def scaled_size(size: float | None, exponent: float) -> float | None:
+    """Return size * 2^exponent; 0 or inf where that leaves float64's range."""
     if size is None or not math.isfinite(size):
         return size
     try:
@@ -271,78 +281,82 @@ def scaled(size: float | None, exponent: float) -> float | None:
 
 
 def log10(size: float | None, exponent: float) -> float | None:
-    """log10(size * 2^exponent); -inf for a size of 0."""
+    """Return log10(size * 2^exponent); -inf for a size of 0."""
     if size is None or math.isnan(size):
         return size
-    return math.log10(size) + exponent * LOG10_2 if size > 0 else -math.inf
-
-
-CHUNK_UNITS = 32
-
-
-class ForwardSums(Protocol):
-    """`stats.forward_sums`, or its like for several seeds."""
-
-    def __call__(self, y: Tensor, *, tokens: bool) -> Sums: ...
+    return math.log10(size) + exponent * _LOG10_2 if size > 0 else -math.inf
 
 
 @dataclass(frozen=True)
-class Tables:
-    """Where the rows of a measurement go."""
+class RecordTables:
+    """The two tables that the records of a measurement go to."""
 
     layers: Spool[LayerRecord] = field(default_factory=lambda: Spool(LayerRecord))
     params: Spool[ParamRecord] = field(default_factory=lambda: Spool(ParamRecord))
 
+    def extend(self, other: RecordTables) -> None:
+        """Append the records of other tables to these."""
+        self.layers.extend(other.layers)
+        self.params.extend(other.params)
 
-def new_tables(scratch: Path | None) -> Tables:
-    """Empty ones; what does not fit into memory goes to the folder."""
-    return Tables(Spool(LayerRecord, scratch), Spool(ParamRecord, scratch))
+
+def new_tables(scratch: Path | None) -> RecordTables:
+    """Return empty tables; records that do not fit into memory go to files in the folder."""
+    return RecordTables(Spool(LayerRecord, scratch), Spool(ParamRecord, scratch))
+
+
+class ForwardSums(Protocol):
+    """Computes `reductions.forward_sums`, of one seed or of several at once."""
+
+    def __call__(self, y: Tensor, *, tokens: bool) -> ReducedSums: ...
 
 
 class Activations:
-    """The forward sums of every unit: seen from the input up, given back from the last down.
+    """The forward sums of every unit: pushed from the input up, popped from the last unit down.
 
     Args:
-        tokens: as for `stats.forward_sums`.
-        forward_sums: that function, or another in its place.
+        tokens: whether cosines are taken between tokens, see `reductions.forward_sums`.
+        forward_sums: computes the sums.
     """
 
-    def __init__(self, *, tokens: bool, forward_sums: ForwardSums = forward_sums) -> None:
+    def __init__(
+        self, *, tokens: bool, forward_sums: ForwardSums = reductions.forward_sums
+    ) -> None:
         self._tokens, self._forward_sums = tokens, forward_sums
         self._stacks: dict[str, _Stack] = {}
 
-    def see(self, y: Tensor) -> None:
-        """The next unit's output."""
+    def push(self, y: Tensor) -> None:
+        """Keep the sums of the next unit's output."""
         for name, value in self._forward_sums(y, tokens=self._tokens).items():
             self._stacks.setdefault(name, _Stack()).push(torch.as_tensor(value))
 
-    def pop(self) -> Sums:
-        """The sums of the last unit that was not given back yet."""
+    def pop(self) -> ReducedSums:
+        """Return the sums of the last unit that was not popped yet."""
         return {name: stack.pop() for name, stack in self._stacks.items()}
 
 
 class _Stack:
-    """Numbers of one column, last in, first out; on CUDA they stay there.
+    """The numbers of one column, last in, first out; on CUDA they stay on the device.
 
     On CPU they are one array: many small tensors would break up the heap.
     """
 
     def __init__(self) -> None:
-        self._here = array("d")
-        self._there: list[Tensor] = []
+        self._on_host = array("d")
+        self._on_device: list[Tensor] = []
 
     def push(self, value: Tensor) -> None:
         if value.ndim == 0 and reductions.is_at_hand(value):
-            self._here.append(value.item())
+            self._on_host.append(value.item())
         else:
-            self._there.append(value)
+            self._on_device.append(value)
 
     def pop(self) -> Tensor | float:
-        return self._there.pop() if self._there else self._here.pop()
+        return self._on_device.pop() if self._on_device else self._on_host.pop()
 
 
-def _at_hand(row: Row) -> Row:
-    """On CPU the numbers as numbers: small tensors that live on would break up the heap."""
+def _at_hand(row: UnitRow) -> UnitRow:
+    """On CPU, the row with floats for tensors: small tensors would break up the heap."""
     if any(isinstance(v, Tensor) and not reductions.is_at_hand(v) for v in row.sums.values()):
         return row
     return replace(
@@ -358,21 +372,21 @@ class Collector:
     """Takes the rows of one pass from the last unit down, and puts them into tables in order.
 
     Args:
-        seed: written into the records.
+        seed: seed that the records have.
+        tables: tables that the records go to.
         tokens: whether the stream has tokens.
-        tables: where they go.
-        step: written into the records.
+        step: training step that the records have.
     """
 
-    def __init__(self, seed: int, tables: Tables, *, tokens: bool, step: int = 0) -> None:
-        self._when, self._tokens, self._tables = (seed, step), tokens, tables
+    def __init__(self, seed: int, tables: RecordTables, *, tokens: bool, step: int = 0) -> None:
+        self._when, self._tokens, self._tables = SeedStep(seed, step), tokens, tables
         self._first = (tables.layers.chunks, tables.params.chunks)
-        self._rows: list[Row] = []
+        self._rows: list[UnitRow] = []
         self._packed: list[Packed] = []
         self._is_finished = False
 
-    def add(self, row: Row) -> None:
-        """The row below those that came before."""
+    def add(self, row: UnitRow) -> None:
+        """Take the next row down."""
         self._rows.append(_at_hand(row))
         if len(self._rows) > CHUNK_UNITS and row.layer:
             self.take(pack(self._rows[::-1]))
@@ -380,7 +394,7 @@ class Collector:
             self._rows = self._rows[-1:]
 
     def finish(self) -> None:
-        """Put what is left into the tables; waits for the device."""
+        """Put all rows that are left into the tables; waits for the device."""
         if not self._is_finished:
             if self._rows:
                 self.take(pack(self._rows[::-1]))
@@ -390,7 +404,7 @@ class Collector:
             self._is_finished = True
 
     def take(self, packed: Packed) -> None:
-        """The rows below those that came before, packed."""
+        """Take the next rows down, which are packed already."""
         self._packed.append(packed)
         if reductions.is_at_hand(packed.numbers):
             self._store()

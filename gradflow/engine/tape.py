@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from gradflow.networks.stack import Block
 from gradflow.networks.units.template import Unit
 
-Tick = Callable[[], None]
+# Called once for each layer that a pass computes.
+Ticker = Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Network:
         blocks: layers 1 to D.
         x: y_0.
         loss: the map from y_D to the loss.
-        layers: numbers of the blocks, where they are some of a deeper stack.
+        layers: numbers of the blocks, where they are a sample of a deeper stack.
     """
 
     blocks: Sequence[Block]
@@ -51,30 +52,30 @@ class Tape:
 
     @property
     def leaves(self) -> list[Tensor]:
-        """The uses of x: shortcut and branch, or the branch alone if plain."""
+        """The leaves that stand for x: shortcut and branch, or the branch alone if plain."""
         return [self.x_branch] if self.x_skip is None else [self.x_skip, self.x_branch]
 
 
-See = Callable[[Tape], None]
+_See = Callable[[Tape], None]
 
 
-def record_forward(network: Network, tick: Tick = lambda: None) -> Iterator[Tape]:
-    """Forward unit by unit, each from fresh leaves."""
+def record_forward(network: Network, tick: Ticker = lambda: None) -> Iterator[Tape]:
+    """Yield the tape of each unit in forward order; every unit starts from fresh leaves."""
     return _Recorder(network, tick).record(range(len(network.blocks)), network.x)
 
 
 def record_backward(
     network: Network,
     spans: Sequence[int] = (),
-    see: See = lambda _: None,
-    tick: Tick = lambda: None,
+    see: _See = lambda _: None,
+    tick: Ticker = lambda: None,
 ) -> Iterator[Tape]:
-    """Tapes from the last unit to the first; the forward pass runs when the first is asked for.
+    """Yield tapes from the last unit to the first, after a forward pass.
 
     Args:
         network: the stack.
-        spans: layers of a span, of a span inside one, and so on; none keeps all graphs.
-        see: called once with each unit, in forward order.
+        spans: number of layers of a span, of a span inside it, and so on; none keeps all graphs.
+        see: called once with the tape of each unit, in forward order.
         tick: called whenever a layer was computed.
     """
     everything = range(len(network.blocks))
@@ -82,7 +83,7 @@ def record_backward(
 
 
 def visits(depth: int, spans: Sequence[int]) -> int:
-    """How often `record_backward` computes a layer, in all."""
+    """Return how many layers `record_backward` computes in all, repeated ones counted again."""
     if not spans:
         return depth
     last = (depth - 1) // spans[0] * spans[0]
@@ -92,10 +93,10 @@ def visits(depth: int, spans: Sequence[int]) -> int:
 
 @dataclass(frozen=True)
 class _Recorder:
-    """Goes over parts of a network; layers are counted from 0 here, and x is the stream below."""
+    """Computes parts of a network; layers count from 0 here, and x is the stream below them."""
 
     network: Network
-    tick: Tick
+    tick: Ticker
 
     def record(self, layers: range, x: Tensor) -> Iterator[Tape]:
         for index in layers:
@@ -107,15 +108,15 @@ class _Recorder:
                 x = tape.y
             self.tick()
 
-    def advance(self, layers: range, x: Tensor, see: See) -> Tensor:
-        """The stream above the layers; nothing else is kept."""
+    def advance(self, layers: range, x: Tensor, see: _See) -> Tensor:
+        """Return the stream above the layers; nothing else is kept."""
         for tape in self.record(layers, x):
             see(tape)
             x = tape.y.detach()
         return x
 
-    def unwind(self, layers: range, x: Tensor, spans: tuple[int, ...], see: See) -> Iterator[Tape]:
-        """Tapes from the last to the first; `see` gets them on their first visit."""
+    def unwind(self, layers: range, x: Tensor, spans: tuple[int, ...], see: _See) -> Iterator[Tape]:
+        """Yield tapes from the last to the first; `see` gets them on their first visit."""
         if not spans:
             yield from self._keep(layers, x, see)
             return
@@ -127,7 +128,7 @@ class _Recorder:
         while parts:
             yield from self.unwind(parts.pop(), streams.pop(), spans[1:], _unseen)
 
-    def _keep(self, layers: range, x: Tensor, see: See) -> Iterator[Tape]:
+    def _keep(self, layers: range, x: Tensor, see: _See) -> Iterator[Tape]:
         tapes: list[Tape] = []
         for tape in self.record(layers, x):
             see(tape)
@@ -138,7 +139,7 @@ class _Recorder:
 
 
 def _unseen(_: Tape) -> None:
-    """Not the first visit."""
+    """Do nothing: this is not the first visit of the unit."""
 
 
 class SavedBytes:
@@ -152,7 +153,7 @@ class SavedBytes:
         self._known: dict[object, int] = {}
 
     def of(self, unit: Unit, x: Tensor) -> int:
-        """Bytes of the distinct storages that `unit` saves for an input like x."""
+        """Return the bytes of the distinct storages that `unit` saves for an input like x."""
         key = (unit.structure, x.shape)
         if key not in self._known:
             self._known[key] = count_saved(unit, x)
@@ -160,7 +161,7 @@ class SavedBytes:
 
 
 def count_saved(unit: Unit, x: Tensor) -> int:
-    """Bytes of the distinct storages saved in one forward pass, the unit's parameters aside."""
+    """Return the bytes of the distinct storages saved in one forward pass, parameters aside."""
     own = {p.untyped_storage().data_ptr() for p in unit.parameters()}
     kept: dict[int, Tensor] = {}  # holds the tensors, so that no address is used twice
 

@@ -27,35 +27,35 @@ from gradflow.networks.initial import generator
 from gradflow.runs.records import TimeRecord, Timing
 from gradflow.specs.run_options import RunOptions
 
-# Forward and backward seconds of each unit, first to last.
-Pass = tuple[list[float], list[float]]
-Found = TypeVar("Found")
+# Forward seconds and backward seconds of each unit in one pass, first to last.
+UnitSeconds = tuple[list[float], list[float]]
+_ResultT = TypeVar("_ResultT")
 
 
 class Clock(Protocol):
-    """Marks moments and tells the seconds between them, once the work is done."""
+    """Marks moments in the work, and reads the seconds between them once the work is done."""
 
     def mark(self) -> Any:
-        """A moment in the order of the work issued so far."""
+        """Return a mark behind all work issued so far."""
 
     def seconds(self, marks: Sequence[Any]) -> list[float]:
-        """Seconds from each mark to the next; may wait for the device."""
+        """Return the seconds from each mark to the next; may wait for the device."""
 
 
 class CpuClock:
-    """Wall time of work that is done when the call returns."""
+    """Wall clock, for work that is done when its call returns."""
 
     def mark(self) -> float:
-        """Seconds of the monotonic clock."""
+        """Return the seconds of the monotonic clock."""
         return perf_counter()
 
     def seconds(self, marks: Sequence[float]) -> list[float]:
-        """Differences of neighbours."""
+        """Return the differences of neighbouring marks."""
         return [after - before for before, after in pairwise(marks)]
 
 
 class CudaClock:
-    """Events in the current stream of a CUDA device, the current one if None.
+    """Events in the current stream of a CUDA device; of the current device if None.
 
     The events are external: captured in a CUDA graph, they are recorded anew by every replay.
     """
@@ -64,27 +64,27 @@ class CudaClock:
         self._device = device
 
     def mark(self) -> torch.cuda.Event:
-        """An event behind all work issued so far."""
+        """Return an event behind all work issued so far."""
         event = torch.cuda.Event(enable_timing=True, external=True)  # type: ignore[no-untyped-call]  # torch's stubs
         event.record(torch.cuda.current_stream(self._device))
         return event
 
     def seconds(self, marks: Sequence[torch.cuda.Event]) -> list[float]:
-        """Waits for all work, then reads the events."""
+        """Wait for all work, then read the events."""
         torch.cuda.current_stream(self._device).synchronize()
         return [before.elapsed_time(after) / 1e3 for before, after in pairwise(marks)]
 
 
 def clock_for(device: torch.device) -> Clock:
-    """The clock that fits the device."""
+    """Return the clock that fits the device."""
     return CudaClock(device) if device.type == "cuda" else CpuClock()
 
 
 class Repeat(Protocol):
-    """Makes of work that is issued once what issues it time and again."""
+    """Makes a piece of work repeatable without issuing it from Python again."""
 
-    def __call__(self, work: Callable[[], Found], /) -> Callable[[], Found]:
-        """What does the work at every call, and returns what it found."""
+    def __call__(self, work: Callable[[], _ResultT], /) -> Callable[[], _ResultT]:
+        """Return a function that does the work at every call and returns its result."""
 
 
 @dataclass(frozen=True)
@@ -92,10 +92,10 @@ class Timer:
     """How one network is timed.
 
     Attributes:
-        timed: one pass: what it found, and the seconds of the whole.
-        bare: seconds of the same pass by torch alone.
-        summary: a `Timing` of what `timed` returned, pass by pass, and `bare`; None where no unit
-            could be timed.
+        timed: runs one timed pass; returns its times by unit, and the seconds of the whole.
+        bare: runs the same pass by torch alone; returns its seconds.
+        summary: returns the `Timing` of several results of `timed` and of `bare`; None where no
+            unit could be timed.
     """
 
     timed: Callable[[Clock], tuple[Any, float]]
@@ -108,13 +108,13 @@ def take_times(
 ) -> Timing | None:
     """Time forward and backward of every unit.
 
-    One warm-up of each kind, then timed and bare passes in turn, until there are
+    After one warm-up of each kind, timed and bare passes take turns until there are
     `options.repeats` of them and `options.time_budget` seconds are spent.
 
     Args:
-        timer: of the network.
-        options: `repeats` and `time_budget`.
-        clock: real or fake.
+        timer: times the network.
+        options: `repeats` and `time_budget` count.
+        clock: reads the seconds.
         tick: called after each pair of passes.
     """
     passes: list[tuple[Any, float]] = []
@@ -132,16 +132,16 @@ def take_times(
 
 
 def stack_timer(network: Network, repeat: Repeat | None = None) -> Timer:
-    """Times a stack; its parameters' `.grad` are None afterwards.
+    """Return the timer of a stack; its passes leave the parameters' `.grad` at None.
 
     Args:
         network: the stack.
-        repeat: how its passes are issued again; None if eagerly.
+        repeat: makes its passes repeatable; None if they run eagerly.
     """
     units = _issued(mark_units, network, repeat)
     whole = _issued(mark_bare, network, repeat)
 
-    def timed(clock: Clock) -> tuple[Pass, float]:
+    def timed(clock: Clock) -> tuple[UnitSeconds, float]:
         found = _unit_seconds(units(clock), clock)
         return found, sum(map(sum, found))
 
@@ -151,21 +151,21 @@ def stack_timer(network: Network, repeat: Repeat | None = None) -> Timer:
     # Not the network itself: it may have to go before the summary.
     names, flops = unit_names(network), network_flops(network)
 
-    def summary(passes: Sequence[tuple[Pass, float]], bare: Sequence[float]) -> Timing:
-        return replace(summarise(names, [units for units, _ in passes], bare), flops=flops)
+    def summary(passes: Sequence[tuple[UnitSeconds, float]], bare: Sequence[float]) -> Timing:
+        return replace(summarise_times(names, [units for units, _ in passes], bare), flops=flops)
 
     return Timer(timed, bare, summary)
 
 
 def _issued(
-    mark: Callable[[Network, Clock], Found], network: Network, repeat: Repeat | None
-) -> Callable[[Clock], Found]:
-    """A pass with its marks, made repeatable when it is first asked for."""
+    mark: Callable[[Network, Clock], _ResultT], network: Network, repeat: Repeat | None
+) -> Callable[[Clock], _ResultT]:
+    """Return a pass with its marks, which is made repeatable at its first call."""
     if repeat is None:
         return partial(mark, network)
-    made: list[Callable[[], Found]] = []
+    made: list[Callable[[], _ResultT]] = []
 
-    def issue(clock: Clock) -> Found:
+    def issue(clock: Clock) -> _ResultT:
         if not made:  # later clocks of the device read these marks as well
             made.append(repeat(partial(mark, network, clock)))
         return made[0]()
@@ -173,18 +173,18 @@ def _issued(
     return issue
 
 
-def timed_pass(network: Network, clock: Clock) -> Pass:
-    """Forward and backward seconds of each unit, first to last, in one pass."""
+def timed_pass(network: Network, clock: Clock) -> UnitSeconds:
+    """Return forward and backward seconds of each unit in one pass."""
     return _unit_seconds(mark_units(network, clock), clock)
 
 
 def bare_pass(network: Network, clock: Clock) -> float:
-    """Seconds of one forward + backward through the whole stack by torch alone."""
+    """Return the seconds of one forward + backward through the whole stack by torch alone."""
     return clock.seconds(mark_bare(network, clock))[0]
 
 
 def mark_units(network: Network, clock: Clock) -> tuple[list[Any], list[Any]]:
-    """A pass, unit by unit: marks around each unit's forward, and around each one's backward."""
+    """Run one pass unit by unit; return marks around each forward, and around each backward."""
     tapes = []
     marks = [clock.mark()]
     for tape in record_forward(network):
@@ -200,13 +200,13 @@ def mark_units(network: Network, clock: Clock) -> tuple[list[Any], list[Any]]:
     return forward, marks
 
 
-def _unit_seconds(marks: tuple[list[Any], list[Any]], clock: Clock) -> Pass:
+def _unit_seconds(marks: tuple[list[Any], list[Any]], clock: Clock) -> UnitSeconds:
     forward, backward = marks
     return clock.seconds(forward), clock.seconds(backward)[::-1]
 
 
 def mark_bare(network: Network, clock: Clock) -> list[Any]:
-    """One forward + backward through the whole stack by torch alone: marks at its ends."""
+    """Run one forward + backward through the stack by torch alone; return marks at its ends."""
     marks = [clock.mark()]
     y = network.x.detach().requires_grad_()
     for block in network.blocks:
@@ -221,7 +221,7 @@ def mark_bare(network: Network, clock: Clock) -> list[Any]:
 
 @contextmanager
 def collector_paused() -> Iterator[None]:
-    """No garbage collection inside: it would strike single units at random."""
+    """Pause garbage collection, which would strike single units at random."""
     was_enabled = gc.isenabled()
     gc.collect()
     gc.disable()
@@ -233,7 +233,7 @@ def collector_paused() -> Iterator[None]:
 
 
 def unit_names(network: Network) -> list[tuple[int, str]]:
-    """Layer and name of each unit, first to last."""
+    """Return layer and name of each unit, first to last."""
     layers = network.layers or range(1, len(network.blocks) + 1)
     return [
         (layer, unit.name)
@@ -242,19 +242,19 @@ def unit_names(network: Network) -> list[tuple[int, str]]:
     ]
 
 
-def summarise(
+def summarise_times(
     units: Sequence[tuple[int, str]],
-    passes: Sequence[Pass],
+    passes: Sequence[UnitSeconds],
     bare: Sequence[float] = (),
     totals: Sequence[float] = (),
 ) -> Timing:
-    """Medians and interquartile ranges over repeated passes.
+    """Return medians and interquartile ranges over repeated passes.
 
     Args:
-        units: layer and name of each, as `unit_names` gives them.
-        passes: what `timed_pass` gave, repeat by repeat.
-        bare: what `bare_pass` gave, where there were any.
-        totals: seconds of the whole passes, where units are a part of them only.
+        units: layer and name of each unit, see `unit_names`.
+        passes: results of `timed_pass`, repeat by repeat.
+        bare: results of `bare_pass`; empty if there are none.
+        totals: seconds of the whole passes, where they are more than their units.
     """
     table = np.array(passes)  # repeats x (forward, backward) x units
     low, median, high = np.percentile(table, (25, 50, 75), axis=0)
@@ -271,43 +271,46 @@ def summarise(
     )
 
 
-def _records(names: Sequence[tuple[int, str]], passes: Sequence[Pass]) -> Iterator[TimeRecord]:
+def _records(
+    names: Sequence[tuple[int, str]], passes: Sequence[UnitSeconds]
+) -> Iterator[TimeRecord]:
     for repeat, (forward, backward) in enumerate(passes):
         for (layer, unit), f, b in zip(names, forward, backward, strict=True):
             yield TimeRecord(repeat, layer, unit, f, b)
 
 
-# A product that takes less than this is mostly its launch; one of twice the size takes 8 times as
-# long, so that all products together take about a tenth of a second.
+# A product that takes less than this is mostly its launch. Twice the size takes 8 times as long, so
+# all products of a measurement take about a tenth of a second.
 LONG_ENOUGH_S = 2e-3
-SMALLEST, REPEATS = 256, 3
-LARGEST = {"cpu": 2048, "cuda": 8192}
+SMALLEST = 256
+_REPEATS = 3
+_LARGEST = {"cpu": 2048, "cuda": 8192}
 
 
 def matmul_flop_per_s(device: torch.device, dtype: str, clock: Clock) -> float:
-    """FLOP/s of a square matrix product, the median of a few.
+    """Return the FLOP/s of a square matrix product, the median of a few.
 
     Args:
-        device: where.
-        dtype: of the matrices; float32 with the matmul precision that is set.
-        clock: real or fake.
+        device: device that multiplies.
+        dtype: number format of the matrices; float32 has the matmul precision that is set.
+        clock: reads the seconds.
     """
     size = SMALLEST
     seconds = product_seconds(size, device, dtype, clock)
-    while seconds < LONG_ENOUGH_S and size < LARGEST[device.type]:
+    while seconds < LONG_ENOUGH_S and size < _LARGEST[device.type]:
         size *= 2
         seconds = product_seconds(size, device, dtype, clock)
     return 2 * size**3 / seconds
 
 
 def product_seconds(size: int, device: torch.device, dtype: str, clock: Clock) -> float:
-    """Median seconds of a product of two size x size matrices, after one that warms up."""
+    """Return the median seconds of a product of two size x size matrices, after a warm-up."""
     source = generator(device, 0, "matmul")
     wide = torch.empty(size, size, device=device).normal_(generator=source)
     a = wide.to(getattr(torch, dtype))
     out = a @ a
     marks = [clock.mark()]
-    for _ in range(REPEATS):
+    for _ in range(_REPEATS):
         torch.mm(a, a, out=out)
         marks.append(clock.mark())
     return median(clock.seconds(marks))

@@ -19,35 +19,35 @@ import torch
 from torch import Tensor, nn
 
 from gradflow import reductions
-from gradflow.engine.rows import Activations, Collector, Row, Tables
+from gradflow.engine.rows import Activations, Collector, RecordTables, UnitRow
 from gradflow.engine.tape import Network as Network
-from gradflow.engine.tape import SavedBytes, Tick, record_backward
+from gradflow.engine.tape import SavedBytes, Ticker, record_backward
 from gradflow.engine.tape import Tape as Tape
 from gradflow.engine.tape import record_forward as record_forward
 from gradflow.networks.units.template import Unit
-from gradflow.reductions import Sums
+from gradflow.reductions import ReducedSums
 from gradflow.runs.records import LayerRecord, ParamRecord
 from gradflow.specs.stack import StackSpec
 from gradflow.torch_internals import run_backward
 
 # 2^126 and 2^-126 are normal numbers in float32, in which torch multiplies narrower formats too.
-LARGEST_SHIFT = 126
+_LARGEST_SHIFT = 126
 
 
 @dataclass(frozen=True)
 class Walk:
-    """What one pass over one seed found; its last rows may still be on the device."""
+    """The loss of one pass over one seed, and its tables; last rows may still be on the device."""
 
     loss: Tensor
-    tables: Tables
+    tables: RecordTables
     collector: Collector
 
     def finish(self) -> None:
-        """Put what is left into the tables; waits for the device."""
+        """Put all rows that are left into the tables; waits for the device."""
         self.collector.finish()
 
     def records(self) -> tuple[list[LayerRecord], list[ParamRecord]]:
-        """All rows of `layers.csv` and `params.csv`; waits for the device."""
+        """Return all rows of `layers.csv` and `params.csv`; waits for the device."""
         self.finish()
         return list(self.tables.layers), list(self.tables.params)
 
@@ -59,21 +59,21 @@ def walk(
     *,
     spans: Sequence[int] = (),
     raw_range: bool = False,
-    tables: Tables | None = None,
-    tick: Tick = lambda: None,
+    tables: RecordTables | None = None,
+    tick: Ticker = lambda: None,
 ) -> Walk:
     """Measure one seed of a stack.
 
     Args:
-        spec: what `network` was built from.
-        seed: written into the records.
-        network: its gradients are not stored anywhere.
+        spec: specification that `network` was built from.
+        seed: seed that the records have.
+        network: the stack; its gradients are not stored anywhere.
         spans: which streams are kept, see `tape.record_backward`; the numbers do not depend on it.
         raw_range: leave the cotangent as the number format has it.
-        tables: where the rows go; new ones if None.
-        tick: called once per layer that is computed, forward or back, for progress.
+        tables: tables that the rows go to; new ones if None.
+        tick: called once for each layer that is computed, forward or back.
     """
-    tables = tables or Tables()
+    tables = tables or RecordTables()
     tokens = spec.kind.domain == "tokens"
     collector = Collector(seed, tables, tokens=tokens)
     observer = Observer(reductions, Activations(tokens=tokens), SavedBytes(), collector)
@@ -82,64 +82,72 @@ def walk(
 
 
 class Reductions(Protocol):
-    """Tensors to sums: `gradflow.reductions`, or its like for several seeds."""
+    """Reduces tensors to sums, as `gradflow.reductions` does for one seed."""
 
-    def gradient_sums(self, g: Tensor, /) -> Sums: ...
-    def part_sums(self, skip: Tensor, branch: Tensor, /) -> Sums: ...
+    def gradient_sums(self, g: Tensor, /) -> ReducedSums: ...
+    def part_sums(self, skip: Tensor, branch: Tensor, /) -> ReducedSums: ...
     def grad_norm(self, d: Tensor, /) -> tuple[Tensor, Tensor | float]: ...
 
 
-class Saved(Protocol):
-    """Tells the bytes that autograd keeps for a unit's backward, as `saved.SavedBytes` does."""
+class SavedCounter(Protocol):
+    """Counts the bytes that autograd keeps for a unit's backward, as `tape.SavedBytes` does."""
 
     def of(self, unit: Unit, x: Tensor, /) -> int: ...
 
 
-class Rows(Protocol):
-    """Takes the rows of a pass, from the last unit down."""
+class RowSink(Protocol):
+    """Takes the rows of a pass from the last unit down."""
 
-    def add(self, row: Row, /) -> None: ...
+    def add(self, row: UnitRow, /) -> None: ...
 
 
 @dataclass(frozen=True)
 class Observer:
-    """What sees the tensors of a pass; `lead` are the sizes in front of every number, if any."""
+    """Reduces the tensors of a pass and hands on its rows.
+
+    Attributes:
+        stats: reduces gradients.
+        activations: reduces outputs of units, and keeps the sums until the way back.
+        saved: counts what autograd keeps.
+        rows: takes the rows.
+        lead: sizes of the axes in front of every number: none, or the number of seeds.
+    """
 
     stats: Reductions
     activations: Activations
-    saved: Saved
-    rows: Rows
+    saved: SavedCounter
+    rows: RowSink
     lead: tuple[int, ...] = ()
 
-    def see(self, tape: Tape) -> None:
-        """A unit on its way forward."""
-        self.activations.see(tape.y.detach())
+    def see_forward(self, tape: Tape) -> None:
+        """Reduce the output of a unit in the forward pass."""
+        self.activations.push(tape.y.detach())
         self.saved.of(tape.unit, tape.x_branch)
 
 
 def observe(
-    network: Network, observer: Observer, spans: Sequence[int], *, raw_range: bool, tick: Tick
+    network: Network, observer: Observer, spans: Sequence[int], *, raw_range: bool, tick: Ticker
 ) -> Tensor:
-    """One pass forward and back under an observer; returns the loss."""
-    observer.activations.see(network.x)
-    tapes = record_backward(network, spans, observer.see, tick)
+    """Run one forward and one backward pass under an observer; return the loss."""
+    observer.activations.push(network.x)
+    tapes = record_backward(network, spans, observer.see_forward, tick)
     top = [next(tapes)]
     loss, g = loss_gradient(network.loss, top[0].y)
-    way = _Way(observer, raw_range=raw_range, tick=tick)
-    for row in way.back(_chained(top, tapes), g):
+    backward_pass = _BackwardPass(observer, raw_range=raw_range, tick=tick)
+    for row in backward_pass.rows(_chained(top, tapes), g):
         observer.rows.add(row)
     return loss
 
 
 def _chained(first: list[Tape], rest: Iterator[Tape]) -> Iterator[Tape]:
-    """All tapes, none of them held here once it is used."""
+    """Yield all tapes; none of them is held here once it was used."""
     while first:
         yield first.pop()
     yield from rest
 
 
 def loss_gradient(loss: nn.Module, y: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss at y_D, and its gradient there."""
+    """Return the loss of the output y_D, and dL/dy_D."""
     leaf = y.detach().requires_grad_()
     value = loss(leaf)
     (g,) = torch.autograd.grad(value.sum() if value.ndim else value, leaf)
@@ -148,7 +156,7 @@ def loss_gradient(loss: nn.Module, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def vjp(tape: Tape, g: Tensor) -> tuple[list[Tensor], list[Tensor | None]]:
-    """dL/dx by its parts, in the order of `tape.leaves`, and dL/dparameters; frees the graph."""
+    """Return dL/dx in the order of `tape.leaves`, and dL/dparameters; the graph is freed."""
     leaves = tape.leaves
     grads = run_backward(tape.y, g, (*leaves, *tape.unit.weights))
     parts = [torch.zeros_like(x) if d is None else d for x, d in zip(leaves, grads, strict=False)]
@@ -156,7 +164,7 @@ def vjp(tape: Tape, g: Tensor) -> tuple[list[Tensor], list[Tensor | None]]:
 
 
 def rescale(g: Tensor, size: Tensor) -> tuple[Tensor, Tensor | int]:
-    """g * 2^-e with its norm in [0.5, 1), in place and exact, and e.
+    """Multiply g in place, and exactly, by 2^-e that brings its norm to [0.5, 1); return g and e.
 
     Zero, infinite and NaN gradients stay as they are. On CUDA, where the norm cannot be read
     without waiting, one step goes no further than 2^126; the units below go on from there. The
@@ -166,29 +174,29 @@ def rescale(g: Tensor, size: Tensor) -> tuple[Tensor, Tensor | int]:
         value = size.item()
         shift = math.frexp(value)[1] if math.isfinite(value) else 0
         # In two steps, because 2^-shift itself may lie outside the number format.
-        first = max(-LARGEST_SHIFT, min(LARGEST_SHIFT, shift))
+        first = max(-_LARGEST_SHIFT, min(_LARGEST_SHIFT, shift))
         for step in (first, shift - first):
             g = g.mul_(2.0**-step) if step else g
         return g, shift
     # frexp gives size = m * 2^e, so m / size is 2^-e without rounding.
     mantissa, exponent = torch.frexp(size)
-    scale = (mantissa / size).clamp(2.0**-LARGEST_SHIFT, 2.0**LARGEST_SHIFT)
+    scale = (mantissa / size).clamp(2.0**-_LARGEST_SHIFT, 2.0**_LARGEST_SHIFT)
     scale = torch.nan_to_num(scale, nan=1.0).view(*size.shape, *(1,) * (g.ndim - size.ndim))
-    return g.mul_(scale), exponent.clamp(-LARGEST_SHIFT, LARGEST_SHIFT)
+    return g.mul_(scale), exponent.clamp(-_LARGEST_SHIFT, _LARGEST_SHIFT)
 
 
 @dataclass(frozen=True)
-class _Way:
-    """What the way back needs beside the tapes."""
+class _BackwardPass:
+    """The backward pass of an observed network, which yields its rows."""
 
     observer: Observer
     raw_range: bool
-    tick: Tick
+    tick: Ticker
 
-    def back(self, tapes: Iterable[Tape], g: Tensor) -> Iterator[Row]:
-        """Rows from the last unit down to the input; each graph is freed once it has been used."""
+    def rows(self, tapes: Iterable[Tape], g: Tensor) -> Iterator[UnitRow]:
+        """Yield rows from the last unit down to the input; a graph is freed once it was used."""
         activations, gradient_sums = self.observer.activations, self.observer.stats.gradient_sums
-        exponent = _zero(g, self.observer.lead)
+        exponent = _zero_exponent(g, self.observer.lead)
         layer = None
         for tape in tapes:
             if layer not in (None, tape.layer):
@@ -202,13 +210,13 @@ class _Way:
             yield row
         self.tick()
         sums = activations.pop() | gradient_sums(g) | {"exponent": exponent}
-        yield Row(0, "input", g.shape[len(self.observer.lead) :], sums, {})
+        yield UnitRow(0, "input", g.shape[len(self.observer.lead) :], sums, {})
 
-    def _through(self, tape: Tape, sums: Sums, g: Tensor) -> tuple[Row, Tensor]:
-        """The row of a unit, and the gradient below it."""
+    def _through(self, tape: Tape, sums: ReducedSums, g: Tensor) -> tuple[UnitRow, Tensor]:
+        """Return the row of a unit, and dL/dx below it."""
         stats = self.observer.stats
         parts, grads = vjp(tape, g)
-        row = Row(
+        row = UnitRow(
             tape.layer,
             tape.unit.name,
             tape.y.shape[len(self.observer.lead) :],
@@ -221,8 +229,8 @@ class _Way:
         return row, parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
 
-def _zero(g: Tensor, lead: tuple[int, ...]) -> Tensor | int:
-    """The exponent of the cotangent. What is no tensor on CUDA would have to be sent there."""
+def _zero_exponent(g: Tensor, lead: tuple[int, ...]) -> Tensor | int:
+    """Return the exponent of the cotangent, 0; on CUDA a tensor, or it would be sent there."""
     if not lead and reductions.is_at_hand(g):
         return 0
     return torch.zeros(lead, dtype=torch.int32, device=g.device)

@@ -12,7 +12,7 @@ from gradflow.engine.cuda_graphs import graphs_on
 from gradflow.engine.memory import footprint, make_plan, resident_bytes
 from gradflow.engine.timing import Timer, stack_timer
 from gradflow.measuring.progress import Progress
-from gradflow.measuring.stack import measure
+from gradflow.measuring.stack import measure_stack
 from gradflow.runs.records import Run
 from gradflow.specs.model_spec import ModelRequest
 from gradflow.specs.run_options import RunOptions
@@ -26,19 +26,26 @@ def measure_any(
     progress: Progress = lambda *_: None,
     scratch: Path | None = None,
 ) -> Run:
-    """What `measure` or `measure_model` makes of it; the arguments and errors are theirs."""
+    """Measure a stack by `measure_stack`, or a model by `measure_model`; errors are theirs.
+
+    Args:
+        spec: a stack as trained, see `training_spec.as_trained`, or a model.
+        options: how it is measured.
+        progress: called as the work goes on.
+        scratch: folder for rows of a stack that do not fit into memory; the system's if None.
+    """
     if isinstance(spec, ModelRequest):
         from gradflow.measuring.models.run import measure_model  # a stack need not wait for it
 
         return measure_model(spec, options, progress)
-    return measure(spec, options, progress=progress, scratch=scratch)
+    return measure_stack(spec, options, progress=progress, scratch=scratch)
 
 
 def timer_for(spec: StackSpec | ModelRequest, options: RunOptions, device: torch.device) -> Timer:
-    """Times the first seed, built on the device.
+    """Return the timer of the first seed, which is built on the device.
 
     Raises:
-        UsageError: it cannot be built.
+        UsageError: the stack or model cannot be built.
         MeasurementError: it does not fit into memory.
     """
     if isinstance(spec, ModelRequest):
@@ -53,7 +60,7 @@ def timer_for(spec: StackSpec | ModelRequest, options: RunOptions, device: torch
 
 
 def timed_bytes(spec: StackSpec | ModelRequest, options: RunOptions, device: torch.device) -> int:
-    """Bytes that stay taken between two passes of a timer, or more."""
+    """Return an upper bound of the bytes that stay taken between two passes of a timer."""
     if isinstance(spec, ModelRequest):
         from gradflow.measuring.models.run import model_bytes
 

@@ -1,4 +1,4 @@
-"""Theory beside a measurement: the columns of the prediction, and how far the two lie apart.
+"""Columns that a run gets after its measurement: what theory predicts, and what units cost.
 
 A prediction is relative to the gradient at the output, so the measured value there is added: 0 for
 the default cotangent, whose norm is 1 where the output is one stream. Torch-free.
@@ -25,17 +25,17 @@ from gradflow.specs.stack import StackSpec
 from gradflow.theory import Prediction, predict
 
 TRAINED = "the weights learn, and the input is that of a task"
-TOO_DEEP = f"more than {MOST_UNITS:,} units; see --theory-only"
+_TOO_DEEP = f"more than {MOST_UNITS:,} units; see --theory-only"
 
 
 def with_theory(run: Run) -> Run:
-    """The run with the columns `theory_...` and the summary's numbers of the same name.
+    """Return the run with the columns `theory_...` and the summary's numbers of the same name.
 
     Args:
-        run: as measured; where theory has no answer its columns stay empty, and the summary says
-            why.
+        run: a measured stack; where theory has no answer the columns stay empty, and the summary
+            says why.
     """
-    assert isinstance(run.spec, StackSpec)  # what was built; models have no theory
+    assert isinstance(run.spec, StackSpec)  # models have no theory
     reason = _withheld(run)
     prediction = Prediction(None, reason=reason) if reason else predict(run.spec)
     if prediction.reason is not None:
@@ -63,7 +63,7 @@ def _withheld(run: Run) -> str | None:
     if run.options.steps:
         return TRAINED
     units = run.spec.depth * run.spec.units_per_block
-    return TOO_DEEP if units > MOST_UNITS else None
+    return _TOO_DEEP if units > MOST_UNITS else None
 
 
 def _logs(rows: Iterable[LayerRecord]) -> array[float]:
@@ -73,11 +73,11 @@ def _logs(rows: Iterable[LayerRecord]) -> array[float]:
 def theory_rows(
     rows: Iterable[LayerRecord], prediction: Prediction, output: float
 ) -> Iterator[LayerRecord]:
-    """Rows of one seed with what theory predicts for them, one by one.
+    """Yield the rows of one seed with the columns of a prediction.
 
     Args:
-        rows: from the input up.
-        prediction: with one entry per row.
+        rows: all rows of the seed, from the input up.
+        prediction: prediction with one entry for each row.
         output: measured log10 norm of the gradient at the output; nothing is added where it is not
             finite.
     """
@@ -97,12 +97,12 @@ def theory_rows(
 def deviation(
     seeds: Sequence[Sequence[float]], outputs: Sequence[float], prediction: Prediction
 ) -> tuple[float, float] | None:
-    """Measured mean less theory where they lie farthest apart, and half the band of a mean there.
+    """Return measured mean less theory where they lie farthest apart, and half the band there.
 
     Args:
-        seeds: measured log10 norms of each, from the input up.
-        outputs: of each seed the measured log10 norm at the output.
-        prediction: for these rows.
+        seeds: measured log10 norms of each seed, from the input up.
+        outputs: measured log10 norm at the output of each seed.
+        prediction: prediction with one entry for each row.
 
     Returns:
         Both in decades, or None if a measured value is missing or not finite.
@@ -121,39 +121,39 @@ def _value(number: float | None) -> float:
 
 
 # Above these the run carries a warning that names the remedy.
-NOISY_SPREAD = 0.10
-RECONCILED = 0.10
+_NOISY_SPREAD = 0.10
+_RECONCILED = 0.10
 
 
 def with_times(run: Run, timing: Timing, statistics_s: float | None = None) -> Run:
-    """The run with its times, for the seed that was timed: the first.
+    """Return the run with the times of the seed that was timed, the first.
 
     Args:
-        run: measured without times.
-        timing: of the same network.
+        run: a run without times.
+        timing: times of the same network.
         statistics_s: median seconds that a statistics pass spent on the timed layers; None where no
-            pass is like the timed ones.
+            statistics pass can be compared with a timed pass.
     """
     if isinstance(run.spec, ModelSpec):
         timing = _numbered(timing, run.layer_records)
     return replace(
         run,
-        layer_records=_with_columns(run.layer_records, timing),
+        layer_records=_with_time_columns(run.layer_records, timing),
         time_records=timing.repeats,
-        summary=_with_cost(run.summary, _told(run.spec, timing), timing),
+        summary=_with_cost(run.summary, _counted_layers(run.spec, timing), timing),
         overhead=_overhead(timing, statistics_s),
         warnings=(*run.warnings, *_warnings(timing, run.spec)),
     )
 
 
 def _numbered(timing: Timing, rows: Iterable[LayerRecord]) -> Timing:
-    """Times of a model with the numbers of its layers, some of which may have no times."""
+    """Return the times of a model with its layers' numbers; some layers may have no times."""
     layers = {row.unit: row.layer for row in rows}
     repeats = (replace(one, layer=layers.get(one.unit, one.layer)) for one in timing.repeats)
     return replace(timing, repeats=tuple(repeats))
 
 
-def _with_columns(rows: Sequence[LayerRecord], timing: Timing) -> Sequence[LayerRecord]:
+def _with_time_columns(rows: Sequence[LayerRecord], timing: Timing) -> Sequence[LayerRecord]:
     if isinstance(rows, Spool):
         return rows.map(lambda records: _timed_rows(records, timing))
     return list(_timed_rows(rows, timing))
@@ -177,8 +177,8 @@ def _timed_rows(rows: Iterable[LayerRecord], timing: Timing) -> Iterator[LayerRe
         )
 
 
-def _told(spec: Spec, timing: Timing) -> int:
-    """The layers of which totals are told: of a model's no sample stands for the others."""
+def _counted_layers(spec: Spec, timing: Timing) -> int:
+    """Return how many layers totals are told for: a model's timed layers stand for no others."""
     return timing.layers if isinstance(spec, ModelSpec) else spec.depth
 
 
@@ -198,7 +198,7 @@ def _with_cost(summary: Summary, depth: int, timing: Timing) -> Summary:
 
 
 def _flops(timing: Timing, share: float, forward_s: float, backward_s: float) -> dict[str, Any]:
-    """FLOPs of a whole pass, and per second."""
+    """Return the FLOPs of a whole pass, and the FLOP/s."""
     if timing.flops is None:
         return {}
     forward, backward = (round(flop * share) for flop in timing.flops)
@@ -211,7 +211,7 @@ def _flops(timing: Timing, share: float, forward_s: float, backward_s: float) ->
 
 
 def _overhead(timing: Timing, statistics_s: float | None) -> dict[str, float] | None:
-    """What observing cost in this run, and how far the unit times add up."""
+    """Return what observing cost in this run, and how far the times of units add up."""
     if timing.bare_s is None or timing.bare_iqr_s is None:
         return None
     times = {
@@ -235,7 +235,7 @@ def _warnings(timing: Timing, spec: Spec) -> Iterator[str]:
             f"times are those of {timing.layers} of {spec.depth:,} layers, {which}; "
             f"totals are {totals}"
         )
-    if timing.spread > NOISY_SPREAD:
+    if timing.spread > _NOISY_SPREAD:
         yield (
             f"timings vary by {timing.spread:.0%} between repeats: close other programs, "
             "or raise --repeats or --time-budget"
@@ -243,7 +243,7 @@ def _warnings(timing: Timing, spec: Spec) -> Iterator[str]:
     if timing.bare_s is None:
         return
     gap = timing.total_s / timing.bare_s - 1
-    if abs(gap) > RECONCILED:
+    if abs(gap) > _RECONCILED:
         yield (
             f"unit times add up to {1 + gap:.0%} of the bare pass: units are too small to time "
             "one by one, or the machine is busy; take a larger batch, or more --repeats"

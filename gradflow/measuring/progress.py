@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-# (what is going on, steps done, steps in all)
+# Called with the name of the phase, the steps done and the steps in all.
 Progress = Callable[[str, int, int], None]
 
+# A progress bar has no more places than this, and each call takes as long as a small layer.
 _MOST_CALLS = 1000
 
 
 def counter(progress: Progress, phase: str, total: int) -> Callable[[], None]:
-    """Return what a phase calls at each of its `total` steps, to tell `progress` of them."""
+    """Return what is called at each of the `total` steps of a phase, to tell at most 1,000."""
     done = 0
-    # A bar has no more than so many places, and each call takes as long as a small layer.
     stride = max(1, total // _MOST_CALLS)
 
     def tick() -> None:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from gradflow.engine.environment import describe, library, resolve_device
+from gradflow.engine.environment import describe_environment, library_version, resolve_device
 from gradflow.errors import GradflowError, UsageError, first_line
 from gradflow.judging.comparison import SPEED_KEYS
 from gradflow.measuring.any import measure_any
@@ -58,8 +58,8 @@ def local_environment(cell: Cell) -> dict[str, Any]:
     Raises:
         UsageError: the cell's device is not there.
     """
-    here = describe(cell.spec, resolve_device(cell.options.device, cell.spec.dtype))
-    return {key: here[key] for key in ("gradflow", *SPEED_KEYS)} | library(cell.spec)
+    here = describe_environment(cell.spec, resolve_device(cell.options.device, cell.spec.dtype))
+    return {key: here[key] for key in ("gradflow", *SPEED_KEYS)} | library_version(cell.spec)
 
 
 def measure_cell(cell: Cell, *, timing: bool = False, device: str | None = None) -> CellResult:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from gradflow.engine.environment import describe, library
+from gradflow.engine.environment import describe_environment, library_version
 from gradflow.errors import UsageError, first_line
 from gradflow.specs.grid import Cell
 from gradflow.specs.stack import StackSpec
@@ -57,9 +57,13 @@ class Ray:
         Raises:
             UsageError: no cluster answers, or it lacks the device.
         """
-        here = describe(cell.spec, torch.device("cpu"))
+        here = describe_environment(cell.spec, torch.device("cpu"))
         device = self._device(cell).partition(":")[0]
-        return {key: here[key] for key in _SHARED_KEYS} | {"device": device} | library(cell.spec)
+        return (
+            {key: here[key] for key in _SHARED_KEYS}
+            | {"device": device}
+            | library_version(cell.spec)
+        )
 
     def outcomes(self, cells: Sequence[Cell]) -> Generator[CellResult]:
         """Measure on the cluster, timings included; they are marked as contended.
@@ -140,7 +144,7 @@ def _driver() -> dict[str, Any]:
 
     A worker would tell its own command line, which has paths and addresses in it.
     """
-    here = describe(StackSpec(), torch.device("cpu"))
+    here = describe_environment(StackSpec(), torch.device("cpu"))
     return {key: here[key] for key in ("argv", "git")}
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from gradflow.engine.flops import FlopCounter
-from gradflow.engine.timing import Clock, Pass, summarise
+from gradflow.engine.timing import Clock, UnitSeconds, summarise_times
 from gradflow.runs.records import Timing
 from gradflow.torch_internals import in_backward
 from gradflow.watching.discovery import WatchedLayer, stream_of, unit_name
@@ -189,12 +189,12 @@ def layer_timing(
     keys = [key for key in steps[0][0] if all(key in seconds for seconds, _ in steps)]
     if not keys:
         return None
-    passes: list[Pass] = [
+    passes: list[UnitSeconds] = [
         ([seconds[key][0] for key in keys], [seconds[key][1] for key in keys])
         for seconds, _ in steps
     ]
     names = [(layer, unit_name(units[key[0]], key[1])) for layer, key in enumerate(keys, start=1)]
-    timing = summarise(names, passes, bare, [total for _, total in steps])
+    timing = summarise_times(names, passes, bare, [total for _, total in steps])
     if flops is None or any(key not in flops for key in keys):
         return timing
     forward, backward = (int(sum(flops[key][side] for key in keys)) for side in (0, 1))

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from gradflow.engine.environment import describe
+from gradflow.engine.environment import describe_environment
 from gradflow.engine.rows import log10
 from gradflow.errors import MeasurementError, UsageError
 from gradflow.judging.advice import findings
@@ -120,7 +120,7 @@ def watched_run(
         Measured(
             spec,
             options,
-            describe(spec, steps[0].device) | when,
+            describe_environment(spec, steps[0].device) | when,
             layers=layers,
             params=params,
             warnings=list(findings(judged_layers, judged_params, spec)),

@@ -22,7 +22,7 @@ from torch._dynamo.utils import counters
 import gradflow
 from gradflow.engine import compiled
 from gradflow.engine.build import RebuiltBlocks
-from gradflow.engine.compiled import compiled_join, use
+from gradflow.engine.compiled import compiled_join, with_join
 from gradflow.engine.flops import network_flops
 from gradflow.engine.tape import Network
 from gradflow.engine.timing import CpuClock, bare_pass, timed_pass
@@ -58,7 +58,7 @@ def no_code(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def resident(spec: StackSpec, join: Compiled) -> Network:
     made = network(spec)
-    return replace(made, blocks=[use(join, block) for block in made.blocks])
+    return replace(made, blocks=[with_join(join, block) for block in made.blocks])
 
 
 def rebuilt(spec: StackSpec, join: Compiled, alive: int = 1) -> Network:

@@ -172,7 +172,7 @@ def test_products_grow_until_they_are_long_enough() -> None:
 
 
 def test_products_grow_no_further_than_the_largest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(timing.LARGEST, "cpu", 2 * SMALLEST)
+    monkeypatch.setitem(timing._LARGEST, "cpu", 2 * SMALLEST)
     assert rate(LONG_ENOUGH_S / 4) == pytest.approx(2 * (2 * SMALLEST) ** 3 / (LONG_ENOUGH_S / 4))
 
 

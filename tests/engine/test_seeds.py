@@ -27,8 +27,8 @@ from gradflow.engine.plan import (
     with_seeds,
 )
 from gradflow.engine.rows import new_tables
-from gradflow.engine.seeds import reductions
 from gradflow.engine.seeds.blocks import SeedBlocks
+from gradflow.engine.seeds.reductions import SeedReductions
 from gradflow.engine.seeds.walk import seed_network, walk_seeds
 from gradflow.engine.tape import count_saved
 from gradflow.engine.walk import walk
@@ -183,11 +183,14 @@ def test_sums_of_all_seeds_are_those_of_each(tokens: bool) -> None:
     for place, value in enumerate(ODD):
         x[1, place % 2, place, : place + 1] = value
     pairs = [
-        (reductions.forward_sums(y, tokens=tokens), lambda i: forward_sums(y[i], tokens=tokens)),
-        (reductions.gradient_sums(x), lambda i: gradient_sums(x[i])),
-        (reductions.part_sums(x, y), lambda i: part_sums(x[i], y[i])),
         (
-            dict(enumerate(reductions.grad_norm(x))),
+            SeedReductions.forward_sums(y, tokens=tokens),
+            lambda i: forward_sums(y[i], tokens=tokens),
+        ),
+        (SeedReductions.gradient_sums(x), lambda i: gradient_sums(x[i])),
+        (SeedReductions.part_sums(x, y), lambda i: part_sums(x[i], y[i])),
+        (
+            dict(enumerate(SeedReductions.grad_norm(x))),
             lambda i: dict(enumerate(grad_norm(x[i]))),
         ),
     ]
@@ -202,7 +205,7 @@ def test_sums_of_all_seeds_are_those_of_each(tokens: bool) -> None:
                     rtol=1e-12,
                     atol=0,
                 )
-    assert reductions.gradient_sums(x)["nonfinite"].tolist() == [0, 6, 0]
+    assert SeedReductions.gradient_sums(x)["nonfinite"].tolist() == [0, 6, 0]
 
 
 def test_a_planted_nan_stays_in_its_seed() -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gradflow import reductions
-from gradflow.engine.rows import log10, scaled
+from gradflow.engine.rows import log10, scaled_size
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 NAN, INF = math.nan, math.inf
@@ -22,12 +22,12 @@ NAN, INF = math.nan, math.inf
 SHAPES = ((4, 7), (3, 5, 6), (2, 3, 4, 4), (1, 6), (3, 1, 8), (2, 40, 512))
 
 
-def one_row(sums: reductions.Sums) -> reductions.Numbers:
-    """Sums of one unit, as the host has them: stacked on axis 0."""
+def one_row(sums: reductions.ReducedSums) -> reductions.StatVectors:
+    """ReducedSums of one unit, as the host has them: stacked on axis 0."""
     return {k: torch.as_tensor(v, dtype=torch.float64)[None] for k, v in sums.items()}
 
 
-def numbers(columns: reductions.Numbers) -> dict[str, float]:
+def numbers(columns: reductions.StatVectors) -> dict[str, float]:
     return {name: value[0].item() for name, value in columns.items()}
 
 
@@ -232,7 +232,7 @@ def test_the_parts_of_a_gain_add_up(seed: int, scale: float) -> None:
 def test_the_logarithm_is_exact_beyond_float64(size: float, exponent: int) -> None:
     want = math.log10(size) + exponent * math.log10(2)
     assert log10(size, exponent) == pytest.approx(want, rel=1e-14, abs=1e-12)
-    written = scaled(size, exponent)
+    written = scaled_size(size, exponent)
     assert written is not None
     if -300 < want < 300:
         assert math.log10(written) == pytest.approx(want, abs=1e-10)
@@ -248,7 +248,7 @@ def test_what_is_no_number_has_no_other_logarithm(exponent: int) -> None:
     assert log10(INF, exponent) == INF
     assert math.isnan(log10(NAN, exponent) or 0)
     assert log10(None, exponent) is None
-    assert scaled(0.0, exponent) == 0
-    assert scaled(INF, exponent) == INF
-    assert math.isnan(scaled(NAN, exponent) or 0)
-    assert scaled(None, exponent) is None
+    assert scaled_size(0.0, exponent) == 0
+    assert scaled_size(INF, exponent) == INF
+    assert math.isnan(scaled_size(NAN, exponent) or 0)
+    assert scaled_size(None, exponent) is None

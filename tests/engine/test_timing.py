@@ -21,7 +21,7 @@ from gradflow.engine.timing import (
     bare_pass,
     collector_paused,
     stack_timer,
-    summarise,
+    summarise_times,
     take_times,
     timed_pass,
 )
@@ -201,7 +201,7 @@ def pairs(table: np.ndarray) -> list[tuple[list[float], list[float]]]:
 
 
 def test_medians_and_interquartile_ranges_are_exact() -> None:
-    found = summarise(UNITS, pairs(PASSES), [10.0, 20.0, 30.0])
+    found = summarise_times(UNITS, pairs(PASSES), [10.0, 20.0, 30.0])
     assert found.units == ((4.0, 3.5, 2.5, 2.5), (2.0, 0.0, 4.0, 2.0))
     assert found.total_s == 13.0  # of 10, 16, 7, 23
     assert found.spread == (17.75 - 9.25) / 13.0
@@ -209,18 +209,18 @@ def test_medians_and_interquartile_ranges_are_exact() -> None:
 
 
 def test_one_repeat_has_no_spread() -> None:
-    found = summarise(UNITS, pairs(PASSES[:1]), [10.0])
+    found = summarise_times(UNITS, pairs(PASSES[:1]), [10.0])
     assert found.units == ((1.0, 0.0, 3.0, 0.0), (2.0, 0.0, 4.0, 0.0))
     assert (found.spread, found.bare_iqr_s) == (0.0, 0.0)
 
 
 def test_without_bare_passes_there_is_nothing_to_reconcile_with() -> None:
-    found = summarise(UNITS, pairs(PASSES))
+    found = summarise_times(UNITS, pairs(PASSES))
     assert (found.bare_s, found.bare_iqr_s) == (None, None)
 
 
 def test_records_hold_the_raw_repeats() -> None:
-    found = summarise(UNITS, pairs(PASSES))
+    found = summarise_times(UNITS, pairs(PASSES))
     assert found.repeats[2:4] == (
         TimeRecord(1, 1, "attention", 5, 1),
         TimeRecord(1, 1, "ffn", 2, 8),

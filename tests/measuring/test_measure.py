@@ -295,14 +295,14 @@ def test_what_can_never_fit_is_refused_before_anything_is_allocated(
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
     ],
 )
-@pytest.mark.parametrize("where", ["stack.make_plan", "stack.walk"])
+@pytest.mark.parametrize("where", ["engine.memory.footprint", "measuring.stack.walk"])
 def test_a_failed_allocation_is_out_of_memory(
     monkeypatch: pytest.MonkeyPatch, error: RuntimeError, where: str
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr(f"gradflow.measuring.{where}", fail)
+    monkeypatch.setattr(f"gradflow.{where}", fail)
     with pytest.raises(MeasurementError, match=r"out of memory: .* lower --depth"):
         measured()
 
@@ -381,22 +381,22 @@ def test_the_commit_is_that_of_the_working_directory(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert environment.describe(SMALL, CPU)["git"] is None
+    assert environment.describe_environment(SMALL, CPU)["git"] is None
     git(tmp_path, "init", "-q")
     (tmp_path / "file").write_text("a")
     git(tmp_path, "add", "file")
     git(tmp_path, "commit", "-q", "-m", "a")
     (tmp_path / "untracked").write_text("b")
-    clean = environment.describe(SMALL, CPU)["git"]
+    clean = environment.describe_environment(SMALL, CPU)["git"]
     assert len(clean["commit"]) == 40
     assert clean["dirty"] is False
     (tmp_path / "file").write_text("c")
-    assert environment.describe(SMALL, CPU)["git"] == clean | {"dirty": True}
+    assert environment.describe_environment(SMALL, CPU)["git"] == clean | {"dirty": True}
 
 
 def test_without_git_there_is_no_commit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
-    assert environment.describe(SMALL, CPU)["git"] is None
+    assert environment.describe_environment(SMALL, CPU)["git"] is None
 
 
 def test_a_stored_measurement_comes_back(tmp_path: Path) -> None:

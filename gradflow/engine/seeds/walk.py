@@ -1,7 +1,7 @@
 """The walk for several seeds at once: one pass, the rows of every seed.
 
-It is `walk` with an axis of seeds in front of every tensor. Seeds do not meet: what goes back from
-the sum of their losses is each one's own gradient, and each has its own power of two.
+Every tensor has an axis of seeds in front. Seeds do not mix: the gradient of the sum of all losses
+has each seed's own gradient as its rows, and each seed has its own power of two.
 """
 
 from __future__ import annotations
@@ -12,10 +12,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from gradflow.engine.rows import CHUNK_UNITS, Activations, Collector, Packed, Row, Tables, pack
-from gradflow.engine.seeds import reductions
-from gradflow.engine.seeds.blocks import Together
-from gradflow.engine.tape import Network, SavedBytes, Tick
+from gradflow.engine.rows import (
+    CHUNK_UNITS,
+    Activations,
+    Collector,
+    Packed,
+    RecordTables,
+    UnitRow,
+    pack,
+)
+from gradflow.engine.seeds.blocks import VmappedJoin
+from gradflow.engine.seeds.reductions import SeedReductions
+from gradflow.engine.tape import Network, SavedBytes, Ticker
 from gradflow.engine.walk import Observer, observe
 from gradflow.networks.inputs import input_batch
 from gradflow.networks.losses import build_loss
@@ -26,20 +34,20 @@ from gradflow.specs.stack import StackSpec
 
 @dataclass(frozen=True)
 class SeedWalk:
-    """What one pass over several seeds found; its last rows may still be on the device."""
+    """The losses (seeds,) of one pass over all seeds; last rows may still be on the device."""
 
     losses: Tensor
     collector: _SeedCollector
 
     def finish(self) -> None:
-        """Put what is left into the tables; waits for the device."""
+        """Put all rows that are left into the tables; waits for the device."""
         self.collector.finish()
 
 
 def seed_network(
     spec: StackSpec, seeds: Sequence[int], blocks: Sequence[Block], device: torch.device
 ) -> Network:
-    """The network of all seeds; its blocks are `SeedBlocks`, or a list of them."""
+    """Return the network of all seeds from its blocks: `SeedBlocks`, or a list of them."""
     x = torch.stack([input_batch(spec, seed, device) for seed in seeds])
     losses = [build_loss(spec, seed, device) for seed in seeds]
     return Network(blocks, x, _Losses(losses))
@@ -48,17 +56,27 @@ def seed_network(
 def walk_seeds(
     spec: StackSpec,
     network: Network,
-    tables: Mapping[int, Tables],
+    tables: Mapping[int, RecordTables],
     *,
     spans: Sequence[int] = (),
     raw_range: bool = False,
-    tick: Tick = lambda: None,
+    tick: Ticker = lambda: None,
 ) -> SeedWalk:
-    """Measure several seeds of a stack; as `walk`, but for the tables: one for each seed."""
+    """Measure several seeds of a stack in one pass.
+
+    Args:
+        spec: the stack.
+        network: the network of all seeds.
+        tables: tables of each seed, by seed.
+        spans: which streams are kept, see `tape.record_backward`.
+        raw_range: leave the cotangent as the number format has it.
+        tick: called once for each layer that is computed, forward or back.
+    """
     tokens = spec.kind.domain == "tokens"
     collector = _SeedCollector([Collector(*pair, tokens=tokens) for pair in tables.items()])
-    activations = Activations(tokens=tokens, forward_sums=reductions.forward_sums)
-    observer = Observer(reductions, activations, _SavedOfOne(), collector, (len(tables),))
+    stats = SeedReductions()
+    activations = Activations(tokens=tokens, forward_sums=stats.forward_sums)
+    observer = Observer(stats, activations, _SavedOfOne(), collector, (len(tables),))
     losses = observe(network, observer, spans, raw_range=raw_range, tick=tick)
     return SeedWalk(losses, collector)
 
@@ -75,46 +93,46 @@ class _Losses(nn.Module):
 
 
 class _SavedOfOne:
-    """`SavedBytes` of one seed."""
+    """Counts the bytes that autograd keeps for one of the seeds."""
 
     def __init__(self) -> None:
         self._saved = SavedBytes()
 
     def of(self, unit: Unit, x: Tensor) -> int:
-        """Bytes that one seed saves."""
-        assert isinstance(unit.compiled, Together)
+        """Return the bytes that autograd keeps of the unit for one seed."""
+        assert isinstance(unit.compiled, VmappedJoin)
         return self._saved.of(unit.compiled.unit, x[0].clone())  # whose storage is its own
 
 
 class _SeedCollector:
-    """Takes the rows of all seeds, and gives each collector those of its own."""
+    """Takes rows with one number for each seed, and splits them between the seeds' collectors."""
 
     def __init__(self, collectors: Sequence[Collector]) -> None:
         self._collectors = collectors
-        self._rows: list[Row] = []
+        self._rows: list[UnitRow] = []
 
-    def add(self, row: Row) -> None:
-        """The row below those that came before; each number of it is one a seed."""
+    def add(self, row: UnitRow) -> None:
+        """Take the next row down; each of its numbers is a tensor (seeds,)."""
         self._rows.append(row)
         if len(self._rows) > CHUNK_UNITS and row.layer:
             self._pack()
             self._rows = self._rows[-1:]  # its neighbour needs it, see `Collector.add`
 
     def finish(self) -> None:
-        """Put what is left into the tables; waits for the device."""
+        """Put all rows that are left into the tables; waits for the device."""
         self._pack()
         self._rows = []
         for collector in self._collectors:
             collector.finish()
 
     def _pack(self) -> None:
-        parts = _apart(pack(self._rows[::-1]), len(self._collectors))
+        parts = _split(pack(self._rows[::-1]), len(self._collectors))
         for collector, packed in zip(self._collectors, parts, strict=True):
             collector.take(packed)
 
 
-def _apart(packed: Packed, seeds: int) -> Iterator[Packed]:
-    """The rows of every seed; columns are (rows, seeds), or (rows,) where all have the same."""
+def _split(packed: Packed, seeds: int) -> Iterator[Packed]:
+    """Yield the rows of every seed; columns are (rows, seeds), or (rows,) where seeds agree."""
     sizes = [shape.numel() for shape in packed.shapes.values()]
     pieces = torch.split(packed.numbers, sizes)
     pairs = zip(pieces, packed.shapes.values(), strict=True)

@@ -16,16 +16,16 @@ from gradflow.errors import UsageError, closest_first
 from gradflow.specs.model_spec import HF_PREFIX, ModelRequest
 from gradflow.specs.user_files import LocatedName, errors_of_users_code, without_digest
 
-EXTRA = "gradflow-bench[hf]"
-TOKENS, PIXELS = "input_ids", "pixel_values"
-BATCH_SIZE, SEQ_LEN = 8, 32
-SHOWN_NAMES = 5
+_EXTRA = "gradflow-bench[hf]"
+_TOKENS, _PIXELS = "input_ids", "pixel_values"
+_BATCH_SIZE, _SEQ_LEN = 8, 32
+_SHOWN_NAMES = 5
 # What configurations call the same thing, beside the names that their attribute_map translates.
-DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "encoder_layers")
-DECODER_DEPTHS = ("decoder_layers", "num_decoder_layers")
-WIDTHS = ("hidden_size", "d_model")
+_DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "encoder_layers")
+_DECODER_DEPTHS = ("decoder_layers", "num_decoder_layers")
+_WIDTHS = ("hidden_size", "d_model")
 # Sizes that go with the width: heads keep their size, and hidden widths their ratio.
-WITH_WIDTH = (
+_WITH_WIDTH = (
     "num_attention_heads",
     "num_key_value_heads",
     "intermediate_size",
@@ -88,13 +88,13 @@ class Build:
 def _check_complete(absent: list[str]) -> None:
     """Refuse weights that would be random without a word."""
     if absent:
-        names = ", ".join(sorted(absent)[:SHOWN_NAMES])
+        names = ", ".join(sorted(absent)[:_SHOWN_NAMES])
         rule = "a folder has the weights of its model, in their sizes"
         got = f"{len(absent)} without: {names}"
         raise UsageError(rule, got, "leave out --depth, --width and --set, or complete it")
 
 
-def library() -> Any:
+def transformers_library() -> Any:
     """`transformers`, told to stay offline and quiet.
 
     Raises:
@@ -105,7 +105,7 @@ def library() -> Any:
         import transformers
     except ImportError:
         rule = "hf: models need transformers"
-        raise UsageError(rule, "not installed", f"pip install '{EXTRA}'") from None
+        raise UsageError(rule, "not installed", f"pip install '{_EXTRA}'") from None
     found: Any = transformers
     found.logging.set_verbosity_error()
     found.logging.disable_progress_bar()
@@ -118,7 +118,7 @@ def hugging_face_build(request: ModelRequest) -> Build:
     Raises:
         UsageError: no such type or class, or a setting that it does not have or that breaks it.
     """
-    hf = library()
+    hf = transformers_library()
     name = request.model.removeprefix(HF_PREFIX)
     target = request.model.target if isinstance(request.model, LocatedName) else None
     if target is None and "@" in name:
@@ -163,14 +163,14 @@ def inputs(build: Build, request: ModelRequest, seed: int) -> dict[str, Tensor]:
     Raises:
         UsageError: the model takes something else, or fewer tokens.
     """
-    config, samples = build.config, request.batch_size or BATCH_SIZE
+    config, samples = build.config, request.batch_size or _BATCH_SIZE
     source = torch.Generator().manual_seed(seed)
     kind = build.model_class.main_input_name
-    if kind == PIXELS:
+    if kind == _PIXELS:
         size = request.image_size or config.image_size
         pair = tuple(size) if isinstance(size, list | tuple) else (size, size)
-        return {PIXELS: torch.randn(samples, config.num_channels, *pair, generator=source)}
-    if kind != TOKENS:
+        return {_PIXELS: torch.randn(samples, config.num_channels, *pair, generator=source)}
+    if kind != _TOKENS:
         rule = f"{without_digest(request.model)} takes {kind}, which gradflow does not make"
         raise UsageError(rule, "no --input", "give --input my_pkg.data:batches")
     if request.image_size is not None:
@@ -182,7 +182,7 @@ def inputs(build: Build, request: ModelRequest, seed: int) -> dict[str, Tensor]:
 
 def as_inputs(build: Build, ids: Tensor) -> dict[str, Tensor]:
     """Arguments of the model for tokens; a decoder beside an encoder sees the same ones."""
-    names = (TOKENS, "decoder_input_ids") if _has_encoder(build.config) else (TOKENS,)
+    names = (_TOKENS, "decoder_input_ids") if _has_encoder(build.config) else (_TOKENS,)
     return dict.fromkeys(names, ids)
 
 
@@ -194,7 +194,7 @@ def tokens(build: Build, request: ModelRequest) -> int:
     """
     most = getattr(build.config, "max_position_embeddings", None)
     if most is None or request.seq_len is None:
-        return request.seq_len or SEQ_LEN
+        return request.seq_len or _SEQ_LEN
     if request.seq_len > most:
         rule = f"{without_digest(request.model)} has positions for {most} tokens"
         raise UsageError(rule, f"--seq-len {request.seq_len}", f"use --seq-len {most} or less")
@@ -207,7 +207,7 @@ def _default_config(hf: Any, name: str, folder: str | None) -> Any:
             return hf.AutoConfig.from_pretrained(folder, local_files_only=True)
     known = list(hf.CONFIG_MAPPING.keys())
     if name not in known:
-        nearest = ", ".join(closest_first(name, known)[:SHOWN_NAMES])
+        nearest = ", ".join(closest_first(name, known)[:_SHOWN_NAMES])
         rule = "hf: names a model type of transformers, one of its classes, or a folder"
         raise UsageError(rule, name, f"use for example {nearest}")
     return hf.AutoConfig.for_model(name)
@@ -250,18 +250,18 @@ def _with(default: Any, found: dict[str, Any], folder: str | None) -> Any:
 
 
 def _depth_names(config: Any, request: ModelRequest) -> list[str]:
-    own = [config.attribute_map.get(name, name) for name in DEPTHS]
+    own = [config.attribute_map.get(name, name) for name in _DEPTHS]
     names = [name for name in own if _has(config, name)][:1]
     if hasattr(config, "depths"):  # which says how many layers each stage has
         names = []
     if not names:
         rule = f"--depth sets the number of layers of {without_digest(request.model)}"
         raise UsageError(rule, "it has none of that name", "use --set, for example depths=[3,3]")
-    return names + [name for name in DECODER_DEPTHS if _has(config, name)]
+    return names + [name for name in _DECODER_DEPTHS if _has(config, name)]
 
 
 def _width_name(config: Any, request: ModelRequest) -> str:
-    for name in (config.attribute_map.get(name, name) for name in WIDTHS):
+    for name in (config.attribute_map.get(name, name) for name in _WIDTHS):
         if isinstance(getattr(config, name, None), int):
             return str(name)
     rule = f"--width sets the features of {without_digest(request.model)}"
@@ -273,7 +273,7 @@ def _with_width(config: Any, request: ModelRequest) -> dict[str, int]:
     if request.width is None:
         return {}
     ratio = request.width / getattr(config, _width_name(config, request))
-    names = dict.fromkeys(config.attribute_map.get(n, n) for n in WITH_WIDTH)
+    names = dict.fromkeys(config.attribute_map.get(n, n) for n in _WITH_WIDTH)
     values = {name: getattr(config, name, None) for name in names}
     return {n: max(1, round(v * ratio)) for n, v in values.items() if isinstance(v, int)}
 
@@ -282,7 +282,7 @@ def _own_name(config: Any, name: str, request: ModelRequest) -> str:
     own = str(config.attribute_map.get(name, name))
     if not _has(config, own):
         known = [key for key in config.to_dict() if not key.startswith("_")]
-        nearest = ", ".join(closest_first(name, known)[:SHOWN_NAMES])
+        nearest = ", ".join(closest_first(name, known)[:_SHOWN_NAMES])
         rule = f"--set names a setting of {without_digest(request.model)}"
         raise UsageError(rule, name, f"use for example {nearest}")
     return own

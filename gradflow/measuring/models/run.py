@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradflow.engine.environment import describe, resolve_device
+from gradflow.engine.environment import describe_environment, resolve_device
 from gradflow.engine.memory import available_bytes, peak_bytes, reset_peak
 from gradflow.engine.timing import Clock, Timer, clock_for, matmul_flop_per_s, take_times
 from gradflow.errors import MeasurementError, is_out_of_memory
@@ -22,7 +22,7 @@ from gradflow.judging.assembly import Measured, assembled_run
 from gradflow.measuring.columns import with_times
 from gradflow.measuring.models.hugging_face import hugging_face_build
 from gradflow.measuring.models.one_pass import settings_kept, untouched
-from gradflow.measuring.models.subjects import Example, Subject, backward, build_subject
+from gradflow.measuring.models.subjects import Example, Subject, backward_pass, build_subject
 from gradflow.measuring.progress import Progress
 from gradflow.runs.records import Run, StepRecord, Timing
 from gradflow.specs.model_spec import ModelRequest, ModelSpec
@@ -47,7 +47,7 @@ def timer_of(subject: Subject, request: ModelRequest) -> Timer:
     places = layers_of(subject, example, request)
 
     def step() -> None:
-        backward(subject, example, request)
+        backward_pass(subject, example, request)
         model.zero_grad(set_to_none=True)
 
     with untouched(model):
@@ -65,13 +65,13 @@ def layers_of(subject: Subject, example: Example, request: ModelRequest) -> list
     if request.patterns is not None or repeats(model):
         return find_layers(model, request.patterns)
     with untouched(model), watch(model) as flow:
-        backward(subject, example, request)
+        backward_pass(subject, example, request)
     return flow.watched_layers
 
 
 # Parameters and their gradients; with them, training has two moments and the values before.
-COPIES, TRAINED_COPIES = 2, 5
-ADVICE = "name those that always run with --layers"
+_COPIES, _TRAINED_COPIES = 2, 5
+_ADVICE = "name those that always run with --layers"
 
 
 @dataclass
@@ -146,7 +146,7 @@ def model_bytes(request: ModelRequest, options: RunOptions) -> int:
     build = hugging_face_build(request)
     with errors_of_users_code(without_digest(request.model)):
         numbers = build.parameters
-    copies = TRAINED_COPIES if options.steps else COPIES
+    copies = _TRAINED_COPIES if options.steps else _COPIES
     return numbers * copies * int(getattr(torch, request.dtype).itemsize)
 
 
@@ -225,7 +225,7 @@ def watched(
     limits = RunOptions(seed=seed, vanishing=options.vanishing, exploding=options.exploding)
     model = subject.model
     with untouched(model), watch(model, request.patterns, options=limits) as flow:
-        loss = backward(subject, example, request)
+        loss = backward_pass(subject, example, request)
     return flow.run, loss.item()
 
 
@@ -250,7 +250,7 @@ def _to_run(
         Measured(
             spec,
             options,
-            describe(spec, device) | when,
+            describe_environment(spec, device) | when,
             layers=[row for run in found.runs for row in run.layer_records],
             params=[row for run in found.runs for row in run.param_records],
             steps=found.steps,
@@ -271,7 +271,7 @@ def _common_spec(request: ModelRequest, runs: Sequence[Run]) -> ModelSpec:
     if any(spec != specs[0] for spec in specs):
         name = without_digest(request.model)
         what = "has other layers from one seed or step to the next"
-        raise MeasurementError(f"{name} {what}; {ADVICE}")
+        raise MeasurementError(f"{name} {what}; {_ADVICE}")
     spec = runs[0].spec
     assert isinstance(spec, ModelSpec)
     return replace(spec, request=request, loss=request.loss)

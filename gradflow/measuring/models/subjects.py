@@ -38,7 +38,7 @@ from gradflow.torch_internals import map_tensors
 from gradflow.training.tasks import MarkovTask, PrototypeTask, Samples, Task
 
 # Losses that hold the output against a target.
-PAIRED = ("ce", "mse")
+_PAIRED = ("ce", "mse")
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,14 @@ class Example:
     target: Tensor | None = None
 
 
-def moved(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
+def moved_to(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
     """Every tensor in it on the device, and those with a point in the number format."""
     if isinstance(value, Tensor):
         return value.to(device, dtype if value.is_floating_point() else None)
     if isinstance(value, Mapping):
-        return {name: moved(item, device, dtype) for name, item in value.items()}
+        return {name: moved_to(item, device, dtype) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        items = [moved(item, device, dtype) for item in value]
+        items = [moved_to(item, device, dtype) for item in value]
         return tuple(items) if isinstance(value, tuple) else items
     return value
 
@@ -71,7 +71,7 @@ def users_batches(
 ) -> Iterator[Example]:
     """The user's batches, from the start again when they end."""
     shown = without_digest(str(request.input))
-    paired = request.loss in PAIRED
+    paired = request.loss in _PAIRED
     for epoch in count():
         found = 0
         for batch in _each(thing, shown):
@@ -134,9 +134,9 @@ def _output(model: nn.Module, given: Any, kind: str) -> Any:
     try:
         return called(model, given)
     except TypeError as error:
-        if isinstance(given, list | tuple) and len(given) == 2 and kind not in PAIRED:
+        if isinstance(given, list | tuple) and len(given) == 2 and kind not in _PAIRED:
             rule = "a batch is what the model is called with"
-            remedy = f"for pairs of input and target use --loss {' or '.join(PAIRED)}"
+            remedy = f"for pairs of input and target use --loss {' or '.join(_PAIRED)}"
             raise UsageError(rule, str(error), remedy) from None
         raise
 
@@ -180,7 +180,7 @@ def cross_entropy(y: Tensor, labels: Tensor | None, source: torch.Generator) -> 
 
 
 # Classes of the built-in tasks, as for stacks.
-CLASSES = 10
+_CLASSES = 10
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ def build_subject(
         model = build.model() if build else _own_model(request)
         model = converted(model, device, dtype).train()
     torch.set_grad_enabled(True)  # whatever its code has left
-    move = partial(moved, device=device, dtype=dtype)
+    move = partial(moved_to, device=device, dtype=dtype)
     loss = partial(loss_of, kind=request.loss, seed=seed)
     if isinstance(request.input, LocatedName):
         batches = partial(users_batches, import_object(request.input), request, move)
@@ -225,8 +225,8 @@ def build_subject(
     return _trained(subject, build, request, seed) if options.steps else subject
 
 
-def backward(subject: Subject, example: Example, request: ModelRequest) -> Tensor:
-    """One forward and one backward pass; returns the loss."""
+def backward_pass(subject: Subject, example: Example, request: ModelRequest) -> Tensor:
+    """Run one forward and one backward pass; return the loss, detached."""
     with errors_of_users_code(without_digest(request.model)), torch.enable_grad():
         loss = subject.loss(subject.model, example)
         loss.backward()  # type: ignore[no-untyped-call]  # torch's stubs
@@ -324,9 +324,9 @@ def _trained(subject: Subject, build: Build | None, request: ModelRequest, seed:
     outputs = _classes(subject.model, example)
     if _is_ids(x):
         shape = (x.shape[0], tokens(build, request) if build else x.shape[1])
-        task: Task = MarkovTask(Samples(min(CLASSES, outputs), shape), x.device)
+        task: Task = MarkovTask(Samples(min(_CLASSES, outputs), shape), x.device)
     else:
-        classes = min(CLASSES, outputs, x.shape[1])
+        classes = min(_CLASSES, outputs, x.shape[1])
         task = PrototypeTask(Samples(classes, tuple(x.shape), x.dtype), x.device)
     return Subject(subject.model, partial(_task_batches, task, build, seed), subject.loss, task)
 

@@ -14,7 +14,7 @@ from problems import CPU, network, small, thinned
 from recorded import NoReading
 from torch import Tensor
 
-from gradflow.engine.build import RebuiltBlocks, ahead_on, build_network
+from gradflow.engine.build import RebuiltBlocks, build_network, prefetcher_on
 from gradflow.engine.memory import footprint
 from gradflow.engine.plan import Footprint, Plan, choose
 from gradflow.engine.tape import Network
@@ -62,7 +62,7 @@ class Late(Fake):
 
 
 def rebuilt(spec: StackSpec, ahead: Fake | None, alive: int = 1) -> Network:
-    return replace(network(spec), blocks=RebuiltBlocks(spec, 0, CPU, alive, ahead=ahead))
+    return replace(network(spec), blocks=RebuiltBlocks(spec, 0, CPU, alive, prefetcher=ahead))
 
 
 @pytest.mark.parametrize("kind", [Fake, Late])
@@ -92,7 +92,7 @@ def asked(blocks: RebuiltBlocks, *layers: int) -> None:
 def test_each_layer_is_started_before_the_last_is_done_and_waited_for_before_it_is_used() -> None:
     """Up and down again; the first two have no module yet that could be drawn ahead."""
     fake = Fake()
-    blocks = RebuiltBlocks(small("mlp", depth=5), 0, CPU, ahead=fake)
+    blocks = RebuiltBlocks(small("mlp", depth=5), 0, CPU, prefetcher=fake)
     asked(blocks, 1, 2)
     assert fake.log == ["start 1"]
     asked(blocks, 3)
@@ -108,7 +108,7 @@ def test_a_layer_that_nobody_came_for_is_waited_for_all_the_same() -> None:
     """It may be drawn into the module that the layer in its place will have."""
     fake = Late()
     spec = small("mlp", depth=9)
-    blocks = RebuiltBlocks(spec, 0, CPU, ahead=fake)
+    blocks = RebuiltBlocks(spec, 0, CPU, prefetcher=fake)
     asked(blocks, 1, 2, 3)
     block = blocks[5]  # layer 6, where 4 was expected
     assert fake.log[-3:] == ["start 2", "wait 2", "start 3"]
@@ -120,7 +120,7 @@ def test_a_layer_that_nobody_came_for_is_waited_for_all_the_same() -> None:
 
 def test_what_is_written_ahead_is_made_known() -> None:
     fake = Fake()
-    blocks = RebuiltBlocks(small("mlp", depth=5), 0, CPU, ahead=fake)
+    blocks = RebuiltBlocks(small("mlp", depth=5), 0, CPU, prefetcher=fake)
     asked(blocks, 1, 2, 3, 4)
     modules = [blocks[3], blocks[4]]
     known = {p.data_ptr() for p in fake.owned}
@@ -138,14 +138,16 @@ def test_without_a_module_more_the_graph_in_use_would_be_overwritten() -> None:
 
 
 def test_on_cpu_nothing_is_drawn_ahead_and_none_of_it_is_in_the_estimate() -> None:
-    assert ahead_on(CPU) is None
-    assert footprint(small("mlp"), 0, CPU).ahead == 0
+    assert prefetcher_on(CPU) is None
+    assert footprint(small("mlp"), 0, CPU).prefetched_layers == 0
 
 
 def test_the_estimate_has_the_layer_that_is_drawn_ahead() -> None:
     size = Footprint(parameters=1000, objects=0, graph=0, stream=0, rows=0)
     options = RunOptions(keep="boundaries", rebuild=True, timing=False)
-    (plain, _), (more, _) = (choose(8, replace(size, ahead=n), options, 1 << 30) for n in (0, 1))
+    (plain, _), (more, _) = (
+        choose(8, replace(size, prefetched_layers=n), options, 1 << 30) for n in (0, 1)
+    )
     assert more.needed - plain.needed == pytest.approx(1200, abs=1)  # with the allocator's share
 
 
