@@ -32,7 +32,7 @@ _LEAST_HEADROOM = 1.0
 
 
 def advice(finding: Finding, spec: Spec, options: RunOptions) -> str:
-    """What the verdict means, and what to do about it in this very stack."""
+    """The meaning of a verdict, and what to do about it in this very stack or model."""
     if isinstance(spec, ModelSpec):
         remedy = finding.verdict.model_remedy
     else:
@@ -79,7 +79,7 @@ def _scale(spec: StackSpec) -> str:
 def findings(
     rows: Sequence[LayerRecord], params: Sequence[ParamRecord], spec: Spec
 ) -> Iterator[str]:
-    """Sentences about one step of one model.
+    """Yield a sentence for each thing in one step of one model that looks like a mistake.
 
     Args:
         rows: from the input up.
@@ -95,7 +95,7 @@ def findings(
 
 
 def _lost_on_the_way(rows: Sequence[LayerRecord]) -> Iterator[str]:
-    """The layer whose backward pass is given finite numbers and hands on others."""
+    """Name layers that get a finite gradient and hand on one with NaN or infinity."""
     if not all(math.isfinite(row.act_max_abs or 0.0) for row in rows):
         return  # it follows from what the verdict names
     for below, row in pairwise(rows):
@@ -107,7 +107,7 @@ def _lost_on_the_way(rows: Sequence[LayerRecord]) -> Iterator[str]:
 
 
 def _without_gradient(rows: Sequence[LayerRecord]) -> Iterator[str]:
-    """Where a gradient arrives above, and no element of it is left below."""
+    """Name layers that get no gradient although the layer above gets one."""
     for below, row in pairwise(rows):
         arrives = row.log10_grad_norm not in (None, -math.inf)
         if arrives and below.log10_grad_norm == -math.inf:
@@ -127,7 +127,10 @@ def _frozen(rows: Sequence[LayerRecord]) -> Iterator[str]:
 
 
 def _without_shortcut(rows: Sequence[LayerRecord], spec: Spec) -> Iterator[str]:
-    """With y = x + f(x) the share is 1 / gain^2, as far as f's part is orthogonal to it."""
+    """Name layers that hand on a far smaller share of their gradient unchanged than their kind.
+
+    The share of y = x + f(x) is 1 / gain^2, as far as the gradient through f is orthogonal to it.
+    """
     shares = {r.unit: r.identity_share for r in rows if r.identity_share is not None}
     gains = {r.unit: r.gain or 1.0 for r in rows}
     for unit, share, usual in _beside_others(shares, spec):
@@ -140,7 +143,7 @@ def _without_shortcut(rows: Sequence[LayerRecord], spec: Spec) -> Iterator[str]:
 
 
 def _other_scale(params: Sequence[ParamRecord], spec: Spec) -> Iterator[str]:
-    """Root mean squares of all parameters of a layer."""
+    """Name layers whose parameters have a far larger root mean square than those of their kind."""
     squares: dict[str, float] = {}
     counts: dict[str, int] = {}
     for row in params:
@@ -172,7 +175,7 @@ def _out_of_range(rows: Sequence[LayerRecord]) -> Iterator[str]:
 
 
 def _beside_others(values: Mapping[str, float], spec: Spec) -> Iterator[tuple[str, float, float]]:
-    """Unit, its value, and the median of its kind, where that has enough units."""
+    """Yield each unit of a kind with enough units, its value, and the median of the kind."""
     kinds: dict[str, list[str]] = {}
     for unit in values:
         kinds.setdefault(spec.kind_of(unit), []).append(unit)

@@ -20,18 +20,18 @@ from scipy.special import stdtrit
 from gradflow.judging.advice import advice
 from gradflow.judging.training_outcome import summary_of
 from gradflow.judging.verdicts import SeedDigest, common_finding, seed_digest
-from gradflow.runs.records import LayerRecord, ParamRecord, Run, StepRecord, Summary
+from gradflow.runs.records import LayerRecord, ParamRecord, Run, StepRecord, Summary, first_step
 from gradflow.specs.model_spec import Spec
 from gradflow.specs.run_options import RunOptions
 
 # Profiles flatter than this have no trend to speak of.
-FLAT_DECADES = 0.1
+_FLAT_DECADES = 0.1
 
 # Nor have profiles of fewer layers: through two points goes any curve.
 TREND_LAYERS = 3
 
 # Extrapolations beyond this depth are not numbers anybody should rely on.
-FARTHEST_DEPTH = 1e9
+_FARTHEST_DEPTH = 1e9
 
 
 @dataclass(frozen=True)
@@ -88,37 +88,35 @@ def assembled_run(measured: Measured) -> Run:
 
 
 def _judged_rows(measured: Measured) -> Sequence[LayerRecord]:
-    step = measured.judged_step
-    if step is None and not measured.options.steps:
-        return measured.layers  # all of one step, and perhaps too many to hold
-    if step is None:
-        step = min((row.step for row in measured.layers), default=0)
-    return [row for row in measured.layers if row.step == step]
+    if measured.judged_step is not None:
+        return [row for row in measured.layers if row.step == measured.judged_step]
+    # Without training all are of one step, and perhaps too many to hold.
+    return first_step(measured.layers) if measured.options.steps else measured.layers
 
 
 @dataclass(frozen=True)
 class Trend:
-    """How log10 |g| goes with the layer l: a + rate * l, or a + power * log10(1 + l)."""
+    """The fit of log10 |g| over the layer l: a + rate * l, or a + power * log10(1 + l)."""
 
     name: str
     coefficient: float
 
     def healthy_depth(self, options: RunOptions) -> float | None:
-        """Depth at which this trend leaves the healthy range; None if beyond all reason."""
+        """Depth at which this trend leaves the healthy range; None beyond `_FARTHEST_DEPTH`."""
         if self.name == "flat":
             return None
         # Towards the input the gradient grows where the profile falls with the layer.
         limit = options.exploding if self.coefficient < 0 else options.vanishing
         decades = limit / abs(self.coefficient)
         if self.name == "power law":
-            decades = 10**decades - 1 if decades < math.log10(FARTHEST_DEPTH) else math.inf
-        return decades if decades < FARTHEST_DEPTH else None
+            decades = 10**decades - 1 if decades < math.log10(_FARTHEST_DEPTH) else math.inf
+        return decades if decades < _FARTHEST_DEPTH else None
 
 
 def summarise_run(
     records: Iterable[LayerRecord], spec: Spec, options: RunOptions, loss: float | None = None
 ) -> Summary:
-    """A run in a few numbers.
+    """The summary of what was measured: verdict, gain, trend with depth, and spreads.
 
     Args:
         records: all seeds, each from the input up.
@@ -156,14 +154,14 @@ def summarise_run(
 
 
 def fit_trend(profile: np.ndarray, spec: Spec) -> Trend:
-    """Exponential or power law in depth, whichever leaves the smaller squares.
+    """The trend of a profile: exponential or power law in depth, whichever has smaller residuals.
 
     Args:
         profile: log10 |g| from the input up, one value per unit and one for the input.
         spec: tells how many units make a layer.
     """
     layer = np.arange(len(profile)) / spec.units_per_block
-    if np.ptp(profile) < FLAT_DECADES:
+    if np.ptp(profile) < _FLAT_DECADES:
         return Trend("flat", 0.0)
     (rate, _), exponential = np.polyfit(layer, profile, 1, full=True)[:2]
     (power, _), power_law = np.polyfit(np.log10(1 + layer), profile, 1, full=True)[:2]

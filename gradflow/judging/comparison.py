@@ -25,11 +25,11 @@ from gradflow.runs.records import LayerRecord, Run, Summary, TimeRecord
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    Floats = NDArray[np.float64]
+    _Floats = NDArray[np.float64]
 
 # Two runs are compared in speed only where these agree.
 SPEED_KEYS = ("device", "device_name", "threads", "torch", "dtype", "matmul_precision")
-NOISE = 0.01
+_NOISE = 0.01
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Ratio:
     reason: str = ""
     interleaved: bool = False
 
-    def differs(self, noise: float = NOISE) -> bool:
+    def differs(self, noise: float = _NOISE) -> bool:
         """Whether the ratio is both significant and above the noise threshold."""
         if self.value is None or self.low is None or self.high is None:
             return False
@@ -57,7 +57,7 @@ class Ratio:
 
 @dataclass(frozen=True)
 class ComparedRun:
-    """One run beside the reference. `name` says what tells it from the other runs."""
+    """One run beside the reference; its name says what tells it from the other runs."""
 
     run: Run
     name: RunName
@@ -69,12 +69,12 @@ class ComparedRun:
 
     @property
     def design(self) -> str:
-        """What runs of other depths share."""
+        """The part of the name that runs of other depths share."""
         return self.name.without_depth
 
     @property
     def depth(self) -> int:
-        """Blocks."""
+        """Number of blocks of the network."""
         return self.name.depth
 
     @property
@@ -85,7 +85,7 @@ class ComparedRun:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Rows sorted for reading: designs from the healthiest, depths rising within each.
+    """Runs beside a reference: designs from the healthiest, depths rising within each.
 
     `failures` has one line for each cell without a run, or without times.
     """
@@ -97,7 +97,7 @@ class Comparison:
 
 
 def compare_runs(
-    runs: Sequence[Run], reference: Run, noise: float = NOISE, failures: Sequence[str] = ()
+    runs: Sequence[Run], reference: Run, noise: float = _NOISE, failures: Sequence[str] = ()
 ) -> Comparison:
     """Put runs beside a reference.
 
@@ -137,14 +137,14 @@ def mean_profile(
 
 
 def _sorted(rows: Iterable[ComparedRun]) -> list[ComparedRun]:
-    """Designs together; first those whose deepest run is nearest to no change."""
+    """Put runs of a design together, first designs that lose the gradient at fewest depths."""
     by_design = sorted(rows, key=attrgetter("design", "depth"))
     groups = [list(group) for _, group in groupby(by_design, key=attrgetter("design"))]
     return [row for group in sorted(groups, key=_badness) for row in group]
 
 
 def _badness(group: Sequence[ComparedRun]) -> tuple[int, float]:
-    """How many depths lose the gradient; then decades at the largest depth."""
+    """Number of depths at which a design loses the gradient; then |decades| at the largest."""
     lost = sum(not verdict_named(row.summary.verdict).passes for row in group)
     total = group[-1].summary.total_log10_gain
     return lost, np.inf if total is None else abs(total)
@@ -170,7 +170,7 @@ def time_ratio(run: Run, reference: Run, fields: Sequence[str]) -> Ratio:
 
 
 def _obstacles(run: Run, reference: Run) -> Iterator[str]:
-    """Why two runs' times cannot be divided."""
+    """Yield the reasons why the times of two runs cannot be divided."""
     if not run.time_records or not reference.time_records:
         yield "not timed" if not run.time_records else "the reference is not timed"
         return
@@ -189,14 +189,14 @@ def _obstacles(run: Run, reference: Run) -> Iterator[str]:
             yield f"{key.replace('_', ' ')} {mine} against {theirs}"
 
 
-def _log_seconds(run: Run, fields: Sequence[str]) -> Floats:
-    """log of the seconds per layer, repeat by repeat."""
+def _log_seconds(run: Run, fields: Sequence[str]) -> _Floats:
+    """Natural logarithm of the seconds per layer in each repeat."""
     with np.errstate(divide="ignore", invalid="ignore"):
         layers = len({record.layer for record in run.time_records})
-        return np.log(repeat_totals(run.time_records, fields) / layers)
+        return np.log(_repeat_totals(run.time_records, fields) / layers)
 
 
-def repeat_totals(records: Sequence[TimeRecord], fields: Sequence[str]) -> Floats:
+def _repeat_totals(records: Sequence[TimeRecord], fields: Sequence[str]) -> _Floats:
     """Seconds of each repeat, summed over the units and the given columns."""
     totals: dict[int, float] = {}
     for record in records:
@@ -210,7 +210,7 @@ def _same_sweep(run: Run, other: Run) -> bool:
     return sweep is not None and sweep == other.environment.get("sweep")
 
 
-def _interval(mine: Floats, theirs: Floats, *, paired: bool) -> tuple[float | None, float | None]:
+def _interval(mine: _Floats, theirs: _Floats, *, paired: bool) -> tuple[float | None, float | None]:
     """95 % interval of the ratio; None where there are too few repeats for one."""
     from scipy import stats  # a second to import, and only where there are times
 

@@ -81,7 +81,7 @@ def check_limits(bounds: Bounds, rtol: float, spelled: Callable[[str], str] = "{
 
 @dataclass(frozen=True)
 class Judgement:
-    """What was compared, and the reasons why it does not pass."""
+    """The answer of a gate: what was compared, and the reasons why it does not pass."""
 
     compared: tuple[str, ...]
     reasons: tuple[str, ...]
@@ -92,7 +92,7 @@ class Judgement:
         return not self.reasons
 
     def __add__(self, other: Judgement) -> Judgement:
-        """Both together; what both have to say is said once."""
+        """The answer of both gates together; lines that both have are said once."""
         return Judgement(
             tuple(dict.fromkeys(self.compared + other.compared)),
             tuple(dict.fromkeys(self.reasons + other.reasons)),
@@ -100,7 +100,7 @@ class Judgement:
 
 
 def judge_run(run: Run, bounds: Bounds) -> Judgement:
-    """Hold a run against bounds."""
+    """Hold every seed of a run against bounds; gradients that are lost never pass."""
     found = _arrives(run)
     if bounds.max_decades is not None:
         found += _decades(run, bounds.max_decades)
@@ -132,7 +132,7 @@ def against_baseline(run: Run, baseline: Run, rtol: float) -> Judgement:
 
 
 def load_baseline(path: Path) -> Run:
-    """The baseline run.
+    """Read the run that others are held against.
 
     Raises:
         BaselineError: it is missing or cannot be read.
@@ -176,7 +176,7 @@ def _settings(run: Run) -> dict[str, object]:
 
 
 def _seeds(run: Run) -> Iterator[tuple[str, list[LayerRecord]]]:
-    """Every seed, or every step of it where there are several, and its rows."""
+    """Yield the name and rows of every seed, or of every step of a seed where there are several."""
     judged = [r for r in run.layer_records if r.layer > 0 or run.spec.input_has_gradient]
     for seed in run.options.all_seeds:
         rows = [row for row in judged if row.seed == seed]
@@ -188,7 +188,7 @@ def _seeds(run: Run) -> Iterator[tuple[str, list[LayerRecord]]]:
 
 
 def _arrives(run: Run) -> Judgement:
-    """A finite gradient that is not zero, at every unit of every seed and at its parameters."""
+    """Judge whether a finite gradient, not zero, reaches every unit and its parameters."""
     trained = {(row.seed, row.layer, row.unit) for row in run.param_records}
     wanted = run.spec.depth * run.spec.units_per_block + run.spec.input_has_gradient
     absent: list[str] = []
@@ -203,7 +203,7 @@ def _arrives(run: Run) -> Judgement:
 
 
 def _beginning(run: Run) -> Iterator[str]:
-    """Where values were lost first: what is not finite after that follows from it."""
+    """Name the first place at which values were lost; later ones follow from it."""
     if run.summary.verdict == NONFINITE.word and (where := place(run.summary)):
         yield f"NaN or infinity begins at {where}"
 
@@ -224,7 +224,7 @@ def _lost_parameters(
 
 
 def _fault(decades: float | None) -> str:
-    """What is wrong with a gradient, by the logarithm of its norm; empty if nothing is."""
+    """Fault of a gradient by log10 of its norm; empty if it is finite and not zero."""
     if decades is None:
         return "missing"
     if decades == -math.inf:

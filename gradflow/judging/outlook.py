@@ -25,7 +25,7 @@ MOST_UNITS = 10_000
 
 @dataclass(frozen=True)
 class Reach:
-    """How deep the gradient stays in the healthy range.
+    """Depth up to which the gradient stays in the healthy range.
 
     Attributes:
         depth: the largest depth at which it does; 0 if it never does.
@@ -38,7 +38,7 @@ class Reach:
 
 @dataclass(frozen=True)
 class Outlook:
-    """A prediction in the words of a run.
+    """The prediction of a network, with a summary like that of a run.
 
     Attributes:
         spec: the network.
@@ -61,7 +61,7 @@ class Outlook:
 
 
 def outlook(spec: StackSpec, options: RunOptions) -> Outlook:
-    """Predict one network.
+    """Predict gradient, verdict and healthy depth of one network.
 
     Args:
         spec: the network.

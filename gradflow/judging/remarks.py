@@ -23,7 +23,7 @@ _SHOWN_NAMES, _SHOWN_KEYS = 3, 10
 
 
 def place(summary: Summary) -> str:
-    """Where the finding is: layer, unit and direction; empty where it is nowhere."""
+    """Layer, unit and direction at which a verdict shows; empty if it has no place."""
     if summary.first_layer is None:
         return ""
     where = "the input" if summary.first_layer == 0 else f"layer {summary.first_layer}"
@@ -73,7 +73,7 @@ def oddities(results: Results) -> list[str]:
 
 
 def contradiction(name: str, verdict: str, broken: BrokenRows | None) -> Iterator[str]:
-    """A line if the rows of a run are not finite although its stored verdict says otherwise."""
+    """Yield a line if rows of a run are not finite although its verdict says that they are."""
     if broken and verdict_named(verdict).finite:
         layer, unit, rows = broken
         more = f" and in {rows - 1} more rows" if rows > 2 else " and in 1 more row"
@@ -82,7 +82,7 @@ def contradiction(name: str, verdict: str, broken: BrokenRows | None) -> Iterato
 
 
 def same_network(named: Sequence[tuple[str, NamedRun]]) -> Iterator[str]:
-    """A line for each network that several of these runs measured, as copies of a folder do.
+    """Yield a line for each network that several of these runs measured, as copies of a folder do.
 
     A watched model is told by its layers alone, which have other weights in every training.
     """

@@ -22,7 +22,7 @@ from gradflow.text import two_digits
 
 @dataclass(frozen=True)
 class TrainableDepth:
-    """What runs of one design at several depths say about it.
+    """Depth at which a design leaves the healthy range, from its runs at several depths.
 
     Attributes:
         design: the design.
@@ -51,7 +51,7 @@ class TrainableDepth:
 
     @property
     def sentence(self) -> str:
-        """In words."""
+        """The depth in words, by measurement and by theory."""
         about = "" if self.depth is None else f"about {two_digits(self.depth)}"
         if self.healthy is None:
             found = f"below {self.lost:,}" + (f", {about} by its trend" if about else "")
@@ -73,13 +73,13 @@ class TrainableDepth:
 
 
 def trainable_depths(comparison: Comparison) -> list[TrainableDepth]:
-    """One for each design that was measured at two depths or more, in the order of the rows."""
+    """The trainable depth of each design with two depths or more, in the order of the rows."""
     groups = (list(rows) for _, rows in groupby(comparison.rows, key=attrgetter("design")))
     return [_of_design(rows) for rows in groups if len({row.depth for row in rows}) > 1]
 
 
 def _of_design(rows: Sequence[ComparedRun]) -> TrainableDepth:
-    """`rows` with their depths rising."""
+    """The trainable depth of one design from its runs, which have rising depths."""
     healthy = list(takewhile(_is_healthy, rows))
     lost = rows[len(healthy)] if len(healthy) < len(rows) else None
     last = healthy[-1] if healthy else None
@@ -94,7 +94,7 @@ def _of_design(rows: Sequence[ComparedRun]) -> TrainableDepth:
 
 
 def _predicted(runs: Sequence[Run]) -> Reach | None:
-    """What theory says of a design; None where it says nothing of the runs themselves."""
+    """The depth by theory; None where theory has no prediction for the runs themselves."""
     run = runs[0]
     if not any(map(_has_theory, runs)) or not isinstance(run.spec, StackSpec):
         return None
@@ -106,7 +106,7 @@ def _predicted(runs: Sequence[Run]) -> Reach | None:
 
 
 def _has_theory(run: Run) -> bool:
-    """Whether there is a prediction of its profile, comparable or not."""
+    """Whether theory predicts the profile of a run, be it comparable or not."""
     return run.summary.theory_band is not None or run.summary.theory_reason == NOT_FINITE
 
 
@@ -115,7 +115,7 @@ def _is_healthy(row: ComparedRun) -> bool:
 
 
 def _by_trend(summary: Summary, last: ComparedRun | None, lost: ComparedRun | None) -> float | None:
-    """The trend's own depth, unless the runs contradict it."""
+    """The depth at which a trend leaves the healthy range, unless other runs contradict it."""
     depth = summary.healthy_depth
     if depth is None or (last and depth < last.depth) or (lost and depth > lost.depth):
         return None

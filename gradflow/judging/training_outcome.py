@@ -110,7 +110,7 @@ class TrainingOutcome:
 
 
 def outcome_of(records: Sequence[StepRecord]) -> TrainingOutcome:
-    """The outcome of one seed.
+    """The outcome of a training with one seed.
 
     `diverged`: a loss is not finite, or the end is worse than the start, and worse than chance by
     half of the gap; `converged`: nine tenths of the gap are closed at the end; `learning`: more
@@ -150,13 +150,13 @@ def _by_fall(records: Sequence[StepRecord], averages: Sequence[float]) -> Traini
 
 
 def running_mean(losses: Sequence[float]) -> Iterator[float]:
-    """The mean of each loss and those before it, as many as a tenth of all."""
+    """Means of each loss and the losses before it, over a tenth of all steps."""
     window = math.ceil(_WINDOW * len(losses))
     return (fmean(losses[max(0, i + 1 - window) : i + 1]) for i in range(len(losses)))
 
 
 def by_seed(records: Sequence[StepRecord]) -> list[list[StepRecord]]:
-    """The steps of each seed."""
+    """The steps of a training, a list for each seed."""
     return [list(rows) for _, rows in groupby(records, key=attrgetter("seed"))]
 
 
@@ -199,7 +199,7 @@ def training_class_named(word: str) -> TrainingClass:
 
 
 def outcome_sentence(outcome: str, step: int | None) -> str:
-    """`converged at step 90`, `stuck after 150 steps`."""
+    """An outcome with its step: `converged at step 90`, `stuck after 150 steps`."""
     if training_class_named(outcome).at_step:
         return f"{outcome} at step {step}"
     return f"{outcome} after {count(step or 0, 'step')}"

@@ -20,9 +20,9 @@ from typing import Any, Generic, TypeVar, overload
 from gradflow.runs.records import LayerRecord, ParamRecord, StepRecord, TimeRecord, columns
 
 RecordT = TypeVar("RecordT", LayerRecord, ParamRecord, TimeRecord, StepRecord)
-Cells = tuple[Any, ...]
+_Cells = tuple[Any, ...]
 
-CHUNK_ROWS = 512
+_CHUNK_ROWS = 512
 # Tables up to this size stay in memory.
 IN_MEMORY_BYTES = 1 << 20
 
@@ -47,7 +47,7 @@ class Spool(Sequence[RecordT], Generic[RecordT]):
         weakref.finalize(self, self._file.close)  # it lives as long as the table
         self._places: list[tuple[int, int, int]] = []  # offset, bytes and rows of each chunk
         self._end = 0
-        self._read: tuple[int, list[Cells]] = (-1, [])  # the last chunk that was read, and where
+        self._read: tuple[int, list[_Cells]] = (-1, [])  # the last chunk that was read, and where
         self.extend(rows)
 
     def extend(self, rows: Iterable[RecordT]) -> None:
@@ -57,11 +57,11 @@ class Spool(Sequence[RecordT], Generic[RecordT]):
             OSError: the disk is full, or failed.
         """
         remaining = iter(rows)
-        while chunk := list(islice(remaining, CHUNK_ROWS)):
+        while chunk := list(islice(remaining, _CHUNK_ROWS)):
             self.add_chunk(chunk)
 
     def add_chunk(self, rows: Sequence[RecordT]) -> None:
-        """Add rows that stay together whatever is turned round.
+        """Add rows that `turn` keeps together in one chunk.
 
         Raises:
             OSError: the disk is full, or failed.
@@ -74,24 +74,24 @@ class Spool(Sequence[RecordT], Generic[RecordT]):
             self._end += len(data)
 
     def map(self, change: Callable[[Iterable[RecordT]], Iterable[RecordT]]) -> Spool[RecordT]:
-        """A table of its own with the rows that `change` makes of these."""
+        """A new table with the rows that `change` makes of the rows of this one."""
         return Spool(self.record, self.folder, change(self))
 
     @property
     def chunks(self) -> int:
-        """How many chunks there are: what `turn` takes to know where a pass began."""
+        """Number of chunks; `turn` takes an earlier value to know where a pass began."""
         return len(self._places)
 
     def turn(self, first: int) -> None:
         """Turn round the order of the chunks from `first` on; rows within one keep theirs."""
         self._places[first:] = self._places[first:][::-1]
 
-    def cells(self) -> Iterator[Cells]:
+    def cells(self) -> Iterator[_Cells]:
         """The rows as tuples, in the order of the columns: the fastest way through them."""
         for index in range(len(self._places)):
             yield from self._chunk(index)
 
-    def _chunk(self, index: int) -> list[Cells]:
+    def _chunk(self, index: int) -> list[_Cells]:
         offset, size, _ = self._places[index]
         if self._read[0] != offset:
             self._file.seek(offset)
@@ -137,7 +137,7 @@ class Spool(Sequence[RecordT], Generic[RecordT]):
         return f"<{len(self)} rows of {self.record.__name__}>"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """To other processes it goes as bytes; there its file lies in the system's place."""
+        """Go to another process as bytes, in a file where its system keeps temporary files."""
         self._file.seek(0)
         return _restored, (self.record, self._file.read(self._end), self._places)
 

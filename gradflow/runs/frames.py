@@ -90,7 +90,7 @@ class TableFile:
 
 @dataclass
 class LayerFrames:
-    """What is kept of many layers.csv.
+    """The layers of many runs, averaged and thinned.
 
     Attributes:
         units: one row per run and unit with `UNIT_COLUMNS`, means over the seeds at the first step.
@@ -162,7 +162,7 @@ def _batches(tables: Sequence[TableFile], faults: dict[int, str]) -> Iterator[li
 
 
 def _is_plain(data: bytes) -> bool:
-    """Whether a table has the form that gradflow writes; of each line the cells in the mean."""
+    """Whether a table has the form that gradflow writes; cells are only counted in all lines."""
     # Polars fills short lines with nulls.
     commas = data.count(b"\n") * (len(_NAMES) - 1)
     return (
@@ -233,7 +233,7 @@ def _by_records(table: TableFile, faults: dict[int, str]) -> Iterator[pl.DataFra
 
 
 def _broken_rows(rows: pl.DataFrame) -> dict[int, BrokenRows]:
-    """`records.broken_rows` of every run that has some."""
+    """The `records.broken_rows` of every run with such rows, by the number of the run."""
     finite = (~pl.col(name).is_finite() for name in FINITE_COLUMNS)
     norms = (pl.col(name).is_nan() for name in NORM_COLUMNS)
     tests = [pl.col("nonfinite") > 0, *finite, *norms]
@@ -305,7 +305,7 @@ def _heat(rows: pl.DataFrame) -> pl.DataFrame:
 
 
 def read_losses(tables: Sequence[TableFile]) -> tuple[pl.DataFrame, dict[int, str]]:
-    """The losses of trained runs.
+    """Read the losses of trained runs, averaged over the seeds.
 
     Args:
         tables: the steps.csv of the runs.
@@ -340,7 +340,7 @@ def _losses(number: int, records: Sequence[StepRecord]) -> pl.DataFrame:
 
 
 def _every_so_many(name: str, most: int) -> pl.Expr:
-    """Every so many of the values in order, and the last."""
+    """Whether a value is one of about `most` evenly spaced ones in order, or the last."""
     rank = pl.col(name).rank("dense") - 1
     stride = (rank.max() // most + 1).cast(pl.Int64)
     return (rank % stride == 0) | (rank == rank.max())

@@ -61,7 +61,7 @@ _UNSAID = {
 
 
 class NamedRun(Protocol):
-    """What words about a run are made from: whole runs, those of a report, and predictions."""
+    """Anything that has a name like a run: whole runs, runs of a report, and predictions."""
 
     @property
     def spec(self) -> Spec: ...
@@ -75,7 +75,7 @@ class NamedRun(Protocol):
 
 @dataclass(frozen=True)
 class RunName:
-    """What a run is called: its design, which runs of other depths share, and its depth.
+    """The name of a run: its design, which runs of other depths share, and its depth.
 
     Runs of one design and depth are counted by `copy`.
     """
@@ -86,12 +86,12 @@ class RunName:
 
     @property
     def without_depth(self) -> str:
-        """For tables in which the depth has a column of its own."""
+        """The name for tables in which the depth has a column of its own."""
         return self.design if self.copy == 1 else f"{self.design} (#{self.copy})"
 
     @property
     def run(self) -> str:
-        """The whole name."""
+        """The whole name, with design and depth."""
         copy = "" if self.copy == 1 else f" (#{self.copy})"
         return f"{self.design}, depth {self.depth}{copy}"
 
@@ -115,7 +115,7 @@ def names(runs: Sequence[NamedRun]) -> list[RunName]:
 
 
 def _called(runs: Sequence[NamedRun]) -> dict[str, str]:
-    """What schemes and blocks are called: with the digest only where it tells two files apart."""
+    """Names of schemes and blocks: with the digest only where it tells two files apart."""
     known = {str(_value(run, n)) for run in runs for n in ("scheme", "shortcut", "block")}
     often = Counter(map(without_digest, known))
     return {

@@ -163,7 +163,7 @@ def columns(record: type[Record]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Summary:
-    """A run in a few numbers. Decades are powers of ten; None is missing.
+    """Summary of a run. Decades are powers of ten; None is missing.
 
     `log10_gain_per_layer` is negative where the gradient shrinks towards the input. The interval
     covers 95 % over seeds and layers. `trend` is `exponential` or `power law` in depth, whichever
@@ -220,7 +220,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Timing:
-    """What the timing passes of a run found.
+    """Times of a run, from its timing passes.
 
     Attributes:
         units: median forward and backward seconds of each unit with their IQRs, in order.

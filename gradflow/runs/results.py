@@ -30,7 +30,7 @@ _FOREIGN_NAMED = 10
 
 @dataclass(frozen=True, kw_only=True)
 class StoredRun(RunDescription):
-    """A run as a report has it: every text of its `run.json` is printable.
+    """A run in a report; every text of its `run.json` is printable.
 
     Attributes:
         number: its place in the results folder, oldest first; `Results.units` refers to it.
@@ -45,7 +45,7 @@ class StoredRun(RunDescription):
 
 @dataclass(frozen=True)
 class Results:
-    """What a results folder holds.
+    """The runs of a results folder, with their layers and losses.
 
     Attributes:
         runs: those that can be read, oldest first.
@@ -66,7 +66,7 @@ class Results:
 
     @cached_property
     def names(self) -> list[RunName]:
-        """What each run is called beside the others."""
+        """The name of each run beside the others."""
         return names(self.runs)
 
 
@@ -107,7 +107,7 @@ def read_results(folder: Path) -> Results:
         ]
     )
     faults |= found.faults
-    skipped += [skip_line(stored[i].name, fault) for i, fault in sorted(faults.items())]
+    skipped += [_skip_line(stored[i].name, fault) for i, fault in sorted(faults.items())]
     runs = tuple(run for run in stored if run.number not in faults)
     if not runs:
         raise _nothing_to_read(folder, skipped)
@@ -122,7 +122,7 @@ def read_results(folder: Path) -> Results:
     )
 
 
-def skip_line(name: str, reason: str) -> str:
+def _skip_line(name: str, reason: str) -> str:
     """The line that names a folder which is not read."""
     return printable(f"skipped {name}, which {reason}")
 
@@ -134,7 +134,7 @@ def _stored_runs(folder: Path, skipped: list[str]) -> Iterator[StoredRun]:
             yield _stored_run(number, path)
             number += 1
         except RunFolderError as error:
-            skipped.append(skip_line(path.name, str(error).removeprefix(str(path)).strip()))
+            skipped.append(_skip_line(path.name, str(error).removeprefix(str(path)).strip()))
 
 
 def _run_folders(folder: Path, skipped: list[str]) -> list[Path]:
@@ -148,7 +148,7 @@ def _run_folders(folder: Path, skipped: list[str]) -> list[Path]:
     others = [path for path in paths if not _has(path, "run.json")]
     incomplete = [path for path in others if _has(path, "layers.csv")]
     foreign = [path for path in others if not _has(path, "layers.csv")]
-    skipped += [skip_line(path.name, "has no run.json") for path in incomplete]
+    skipped += [_skip_line(path.name, "has no run.json") for path in incomplete]
     if foreign:
         more = f" and {len(foreign) - _FOREIGN_NAMED} more" if len(foreign) > _FOREIGN_NAMED else ""
         names = ", ".join(printable(path.name) for path in foreign[:_FOREIGN_NAMED])

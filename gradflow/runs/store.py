@@ -118,7 +118,7 @@ def read_run_json(path: Path) -> dict[str, Any]:
 
 
 def described(path: Path, content: dict[str, Any]) -> RunDescription:
-    """What `run.json` says, held against the types and rules of its parts.
+    """The content of `run.json`, held against the types and rules of its parts.
 
     Args:
         path: the run folder, and where the files that it promises must be.
