@@ -6,9 +6,9 @@ import csv
 import io
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
+from option_values import another
 from records import ENVIRONMENT, layer_rows, run_of, spec_of
 
 from gradflow.errors import BaselineError
@@ -18,14 +18,12 @@ from gradflow.runs.naming import names, shared
 from gradflow.runs.records import Run
 from gradflow.runs.store import save
 from gradflow.showing.formats import comparison_csv
-from gradflow.specs.fields import deciding, options_of
+from gradflow.specs.fields import deciding
 from gradflow.specs.grid import Cell
 from gradflow.specs.model_spec import ModelRequest, ModelSpec
 from gradflow.specs.run_options import TRAINING_DEFAULTS, RunOptions
 from gradflow.specs.stack import StackSpec, run_key
 from gradflow.sweeps.sweep import _same_numbers
-
-CHOICES = {field.name: about.choices for field, about in options_of(RunOptions)}
 
 
 def two_runs(name: str) -> tuple[Run, Run]:
@@ -35,14 +33,6 @@ def two_runs(name: str) -> tuple[Run, Run]:
     rows = [row for seed in (0, 1, 2) for row in layer_rows(spec_of(), [0.0] * 4, seed)]
     made = [run_of(spec_of(), rows, options=each) for each in (options, other)]
     return made[0], made[1]
-
-
-def another(name: str, value: Any) -> Any:
-    if isinstance(value, bool):
-        return not value
-    if isinstance(value, str):
-        return next(choice for choice in CHOICES[name] if choice != value)
-    return value + 1
 
 
 def model_run() -> Run:

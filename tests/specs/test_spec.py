@@ -14,6 +14,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from one_line import assert_one_line
+from option_values import another
 from problems import CELLS, cell
 
 from gradflow.errors import UsageError
@@ -300,7 +301,8 @@ def test_the_key_depends_on_every_field(name: str) -> None:
         "ffn_width": {"ffn_mult": None},
         "scheme": {"norm": None},
     }.get(name, {})
-    changes = {name: CHANGES[name]} | without
+    usual = getattr(base, name)
+    changes = {name: CHANGES[name] if name in CHANGES else another(name, usual)} | without
     assert run_key(replace(base, **changes), RunOptions()) != run_key(base, RunOptions())
 
 
