@@ -26,6 +26,7 @@ from gradflow.theory.unit_theory import UNIT_THEORY, UnitTheory
 # An activation that theory takes for another, never further than 5e-4 apart.
 ALIKE = {"gelu-tanh": "gelu"}
 
+_NO_FORMULA = UnitTheory()
 _LEAST_VALUES = 64  # features; seeds scatter by more than the band below it
 
 
@@ -53,20 +54,23 @@ def describe_stack(spec: StackSpec) -> Stack:
     return Stack(_shape(spec), _units(spec, wired), scale**2, _head(spec, state), state)
 
 
+def _theory(wiring: Wiring) -> UnitTheory:
+    return UNIT_THEORY.get(wiring.unit, _NO_FORMULA)
+
+
 def _state(spec: StackSpec, wirings: Sequence[Wiring]) -> State | None:
     """Return what the units hand on in place of one stream, or None for one stream."""
-    theories = {wiring.unit: UNIT_THEORY.get(wiring.unit) for wiring in wirings}
+    theories = {wiring.unit: _theory(wiring) for wiring in wirings}
     norm = str(spec.norm_kind or spec.domain.norm_kind)
     beyond = any({"value", "shared"} & set(wiring.norms) for wiring in wirings)
     if beyond and spec.kind.domain != "tokens":
         raise NoTheoryError("no formula for a norm of shortcut and branch alike, but of tokens")
-    if not any(theory and theory.norms is not None for theory in theories.values()):
+    if all(theory.norms is None for theory in theories.values()):
         return State("template", 1, norm, spec.head_size) if beyond else None
     if len(theories) > 1:
         kinds = " and ".join(sorted(theories))
         raise NoTheoryError(f"no formula for units of {kinds} in one stack")
     ((kind, theory),) = theories.items()
-    assert theory is not None
     if spec.readout != UNIT_KINDS[kind].readout:
         raise NoTheoryError(f"no formula for units of {kind} with the readout {spec.readout}")
     for norms, scalars, weight in dict.fromkeys(map(_stream_settings, wirings)):
@@ -97,7 +101,7 @@ def _check_streams(
 def _check_parts(spec: StackSpec) -> None:
     """Refuse parts of attention and ffn that no formula here covers."""
     beyond = {
-        # Under a mask they move the profile by less than its band (tests/test_theory_measured.py).
+        # Under a mask they move the profile by less than its band (test_theory_measured.py).
         "rotary positions without a causal mask": spec.rope and not spec.causal,
         "biases of queries, keys and values alone": spec.bias == "qkv",
     }
@@ -126,15 +130,14 @@ def _units(spec: StackSpec, wired: Sequence[tuple[Place, Wiring]]) -> tuple[Temp
     units: list[TemplateUnit] = []
     last: list[tuple[Wiring, TemplateUnit] | None] = [None] * spec.units_per_block
     for place, wiring in wired:
-        own = wiring
-        theory = UNIT_THEORY.get(wiring.unit)
-        restate = theory.restate if theory else None
-        if restate:  # the settings do not change the branch
-            own = replace(wiring, settings={})
+        theory = _theory(wiring)
+        # Settings change the branch of a highway alone.
+        bare = wiring.settings and not theory.has_gate
+        own = replace(wiring, settings={}) if bare else wiring
         before = last[place.unit]
         unit = before[1] if before and before[0] == own else _unit(spec, own, place.kind)
         last[place.unit] = own, unit
-        units.append(restate(unit, place, wiring) if restate else unit)
+        units.append(theory.restate(unit, place, wiring) if theory.restate else unit)
     return tuple(units) * (1 if spec.scheme else spec.depth)
 
 
@@ -194,8 +197,7 @@ def _unit(spec: StackSpec, wiring: Wiring, kind: str) -> TemplateUnit:
 
 def _is_silent(wiring: Wiring, kind: str) -> bool:
     """Tell whether the branch gives 0 at initialisation, so that the shortcut alone is left."""
-    theory = UNIT_THEORY.get(wiring.unit)
-    if theory is None or not theory.is_template:
+    if not _theory(wiring).is_template:
         return False
     own = not UNIT_KINDS[wiring.unit].has_biases
     last = wiring.gains.get(OUTPUT_PROJECTIONS.get(kind, ""), 1.0) if own else 1.0
@@ -216,14 +218,14 @@ _BIASED = ("attention", "ffn")  # kinds of branch whose biases are an option
 def _check_wiring(spec: StackSpec, wiring: Wiring, kind: str) -> None:
     if is_user_name(spec.block):
         raise NoTheoryError("no formula for a branch of your own")
-    theory = UNIT_THEORY.get(wiring.unit)
-    if theory and theory.reason:
+    theory = _theory(wiring)
+    if theory.reason:
         raise NoTheoryError(theory.reason)
     if kind == "resnet" and "out" in wiring.norms:
         raise NoTheoryError("phi after the addition: what the stream and a branch share adds up")
     if kind == "resnet" and (set(wiring.norms) - {"in"} or (wiring.norms and wiring.c != 1)):
         raise NoTheoryError("a resnet block places its norms itself: no formula but for pre-norm")
-    if theory is None:
+    if theory is _NO_FORMULA:
         raise NoTheoryError(f"{spec.scheme} wires its units beyond the template")
     beyond = set(wiring.norms) - {*_NORM_FIELDS, "query-key"}
     if beyond:
@@ -231,7 +233,7 @@ def _check_wiring(spec: StackSpec, wiring: Wiring, kind: str) -> None:
 
 
 def _matrices(spec: StackSpec, wiring: Wiring, kind: str) -> dict[str, Any]:
-    d, theory = spec.width, UNIT_THEORY[wiring.unit]
+    d = spec.width
 
     def scaled(role: str, fan_in: int, fan_out: int, **what: bool) -> WeightMoments:
         made = weights(spec, fan_in, fan_out, **what)
@@ -266,6 +268,6 @@ def _matrices(spec: StackSpec, wiring: Wiring, kind: str) -> dict[str, Any]:
         }
     kernel, role = (9, "conv") if kind == "conv" else (1, "linear")
     made = {"w_in": scaled(role, d * kernel, d * kernel, feeds=True)}
-    if not theory.has_gate:
+    if not _theory(wiring).has_gate:
         return made
     return made | {"w_transform": weights(spec, d * kernel, d * kernel)}

@@ -1,4 +1,4 @@
-"""Where theory holds, and how closely; tests/theory/test_theory_measured.py measures the bounds."""
+"""Limits of the theory, and how closely it holds; tests/theory/test_theory_measured.py has both."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 
@@ -92,11 +92,6 @@ class UnitTheory:
 # The template's terms.
 
 
-def _residual(unit: TemplateUnit, *_: object) -> TemplateUnit:
-    """Return the unit with its shortcut, whatever the wiring's a; equal units stay one object."""
-    return unit if unit.a == 1.0 else replace(unit, a=1.0)
-
-
 def _mhc(unit: TemplateUnit, _: Place, wiring: Wiring) -> TemplateUnit:
     """Return Pre-LN's unit, whose branch reads n sigma(pre) times the equal streams."""
     gate = 1 / (1 + math.exp(-float(wiring.settings["pre"])))
@@ -105,17 +100,17 @@ def _mhc(unit: TemplateUnit, _: Place, wiring: Wiring) -> TemplateUnit:
 
 @lru_cache(maxsize=256)
 def _reading(unit: TemplateUnit, read: float) -> TemplateUnit:
-    return replace(unit, a=1.0, read=read)
+    return replace(unit, read=read)
 
 
 def _attnres(unit: TemplateUnit, place: Place, _: Wiring) -> TemplateUnit:
     """Return Pre-LN's unit, which reads the mean of the input and of all branches before it."""
-    return replace(unit, a=1.0, read=1 / place.index)
+    return replace(unit, read=1 / place.index)
 
 
 def _siamesenorm(unit: TemplateUnit, _: Place, wiring: Wiring) -> TemplateUnit:
     """Return the unit with b the branch's weight in the stream that has norms."""
-    return replace(unit, a=1.0, b=1 / float(wiring.settings["divisor"]))
+    return replace(unit, b=1 / float(wiring.settings["divisor"]))
 
 
 def _pb_relax(unit: TemplateUnit, *_: object) -> TemplateUnit:
@@ -239,6 +234,8 @@ def _siamese_output(state: State) -> UnitSteps:
     return (*norms, MixStep(((1, 1),)), NormStep(0, state.norm))
 
 
+_preln_streams = partial(UnitTheory, norms=_PRELN_NORMS, takes_scalars=True)
+
 UNIT_THEORY: dict[str, UnitTheory] = {
     "template": UnitTheory(is_template=True, steps=_beyond_norms, norms_see_all=False),
     "normformer": UnitTheory(is_template=True),
@@ -255,43 +252,26 @@ UNIT_THEORY: dict[str, UnitTheory] = {
         output_scale=lambda state, units, width: width**-0.5,
         streams=_ngpt_streams,
     ),
-    "hyper-connections": UnitTheory(
-        restate=_residual,
-        norms=_PRELN_NORMS,
-        takes_scalars=True,
+    "hyper-connections": _preln_streams(
         output_scale=lambda state, units, width: state.copies,
         levels=preln.hyper_levels,
         answers=preln.hyper_answers,
     ),
-    "mhc": UnitTheory(
-        restate=_mhc,
-        norms=_PRELN_NORMS,
-        takes_scalars=True,
-        levels=preln.mhc_levels,
-    ),
-    "attnres": UnitTheory(
+    "mhc": _preln_streams(restate=_mhc, levels=preln.mhc_levels),
+    "attnres": _preln_streams(
         restate=_attnres,
-        norms=_PRELN_NORMS,
-        takes_scalars=True,
         output_scale=lambda state, units, width: 1 / (units + 1),
         levels=preln.attnres_levels,
         streams=preln.attnres_streams,
     ),
-    "denseformer": UnitTheory(
-        restate=_residual,
-        norms=_PRELN_NORMS,
-        takes_scalars=True,
-        streams=preln.denseformer_streams,
-    ),
+    "denseformer": _preln_streams(streams=preln.denseformer_streams),
     "b2t": UnitTheory(
-        restate=_residual,
         norms=_POSTNORM_NORMS,
         needs_out_norm=True,
         steps=_b2t,
         norms_see_all=False,
     ),
     "residual-dual": UnitTheory(
-        restate=_residual,
         norms=_POSTNORM_NORMS,
         needs_out_norm=True,
         steps=_dual,
@@ -306,7 +286,6 @@ UNIT_THEORY: dict[str, UnitTheory] = {
         norms_see_all=False,
     ),
     "value-residual": UnitTheory(
-        restate=_residual,
         norms=("in", "query-key"),
         steps=_value_residual,
         read_steps=lambda _: (MixStep(((1, 0),)),),

@@ -3,15 +3,16 @@
 Derived here for width n, T tokens a sample, to first order in 1/n; r and s are tokens of a sample.
 
 Stream. A unit takes x to a x + b f, f = W h with W of zero mean, s its share in E y^2. The inner
-product 2 a b x.f/n has the variance 4 s (1 - s)/n over (E y^2)^2, |f|^2/n has s^2 (2/n a matrix;
-5/hidden for an activation between two). For two rows these errors are covariant by the products of
-the rows' cosines, x_r.x_s f_r.f_s and (f_r.f_s)^2: common to the tokens of a sample, whose f is
-mostly common, and to samples as far as they are alike. Let e be the error of E x_r^2 and m that of
-E x_r x_s, over E x_r^2. Attention's f is the mean over the tokens, so its size follows m; an ffn's
-follows e, and its cosine that of its input through phi's kernel; a norm before the branch leaves of
-both only the cosine's m - c e, and one inside the branch divides f by its own size. So (e, m) go
-through linear maps (`ee` ... `mm`) and gain what each unit adds. A norm after the shortcut makes
-e = 0 and m' = m - c e.
+product 2 a b x.f/n has the variance 4 s (1 - s)/n over (E y^2)^2; |f|^2/n has s^2 times 2/n by the
+last matrix, and 2/n more by attention's values, or E phi^4/(E phi^2)^2 - 1 over the hidden width
+by an ffn's activation: relu's 5, taken for all. For two rows these errors are covariant by the
+products of the rows' cosines, x_r.x_s f_r.f_s and (f_r.f_s)^2: common to the tokens of a sample,
+whose f is mostly common, and to samples as far as they are alike. Let e be the error of E x_r^2
+and m that of E x_r x_s, over E x_r^2. Attention's f is the mean over the tokens, so its size
+follows m; an ffn's follows e, and its cosine that of its input through phi's kernel; a norm before
+the branch leaves of both only the cosine's m - c e, and one inside the branch divides f by its own
+size. So (e, m) go through linear maps (`ee` ... `mm`) and gain what each unit adds. A norm after
+the shortcut makes e = 0 and m' = m - c e.
 
 Gradient. Attention hands all tokens of a sample the same W^T (mean gradient). So |g|^2 has two
 parts, the mean's R |g|^2 and the rest's: of the first there is one probe a sample, of the second

@@ -12,7 +12,6 @@ holds one number (or array) for each class of equal entries:
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -51,7 +50,7 @@ def times_moments(x: Moments, y: Moments) -> Moments:
 
 
 @dataclass(frozen=True)
-class Layout(ABC):
+class _Layout:
     """The classes of entries of one stream's moments, and the sums that need to know them.
 
     Attributes:
@@ -59,38 +58,6 @@ class Layout(ABC):
     """
 
     shape: StreamShape
-
-    @abstractmethod
-    def start(self, square: float) -> Moments:
-        """Return the moments of independent elements of the given mean square."""
-
-    @abstractmethod
-    def diagonal(self, s: Moments) -> Number:
-        """Return E x_r^2 for each kind of row."""
-
-    @abstractmethod
-    def outer(self, x: Number) -> Moments:
-        """Return x_r x_s, class by class, of a number per row."""
-
-    @abstractmethod
-    def mean(self, x: Number) -> float:
-        """Return the average over the rows of a number per row."""
-
-    @abstractmethod
-    def mean_square(self, s: Moments) -> float:
-        """Return the average over the rows of E x_r^2."""
-
-    @abstractmethod
-    def cosine(self, s: Moments) -> float:
-        """Return E x_r x_s over E x_r^2, both averaged over the rows r != s."""
-
-    @abstractmethod
-    def cosines(self, many: Sequence[Moments]) -> Array:
-        """Return `cosine` of each of many moments; faster than one by one."""
-
-    @abstractmethod
-    def activate(self, name: str, s: Moments) -> tuple[Moments, Moments]:
-        """Return E phi phi and E phi' phi' for each class, s the moments of the arguments."""
 
     def batch_mean(self, s: Moments) -> float:
         """Return E (mean over the batch's rows)^2, per feature."""
@@ -113,7 +80,7 @@ class Layout(ABC):
 
 
 @dataclass(frozen=True)
-class Exchangeable(Layout):
+class Exchangeable(_Layout):
     """Rows that are all alike, or pixels: the moments (q, p) of the module's docstring."""
 
     @cached_property
@@ -151,17 +118,17 @@ class Exchangeable(Layout):
         return np.outer(ones, ones) / side**2
 
     def start(self, square: float) -> Moments:
-        """Return (square, 0)."""
+        """Return (square, 0): the moments of independent elements of the given mean square."""
         if self.shape.side == 1:
             return square, 0.0
         return np.full_like(self._share, square), np.zeros_like(self._share)
 
     def diagonal(self, s: Moments) -> Number:
-        """Return q."""
+        """Return E x_r^2 for each kind of row: q."""
         return s[0]
 
     def outer(self, x: Number) -> Moments:
-        """Return x^2 for both classes."""
+        """Return x_r x_s of a number per row: x^2 for both classes."""
         return x * x, x * x
 
     def mean(self, x: Number) -> float:
@@ -173,12 +140,12 @@ class Exchangeable(Layout):
         return self.mean(s[0])
 
     def cosine(self, s: Moments) -> float:
-        """Return p / q, or 0 where q is 0."""
+        """Return the cosine between two rows: p / q, or 0 where q is 0."""
         q, p = (self.mean(x) for x in s)
         return p / q if q else 0.0
 
     def cosines(self, many: Sequence[Moments]) -> Array:
-        """Return each `cosine`; of images by a few hundred, which takes a third of the time."""
+        """Return each `cosine`; of images by the hundred, which takes a third of the time."""
         if self.shape.side == 1:
             return np.array([self.cosine(s) for s in many])
         share = self._share.ravel()
@@ -207,7 +174,10 @@ class Exchangeable(Layout):
         return np.asarray(self._neighbours @ x @ self._neighbours.T)
 
     def activate(self, name: str, s: Moments) -> tuple[Moments, Moments]:
-        """Return the kernels of one row and of two; pixels have the cosine of their average."""
+        """Return E phi phi and E phi' phi', each of one row and of two, s the arguments' moments.
+
+        Two pixels have the cosine of the average.
+        """
         phi, q = ACTIVATION_MOMENTS[name], self.mean(s[0])
         value, slope = phi.pair(q, q, self.mean(s[1]))
         squares, slopes = phi.square(s[0]), phi.slope_square(s[0])
@@ -235,7 +205,7 @@ class Exchangeable(Layout):
 
 
 @dataclass(frozen=True)
-class CausalTokens(Layout):
+class CausalTokens(_Layout):
     """Tokens under a causal mask: the moments (K,) of the module's docstring."""
 
     def start(self, square: float) -> Moments:
@@ -285,3 +255,6 @@ class CausalTokens(Layout):
         q = np.asarray(s[0]).diagonal()
         value, slope = ACTIVATION_MOMENTS[name].pair(q[:, None], q[None, :], s[0])
         return (value,), (slope,)
+
+
+Layout = Exchangeable | CausalTokens

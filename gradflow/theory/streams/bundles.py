@@ -95,12 +95,12 @@ class MixStep:
         return np.array(self.rows, dtype=np.float64)
 
     def ahead(self, x: Bundle, /) -> tuple[Bundle, None]:
-        """Return A S A^T."""
+        """Return the moments A S A^T."""
         a = self._matrix
         return Bundle(_around(a, x.s), a**2 @ x.fixed, x.layout), None
 
     def back(self, _: None, g: Array, /) -> Array:
-        """Return A^T G A."""
+        """Return the gradient's moments A^T G A."""
         return _around(self._matrix.T, g)
 
 
