@@ -10,11 +10,9 @@ known to go wrong in public re-implementations stands in `pitfalls`.
 from __future__ import annotations
 
 from gradflow.errors import UsageError
-from gradflow.schemes.classic import CLASSIC_KINDS, CLASSIC_SCHEMES
-from gradflow.schemes.deep import DEEP_KINDS, DEEP_SCHEMES
-from gradflow.schemes.layernorm import LAYERNORM_KINDS, LAYERNORM_SCHEMES
+from gradflow.schemes import classic, deep, layernorm, streams, unit_kinds
 from gradflow.schemes.scheme import Scheme
-from gradflow.schemes.streams import READOUTS, STREAM_KINDS, STREAM_SCHEMES
+from gradflow.schemes.streams import READOUTS
 from gradflow.schemes.unit_kinds import Readout, UnitKind
 from gradflow.schemes.wiring import Place, Wiring
 
@@ -30,11 +28,14 @@ __all__ = [
     "published_scheme",
 ]
 
-SCHEMES: dict[str, Scheme] = CLASSIC_SCHEMES | LAYERNORM_SCHEMES | DEEP_SCHEMES | STREAM_SCHEMES
+_FAMILIES = (unit_kinds, classic, layernorm, deep, streams)
+_ROWS = [row for family in _FAMILIES for row in vars(family).items()]
 
-UNIT_KINDS: dict[str, UnitKind] = {
-    kind.name: kind for kind in (*CLASSIC_KINDS, *LAYERNORM_KINDS, *DEEP_KINDS, *STREAM_KINDS)
+# A row's constant is its registration: PRE_LN is the scheme pre-ln.
+SCHEMES: dict[str, Scheme] = {
+    constant.lower().replace("_", "-"): row for constant, row in _ROWS if isinstance(row, Scheme)
 }
+UNIT_KINDS: dict[str, UnitKind] = {row.name: row for _, row in _ROWS if isinstance(row, UnitKind)}
 
 
 def published_scheme(name: str) -> Scheme:

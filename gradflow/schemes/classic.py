@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from gradflow.schemes.scheme import ALL_BUT_RESNET, TOKEN_BLOCKS, Scheme
-from gradflow.schemes.unit_kinds import TEMPLATE, UnitKind
+from gradflow.schemes.unit_kinds import UnitKind
 from gradflow.schemes.wiring import OUTPUT_PROJECTIONS, Place, Wiring
 
 PLAIN = Scheme(
@@ -197,17 +197,3 @@ STOCHASTIC_DEPTH = Scheme(
         "drawn for each sample (DropPath): the paper drops a layer for the whole batch",
     ),
 )
-
-CLASSIC_KINDS = (TEMPLATE, HIGHWAY_UNIT, STOCHASTIC_UNIT, FIXUP_UNIT)
-
-CLASSIC_SCHEMES = {
-    "plain": PLAIN,
-    "he-v1": HE_V1,
-    "he-v2": HE_V2,
-    "highway": HIGHWAY,
-    "skipinit": SKIPINIT,
-    "rezero": REZERO,
-    "fixup": FIXUP,
-    "t-fixup": T_FIXUP,
-    "stochastic-depth": STOCHASTIC_DEPTH,
-}

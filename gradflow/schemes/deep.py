@@ -37,9 +37,7 @@ DEEPNORM = Scheme(
 )
 
 ADMIN_UNIT = UnitKind(
-    name="admin",
-    implementation="gradflow.networks.units.admin:AdminUnit",
-    profiled=True,
+    name="admin", implementation="gradflow.networks.units.admin:AdminUnit", profiled=True
 )
 
 ADMIN = Scheme(
@@ -213,15 +211,3 @@ NGPT = Scheme(
         "alpha as one number: it is a vector, used by its absolute value",
     ),
 )
-
-DEEP_KINDS = (ADMIN_UNIT, NGPT_UNIT)
-
-DEEP_SCHEMES = {
-    "deepnorm": DEEPNORM,
-    "admin": ADMIN,
-    "keel": KEEL,
-    "depth-mup": DEPTH_MUP,
-    "completep": COMPLETEP,
-    "deepscalelm": DEEPSCALELM,
-    "ngpt": NGPT,
-}

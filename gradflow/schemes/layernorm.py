@@ -213,19 +213,3 @@ HYBRIDNORM = Scheme(
         "HybridNorm* has a further norm in the first block",
     ),
 )
-
-LAYERNORM_KINDS = (PB_RELAX_UNIT, NORMFORMER_UNIT)
-
-LAYERNORM_SCHEMES = {
-    "layerscale": LAYERSCALE,
-    "post-ln": POST_LN,
-    "pre-ln": PRE_LN,
-    "gpt2": GPT2,
-    "peri-ln": PERI_LN,
-    "sandwich-ln": SANDWICH_LN,
-    "sub-ln": SUB_LN,
-    "normformer": NORMFORMER,
-    "mix-ln": MIX_LN,
-    "lns": LNS,
-    "hybridnorm": HYBRIDNORM,
-}

@@ -292,20 +292,3 @@ VALUE_RESIDUAL = Scheme(
     readout="first",
     pitfalls=("V_1 mixed from layer to layer: it is that of the first layer throughout",),
 )
-
-STREAM_KINDS = (
-    *(B2T_UNIT, RESIDUAL_DUAL_UNIT, SIAMESENORM_UNIT, HYPER_UNIT, MHC_UNIT),
-    *(ATTNRES_UNIT, DENSEFORMER_UNIT, VALUE_RESIDUAL_UNIT),
-)
-
-STREAM_SCHEMES = {
-    "b2t": B2T,
-    "residual-dual": RESIDUAL_DUAL,
-    "siamesenorm": SIAMESENORM,
-    "hyper-connections": HYPER_CONNECTIONS,
-    "mhc": MHC,
-    "mhc-uniform": MHC_UNIFORM,
-    "attnres": ATTNRES,
-    "denseformer": DENSEFORMER,
-    "value-residual": VALUE_RESIDUAL,
-}
