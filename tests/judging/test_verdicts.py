@@ -14,7 +14,7 @@ from records import layer_rows, spec_of
 from scipy import stats
 
 from gradflow.judging.assembly import summarise_run
-from gradflow.judging.verdicts import VERDICTS
+from gradflow.judging.verdicts import VERDICTS, verdict_named
 from gradflow.runs.records import Summary
 from gradflow.specs.run_options import RunOptions
 from gradflow.specs.stack import StackSpec
@@ -293,3 +293,19 @@ def test_a_loss_is_handed_on() -> None:
     spec = spec_of()
     summary = summarise_run(layer_rows(spec, [0.0] * 4), spec, RunOptions(), loss=0.5)
     assert summary.loss == 0.5
+
+
+def test_each_verdict_is_told_from_the_others_in_words_and_on_the_page() -> None:
+    rows = list(VERDICTS.values())
+    assert [row.word for row in rows] == list(VERDICTS)
+    for name in ("word", "meaning", "of_one", "of_many", "page_mark", "page_colour"):
+        assert len({getattr(row, name) for row in rows}) == len(rows)
+    assert all(row.meaning.endswith(".") for row in rows)
+    assert [row.word for row in rows if row.passes] == ["healthy"]
+
+
+def test_a_word_of_another_version_has_a_verdict_that_knows_nothing() -> None:
+    unknown = verdict_named("chaotic")
+    assert (unknown.of_one, unknown.of_many) == ("The verdict is chaotic", "the verdict is chaotic")
+    assert not unknown.passes
+    assert not unknown.finite
