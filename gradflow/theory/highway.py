@@ -131,7 +131,7 @@ def _smooth(phi: ActivationMoments, variance: Number) -> tuple[Array, Array, Arr
 
 
 def _rectified(variance: Number) -> tuple[Array, Array, Array, Number]:
-    """E max(z, 0)^k = 1, sqrt(v/2 pi), v/2, 2 v sqrt(v/2 pi), 3 v^2/2; d h^k z = h^(k+1)."""
+    """Return the moments of max(z, 0), E h^k, in closed form; d h^k z = h^(k+1)."""
     v = np.asarray(variance, dtype=np.float64)
     first = np.sqrt(v / (2 * math.pi))
     h = np.stack([np.ones_like(v), first, v / 2, 2 * v * first, 1.5 * v * v])
@@ -182,7 +182,7 @@ def stream_moment(tape: HighwayTape, k: int) -> Number:
 def _covariance(
     tape: HighwayTape, p: Number, hidden: Moments, opened: Moments, layout: Layout
 ) -> Number:
-    """E y y' of two rows: E t t' E h h' + E (1-t)(1-t') p + 2 E t (1-t') E h E x."""
+    """Return E y y' = E t t' E h h' + E (1-t)(1-t') p + 2 E t (1-t') E h E x of two rows."""
     both = gate_pair(tape.unit.gate_bias, opened, layout)
     product = layout.activate(tape.unit.activation, hidden)[0][1]
     t, mean = tape.gate.means[1][0], tape.branch.values[1] * tape.x[1]
@@ -206,7 +206,7 @@ class _Slopes(NamedTuple):
 
 
 def _slopes(tape: HighwayTape, layout: Layout) -> _Slopes:
-    """eta q = t u (h - x) w_T + t d w, with w, w_T what the weights make of the pre-activations."""
+    """Return the moments of eta, eta q = t u (h - x) w_T + t d w, u = 1 - t and d = phi'."""
     t, z, h = tape.gate.means, tape.gate.firsts, tape.branch.values
     d, (m, q) = tape.branch.firsts, tape.x[1:3]
     first = z[1][1] * (h[1] - m) + t[1][0] * d[0]

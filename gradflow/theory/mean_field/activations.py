@@ -57,7 +57,7 @@ _ORDER = 96  # the highest Hermite polynomial kept
 
 
 def gaussian_mean(f: Function, q: Number) -> Number:
-    """E f(z) for z ~ N(0, q), by the trapezoid rule in s = asinh(z).
+    """Return E f(z) for z ~ N(0, q), by the trapezoid rule in s = asinh(z).
 
     The grid is even near 0 on the scale of f (poles of tanh and sigmoid are O(1) away) and
     logarithmic beyond, so it resolves f where the Gaussian is wide (q >> 1; Gauss-Hermite
@@ -128,7 +128,7 @@ class ActivationMoments:
     kinked: bool = False
 
     def expect(self, f: Callable[[Array, Array], Array], q: Number) -> Number:
-        """E f(phi(z), phi'(z)) by quadrature; for a kinked phi the half lines are summed."""
+        """Return E f(phi(z), phi'(z)) by quadrature; of a kinked phi both half lines are summed."""
         if not self.kinked:
             return gaussian_mean(lambda z: f(self.phi(z), self.slope(z)), q)
         up = gaussian_mean(lambda z: f(np.abs(z), np.ones_like(z)), q)
@@ -140,7 +140,7 @@ def _relu_slope(z: Array) -> Array:
 
 
 def _relu_pair(q1: Number, q2: Number, p: Number) -> tuple[Number, Number]:
-    """sqrt(q1 q2)/2 k1(c) and k0(c)/2: Cho & Saul 2009, J_1 and J_0.
+    """Return sqrt(q1 q2)/2 k1(c) and k0(c)/2: Cho & Saul 2009, J_1 and J_0.
 
     k1 = (sqrt(1-c^2) + (pi - acos c) c)/pi, k0 = 1 - acos(c)/pi.
     """
@@ -150,7 +150,7 @@ def _relu_pair(q1: Number, q2: Number, p: Number) -> tuple[Number, Number]:
 
 
 def _erf_pair(q1: Number, q2: Number, p: Number) -> tuple[Number, Number]:
-    """(2/pi) asin(2p/r), r^2 = (1+2q1)(1+2q2), Williams 1997; by p (4/pi)/sqrt(r^2 - 4p^2)."""
+    """Return (2/pi) asin(2p/r), (4/pi)/sqrt(r^2 - 4p^2), r^2 = (1+2q1)(1+2q2); Williams 1997."""
     square = (1 + 2 * q1) * (1 + 2 * q2)
     return 2 / math.pi * asin(2 * p / sqrt(square)), 4 / math.pi / sqrt(square - 4 * p * p)
 
@@ -160,24 +160,24 @@ def _gelu_slope(z: Array) -> Array:
 
 
 def _gelu_mean(q: Number) -> Number:
-    """q / sqrt(2 pi (1 + q))."""
+    """Return E phi = q / sqrt(2 pi (1 + q))."""
     return q / sqrt(2 * math.pi * (1 + q))
 
 
 def _gelu_square(q: Number) -> Number:
-    """q/4 + q/(2 pi) [asin(q/(1+q)) + 2q/((1+q) sqrt(1+2q))]."""
+    """Return E phi^2 = q/4 + q/(2 pi) [asin(q/(1+q)) + 2q/((1+q) sqrt(1+2q))]."""
     tail = 2 * q / ((1 + q) * sqrt(1 + 2 * q))
     return q / 4 + q / (2 * math.pi) * (asin(q / (1 + q)) + tail)
 
 
 def _gelu_slope_square(q: Number) -> Number:
-    """1/4 + 1/(2 pi) [asin(q/(1+q)) + q (3+5q) / ((1+q) (1+2q)^(3/2))]."""
+    """E phi'^2 = 1/4 + 1/(2 pi) [asin(q/(1+q)) + q (3+5q) / ((1+q) (1+2q)^(3/2))]."""
     tail = q * (3 + 5 * q) / ((1 + q) * (1 + 2 * q) * sqrt(1 + 2 * q))
     return 0.25 + (asin(q / (1 + q)) + tail) / (2 * math.pi)
 
 
 def _gelu_pair(q1: Number, q2: Number, p: Number) -> tuple[Number, Number]:
-    """p H + F m, and H + F p (1 + 2k + m/r^2): derived at the top of the module."""
+    """Return p H + F m and H + F p (1 + 2k + m/r^2), derived at the top of the module."""
     a, b = 1 + q1, 1 + q2
     square = p * p
     gap = a * b - square
@@ -227,13 +227,13 @@ def _hermite() -> tuple[Array, Array]:
 
 
 def _coefficients(f: Function, q: Number) -> Array:
-    """a_k(q) = E f(sqrt(q) z) h_k(z), along the last axis."""
+    """Return a_k(q) = E f(sqrt(q) z) h_k(z), k along the last axis."""
     z, weighted = _hermite()
     return np.asarray(f(np.sqrt(q)[..., None] * z) @ weighted.T)
 
 
 def hermite_kernel(f: Function, square: Moment) -> Kernel:
-    """E f(z1) f(z2) = sum_k a_k(q1) a_k(q2) c^k (Mehler's formula), the a_k by quadrature.
+    """Return the kernel E f(z1) f(z2) = sum_k a_k(q1) a_k(q2) c^k (Mehler), a_k by quadrature.
 
     The part of E f^2 that the kept orders miss is given to the order above them, an upper bound.
     Good to 1e-6 for tanh and silu where q (1 - c) is above 0.1 or q is below 5; to 1e-3 beyond.

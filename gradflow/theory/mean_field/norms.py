@@ -104,7 +104,7 @@ def normalise(
 
 
 def _by_rows(kind: str, x: Stream, layout: Layout) -> tuple[Stream, Moments]:
-    """(x - m)/sigma over the features of each row, or over a whole image; m = 0 for rmsnorm."""
+    """Return (x - m)/sigma over a row's features, or a whole image; m = 0 for rmsnorm."""
     q, mean, s = layout.diagonal(x.s), x.mean, x.s
     over_image = layout.shape.domain == "images"
     if over_image:
@@ -133,7 +133,7 @@ def is_zero(mean: Number) -> bool:
 
 
 def _pointwise(kind: str, x: Stream, layout: Layout, alpha: float) -> tuple[Stream, NormTape]:
-    """phi(alpha x) of normal x without a mean: DyT (Zhu et al. 2025, arXiv:2503.10622), Derf.
+    """Return phi(alpha x) of normal x of mean 0: DyT (Zhu et al. 2025, arXiv:2503.10622), Derf.
 
     The Jacobian's square alpha^2 E phi'^2 falls as q^-1/2, where a norm's falls as q^-1: gradients
     grow as a stretched exponential of the depth.
@@ -200,7 +200,7 @@ def norm_gain(kind: str, count: float, fixed: float, source: _Source | None) -> 
 
 @lru_cache(maxsize=256)
 def _fourth_moments(source: _Source, centred: bool) -> float:
-    """kappa - 2 w of the derivation, x = phi or, where the norm centres, phi - E phi."""
+    """Return kappa - 2 w of the derivation; x = phi, or phi - E phi where the norm centres."""
     phi, q = ACTIVATION_MOMENTS[source[0]], source[1]
     mean = float(phi.mean(q)) if centred else 0.0
     variance = float(phi.square(q)) - mean**2
@@ -211,7 +211,7 @@ def _fourth_moments(source: _Source, centred: bool) -> float:
 
 @lru_cache(maxsize=64)
 def _batch_gain(source: _Source, rows: int) -> float:
-    """Exact |J^T g|^2 of y = BN(phi(W x)), x a batchnorm's output, over what `pull_norm` has.
+    """Return |J^T g|^2 of y = BN(phi(W x)), x a batchnorm's output, over what `pull_norm` has.
 
     A feature's rows are normal with covariance q (I - 1/B) B/(B - 1), the fixed point of Yang et
     al. 2019 (arXiv:1902.08129). Its Jacobian's moments are means over a fixed random sample.
