@@ -67,11 +67,11 @@ def embed(weights: Pretrained, tokens: Tensor, width: int) -> Tensor:
     """
     kind = weights.architecture
     with _opened(weights) as tensors:
-        found = tensors.rows(f"{kind.embedding}.weight", tokens, width)
+        rows = tensors.rows(f"{kind.embedding}.weight", tokens, width)
         if kind.positions:
             places = torch.arange(tokens.shape[1])
-            found = found.double() + tensors.rows(f"{kind.positions}.weight", places, width)
-    return found
+            rows = rows.double() + tensors.rows(f"{kind.positions}.weight", places, width)
+    return rows
 
 
 @contextmanager
@@ -92,10 +92,11 @@ class Tensors:
     def __init__(self, weights: Pretrained, files: ExitStack) -> None:
         self._prefixes = weights.architecture.prefixes
         self._files, self._open = files, dict[Path, Any]()
-        found = files_of(weights.where())
-        if isinstance(found, Path):
-            found = dict.fromkeys(self._file(found).keys(), found)
-        self._where = found
+        files_by_name = files_of(weights.where())
+        if isinstance(files_by_name, Path):  # one file has all tensors
+            file = files_by_name
+            files_by_name = dict.fromkeys(self._file(file).keys(), file)
+        self._where = files_by_name
 
     def fill(self, parameter: Tensor, name: str, source: ParameterSource | None = None) -> None:
         """Copy a tensor, or the part that the source says, into a parameter.

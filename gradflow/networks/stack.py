@@ -28,10 +28,10 @@ from gradflow.specs.user_files import is_user_name
 @cache
 def unit_class(kind: str) -> type[Unit]:
     """Return the class of a kind of unit, which `schemes.UNIT_KINDS` names."""
-    found = resolve_name(UNIT_KINDS[kind].implementation)
-    assert isinstance(found, type)
-    assert issubclass(found, Unit)
-    return found
+    cls = resolve_name(UNIT_KINDS[kind].implementation)
+    assert isinstance(cls, type)
+    assert issubclass(cls, Unit)
+    return cls
 
 
 class Block(nn.Sequential):
@@ -65,7 +65,7 @@ def layer_kind(spec: StackSpec, layer: int) -> Hashable:
 def build_block(spec: StackSpec, seed: int, layer: int, device: torch.device) -> Block:
     """Return layer `layer` (from 1) with the weights of this seed or of the checkpoint."""
     block = _draw_block(spec, seed, layer, device)
-    _set_found(block, spec, seed, layer, device)
+    _set_measured(block, spec, seed, layer, device)
     for unit in block.units:
         unit.seal()
     return block
@@ -76,7 +76,7 @@ def redraw(block: Block, spec: StackSpec, seed: int, layer: int, device: torch.d
     block.source.draw(generator(device, seed, "layer", layer))
     for unit in block.units:
         unit.settle(seed, layer)
-    _set_found(block, spec, seed, layer, device)
+    _set_measured(block, spec, seed, layer, device)
     for unit in block.units:
         unit.forget()
 
@@ -94,7 +94,9 @@ def _draw_block(spec: StackSpec, seed: int, layer: int, device: torch.device) ->
     return block
 
 
-def _set_found(block: Block, spec: StackSpec, seed: int, layer: int, device: torch.device) -> None:
+def _set_measured(
+    block: Block, spec: StackSpec, seed: int, layer: int, device: torch.device
+) -> None:
     """Set the values that no draw decides: a checkpoint's, or those of a pass at initialisation."""
     if spec.weights:
         load_layer(spec.checkpoint, layer, block)

@@ -131,12 +131,12 @@ def token_correlations(depth: int) -> tuple[float, ...]:
     Attention makes all tokens alike, r = 1; an ffn with ReLU takes r to
     r + (sqrt(1 - r^2) - r acos r) / pi; each is mixed in with weight beta^2 = 2/N.
     """
-    found, r, share = [], _TEXT_CORRELATION, 2 / depth
+    correlations, r, share = [], _TEXT_CORRELATION, 2 / depth
     for _ in range(depth):
-        found.append(r)
+        correlations.append(r)
         r += share * (1 - r)
         r += share * (math.sqrt(1 - r * r) - r * math.acos(r)) / math.pi
-    return tuple(found)
+    return tuple(correlations)
 
 
 def deepscalelm_constants(place: Place) -> dict[str, float]:

@@ -200,7 +200,7 @@ def _embedding(spec: StackSpec, seed: int, device: torch.device) -> nn.Parameter
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedSeed:
     """The rows that training one seed gives: layers, parameters and steps."""
 
     layers: list[LayerRecord]
@@ -214,7 +214,7 @@ def train_stack(
     device: torch.device,
     options: RunOptions,
     tick: Callable[[], None] = lambda: None,
-) -> Trained:
+) -> TrainedSeed:
     """Train one seed of a stack on its task, and measure it on the way.
 
     Args:
@@ -224,23 +224,23 @@ def train_stack(
         options: the recipe, and whether to leave gradients in their raw range.
         tick: called once per step.
     """
-    task, found = build_task(spec, device), Trained([], [], [])
+    task, trained = build_task(spec, device), TrainedSeed([], [], [])
     model = TaskNetwork(spec, seed, device)
 
     def observe(step: int, batch: Batch) -> None:
         walked = walk(spec, seed, model.network(batch), raw_range=options.raw_range)
         layers, params = walked.records()
-        found.layers.extend(replace(row, step=step) for row in layers)
-        found.params.extend(replace(row, step=step) for row in params)
+        trained.layers.extend(replace(row, step=step) for row in layers)
+        trained.params.extend(replace(row, step=step) for row in params)
 
     batches = (task.batch(seed, step) for step in range(options.steps + 1))
     problem = Problem(
         model, batches, lambda model, batch: model(batch), model.begin, model.constrain
     )
     for step in train(problem, options, observe):
-        found.steps.append(step_record(seed, step, task))
+        trained.steps.append(step_record(seed, step, task))
         tick()
-    return found
+    return trained
 
 
 def step_record(seed: int, step: TrainingStep, task: Task | None) -> StepRecord:

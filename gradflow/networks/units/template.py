@@ -171,11 +171,11 @@ class Unit(nn.Module):
             norms: the norms of each weight, one number for each seed.
             compiled: computes `join` with such weights.
         """
-        found = copy(self)
-        found.weights, found.compiled = tuple(weights), compiled
+        unit = copy(self)
+        unit.weights, unit.compiled = tuple(weights), compiled
         pairs = zip(self._known, norms, strict=True)
-        found._infos = [ParamInfo(*known, size) for known, size in pairs]
-        return found
+        unit._infos = [ParamInfo(*known, size) for known, size in pairs]
+        return unit
 
     def forget(self) -> None:
         """Drop what was known of the weights, because they have new values."""
