@@ -24,9 +24,10 @@ with v_j = (1, x_j) for features j and k of one row:
 4. B' = B E (1 - t)^2 + passed + E (1 - t)^2 (v P v), less its part in P': E (N v) P (N v).
 
 Convolutions average a over 3 x 3 neighbours, so P is held for each mode of that average, and e
-carries the mode's factor. Where biases are random, w is a share r of z in the variance,
-E[w | z] = r z; `passed`/q then counts times r, which is an approximation. Neglected: order 1/n^2,
-and how the gathered part changes the moments of x.
+carries the mode's factor. Where biases are random, w is a share r of z in the variance, E[w | z]
+= r z. The derivation has passed/q in full there too, the code times r: what gathers is too much
+by up to a fifth where biases make half of z. Neglected: order 1/n^2, and how the gathered part
+changes the moments of x.
 """
 
 from __future__ import annotations
