@@ -174,7 +174,11 @@ def _nothing_to_read(folder: Path, skipped: Sequence[str]) -> NothingToReadError
 def _stored_run(number: int, path: Path) -> StoredRun:
     content = read_run_json(path)
     found = described(path, content)
-    if (shown := _printable(content)) != content:
+    try:
+        shown = _printable(content)
+    except RecursionError as error:
+        raise RunFolderError(f"{path} is damaged: run.json: {error}") from None
+    if shown != content:
         found = described(path, shown)
     return StoredRun(number=number, name=printable(path.name), path=path, **vars(found))
 

@@ -101,7 +101,7 @@ def read_run_json(path: Path) -> dict[str, Any]:
     try:
         if file.exists() and not file.is_file():  # a pipe would be waited for without end
             raise RunFolderError(f"{path} is no run folder: run.json is no plain file")
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = plain(json.loads(file.read_text(encoding="utf-8")))
     except OSError as error:
         raise RunFolderError(f"{path} is no run folder: run.json: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
@@ -114,7 +114,7 @@ def read_run_json(path: Path) -> dict[str, Any]:
             f"{path} has schema_version {version}, this gradflow reads up to {SCHEMA_VERSION}: "
             "upgrade gradflow"
         )
-    return dict(plain(content))
+    return dict(content)
 
 
 def described(path: Path, content: dict[str, Any]) -> RunDescription:

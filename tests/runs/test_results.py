@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -419,6 +420,18 @@ def test_both_readers_decide_alike(
 
 
 FLOATS = st.floats().map(str)
+
+
+@pytest.mark.parametrize("depth", [*range(200, 1000, 20)])
+def test_deep_json_is_no_traceback(tmp_path: Path, depth: int) -> None:
+    saved(tmp_path, run_of(spec_of(width=8)))
+    bad = saved(tmp_path)
+    text = (bad / "run.json").read_text()
+    deep = text.replace('"environment": {', f'"environment": {{"deep": {"[" * depth}{"]" * depth},')
+    (bad / "run.json").write_text(deep)
+    with suppress(RunFolderError):
+        store.load(bad)
+    assert len(read_results(tmp_path).runs) in (1, 2)
 
 
 def test_a_pipe_for_run_json_is_not_waited_for(tmp_path: Path) -> None:
