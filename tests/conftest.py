@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -15,12 +16,26 @@ settings.load_profile("gradflow")
 # torch is imported where tests run: the process that hands them to workers need not wait for it.
 
 
+def pytest_collection_finish() -> None:
+    """Take what importing and collecting made out of every later garbage collection.
+
+    There are millions of these objects, none of them is garbage, and to go through them takes a
+    third of a second each time: before every pass that is timed, and now and then in between.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000)
+
+
 @pytest.fixture(scope="session", autouse=True)
-def one_thread() -> None:
-    """Tensors here are tiny: threads would only wait for each other."""
+def small_machine() -> None:
+    """One thread, since tensors here are tiny; and a matmul rate of one small product."""
     import torch
 
+    from gradflow.engine import timing
+
     torch.set_num_threads(1)
+    timing.LARGEST["cpu"] = timing.SMALLEST
 
 
 @pytest.fixture(autouse=True)

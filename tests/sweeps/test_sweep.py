@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import shutil
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,15 +25,6 @@ from gradflow.specs.stack import StackSpec
 from gradflow.sweeps import rounds
 from gradflow.sweeps.cells import CellResult, Serial
 from gradflow.sweeps.sweep import SHELF_PREFIX, Sweep, shelf_in, sweep
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_collection() -> Iterator[None]:
-    """Every sweep collects garbage once; what is there already need not be looked through."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
 
 LISTS: dict[str, list[Any]] = {
     "block": ["mlp"],
