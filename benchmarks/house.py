@@ -356,15 +356,12 @@ def _import_seconds() -> float:
 
 
 def _path_figures() -> list[Figure]:
-    try:
-        from run_path import direct_path
-    except ImportError:
-        return []
-    path = direct_path()
-    again = len(path) - len(set(path))
+    from run_path import direct_path, entered_twice, traced_run  # loads torch
+
+    trace = traced_run()
     return [
-        Figure("files on the direct path of a stack run", "20", str(len(set(path)))),
-        Figure("of these, entered twice", "0", str(again)),
+        Figure("files on the direct path of a stack run", "20", str(len(direct_path(trace)))),
+        Figure("files on that path entered twice", "0", str(len(entered_twice(trace)))),
     ]
 
 

@@ -35,7 +35,7 @@ def small_machine() -> None:
     from gradflow.engine import timing
 
     torch.set_num_threads(1)
-    timing.LARGEST["cpu"] = timing.SMALLEST
+    timing._LARGEST["cpu"] = timing.SMALLEST
 
 
 @pytest.fixture(autouse=True)

@@ -16,6 +16,14 @@ def test_no_import_arrow_goes_up_and_every_room_has_its_layer() -> None:
     assert house.rooms_without_layer() == []
 
 
+def test_a_public_name_has_one_meaning() -> None:
+    assert len(house.names_defined_twice()) <= 5, house.names_defined_twice()
+
+
+def test_private_parts_of_torch_have_one_home() -> None:
+    assert house.private_torch() == []
+
+
 def test_the_readme_has_12_kilobytes_at_most() -> None:
     assert house.readme_bytes() <= 12_288
 

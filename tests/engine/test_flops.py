@@ -167,7 +167,7 @@ def test_the_rate_is_that_of_the_median_product() -> None:
 
 
 def test_products_grow_until_they_are_long_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(timing.LARGEST, "cpu", 4 * SMALLEST)
+    monkeypatch.setitem(timing._LARGEST, "cpu", 4 * SMALLEST)
     short = [LONG_ENOUGH_S / 2] * 4
     assert rate(*short, *[1.0] * 4) == 2 * (2 * SMALLEST) ** 3 / 1.0
 

@@ -22,7 +22,8 @@ REPOSITORY = Path(__file__).parent.parent.parent
 PAGE = REPOSITORY / "gradflow" / "guide" / "reference.md"
 # What users may import; everything else is inside.
 PUBLIC_MODULES = (
-    *("gradflow", "gradflow.watching", "gradflow.watching.callbacks", "gradflow.pytest_plugin"),
+    *("gradflow", "gradflow.schemes", "gradflow.networks", "gradflow.watching"),
+    *("gradflow.watching.callbacks", "gradflow.pytest_plugin"),
 )
 INTERNAL = "An error of gradflow's own, in one line; `GRADFLOW_TRACEBACK=1` shows the traceback."
 _MARKED = re.compile(r"<!-- table: ([\w .]+) -->\n.*?<!-- end -->", re.DOTALL)
