@@ -1,4 +1,4 @@
-"""`python -m gradflow`."""
+"""`python -m gradflow` runs the command line."""
 
 from __future__ import annotations
 

@@ -24,6 +24,11 @@ def test_private_parts_of_torch_have_one_home() -> None:
     assert house.private_torch() == []
 
 
+def test_docstrings_stand_by_themselves() -> None:
+    assert house.short_docstrings() == []
+    assert house.fragments() == []
+
+
 def test_the_readme_has_12_kilobytes_at_most() -> None:
     assert house.readme_bytes() <= 12_288
 

@@ -89,7 +89,7 @@ class _Replay(Generic[_ResultT]):
 
 @contextmanager
 def _given_back(pool: tuple[int, int]) -> Iterator[None]:
-    """Where the capture inside fails, torch leaves its allocator in the middle of it."""
+    """Give the pool back if the capture inside fails, which torch itself leaves undone."""
     try:
         yield
     except RuntimeError:

@@ -30,7 +30,7 @@ _ACTIVATIONS = {
 
 @dataclass(frozen=True)
 class ParameterSource:
-    """Where a module's parameters lie in a layer of the checkpoint.
+    """The place of a module's parameters in a layer of the checkpoint.
 
     Attributes:
         name: of the module there.

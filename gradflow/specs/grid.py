@@ -159,7 +159,7 @@ def _block(chosen: Mapping[str, Any]) -> str:
 
 
 def _notes(lists: Mapping[str, Sequence[Any]]) -> Iterator[str]:
-    """Which options were left out where."""
+    """Name the options of a grid that do not apply to some of its cells."""
     if 0 in lists.get("steps", [0]):
         yield from (
             f"{flag(n)} does not apply to --steps 0" for n in lists if n in TRAINING_DEFAULTS

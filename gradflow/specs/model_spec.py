@@ -97,7 +97,7 @@ class ModelRequest:
 
     @property
     def is_from_library(self) -> bool:
-        """Whether `transformers` builds it."""
+        """Whether `transformers` builds the model."""
         return self.model.startswith(HF_PREFIX)
 
     @property
@@ -241,7 +241,7 @@ class Spec(Protocol):
 
     @property
     def departures(self) -> str:
-        """Where options replace what the scheme brings; or empty."""
+        """The parts of the scheme that options replace, in words; empty if there are none."""
         ...
 
     @property

@@ -61,7 +61,7 @@ class GivenStack:
         return GivenStack({**self.values, **self.lacking(defaults)})
 
     def lacking(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
-        """Those of the defaults whose fields are None."""
+        """Return the defaults of the fields that are None."""
         return {name: value for name, value in defaults.items() if self[name] is None}
 
     @property

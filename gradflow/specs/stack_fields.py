@@ -142,7 +142,7 @@ class StackFields:
 
     @property
     def checkpoint(self) -> Pretrained:
-        """Where the weights are read from; only where `weights` is not None."""
+        """The folder that the weights are read from; `weights` must not be None."""
         assert isinstance(self.weights, Pretrained)
         return self.weights
 

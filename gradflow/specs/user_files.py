@@ -57,7 +57,7 @@ LOADED: dict[str, LoadedObject] = {}
 
 @dataclass(frozen=True)
 class ImportTarget:
-    """Where a model, its batches or its folder of weights lies.
+    """The place of a model, of its batches or of its folder of weights.
 
     Attributes:
         folder: where imports begin; or the folder of weights.

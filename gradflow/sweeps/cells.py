@@ -1,4 +1,4 @@
-"""Where the cells of a sweep are measured: the interface, and the executor in this process.
+"""The interface of what measures the cells of a sweep, and the executor in this process.
 
 An executor takes cells and yields an outcome for each as it finishes. Numbers do not depend on it:
 every executor computes statistics with one thread per cell, because the order of a sum, and so its

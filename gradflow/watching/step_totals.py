@@ -322,7 +322,7 @@ def _together(totals: Sequence[TensorTotals]) -> TensorTotals:
 
 
 def _layers_together(totals: Sequence[LayerTotals]) -> LayerTotals:
-    """The same layer on several ranks."""
+    """Return the totals of one layer over all ranks."""
     if len(totals) == 1:
         return totals[0]
     below = [one.below for one in totals if one.below is not None]

@@ -80,7 +80,7 @@ class Watched:
 
     @cached_property
     def spans(self) -> dict[int, tuple[int, int]]:
-        """Where in `owned` the parameters of each layer begin and end, by its index."""
+        """The range of each layer's parameters in `owned`, by the layer's index."""
         spans: dict[int, tuple[int, int]] = {}
         for i, one in enumerate(self.owned):
             spans[one.place] = spans.get(one.place, (i, i))[0], i + 1
