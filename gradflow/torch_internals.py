@@ -3,8 +3,8 @@
 Each docstring names the public way that the private one replaces, and why that is not enough. The
 test of the same name in `tests/test_torch_internals.py` fails when torch changes the part.
 
-Two tricks outside torch live elsewhere: `engine.memory.reset_peak` calls glibc's `malloc_trim`, and
-`cli.app` ends the process by `os._exit`.
+Two tricks that are not torch's live elsewhere: `engine.memory.reset_peak` calls glibc's
+`malloc_trim`, and `cli.process` ends the process by `os._exit`.
 """
 
 from __future__ import annotations
@@ -101,9 +101,9 @@ def with_children(module: _M, children: Mapping[str, nn.Module]) -> _M:
 
     Replaces `add_module`, which would write into the table that a shallow copy shares.
     """
-    found = copy(module)
-    found._modules = dict(children)
-    return found
+    twin = copy(module)
+    twin._modules = dict(children)
+    return twin
 
 
 def map_tensors(module: nn.Module, change: Callable[[Tensor], Tensor]) -> None:

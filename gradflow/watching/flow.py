@@ -110,7 +110,7 @@ class Flow:
         print_view(Group(heading, run_view(of_step(run, step)), *notes), console or Console())
 
     def save(self, out: Path | str = "results") -> Path | None:
-        """Store the run in a new folder in `out`; returns the folder.
+        """Store the run in a new folder in `out`; return the folder.
 
         Where ranks share the model, all have the same numbers, and the first stores them; the
         others do nothing and return None.
@@ -122,7 +122,7 @@ class Flow:
         return store.save(self.run, out).path if self.is_first else None
 
     def to_tensorboard(self, folder: Path | str) -> Path | None:
-        """Write every column of `layers` as scalars `column/unit` by step; returns the folder.
+        """Write every column of `layers` as scalars `column/unit` by step; return the folder.
 
         Where ranks share the model, the first writes; the others do nothing and return None.
 
@@ -176,7 +176,7 @@ class Flow:
         mine = called_again(self._watched.layers, all_passes), bool(all_passes)
         votes = self._ranks.gather(mine) if self._ranks else [mine]
         if any(ran for _, ran in votes):
-            kept = {i for again, _ in votes for i in again} or range(self._watched.found)
+            kept = {i for again, _ in votes for i in again} or range(self._watched.listed)
             self._watched = replace(self._watched, kept=kept)
             self._parameters.keep(self._watched.owned)
             recorder.kept = kept
@@ -251,12 +251,12 @@ def watch(
     Args:
         model: any module; a compiled one is compiled again, on entry and on exit.
         layers: patterns of module names, `blocks.*` for example; None finds the repeated blocks.
-        every: measure the first of so many steps.
-        optimizer: whose steps count; None is any that holds a parameter of the model.
+        every: measures the first of so many steps.
+        optimizer: the one whose steps count; None is any that holds a parameter of the model.
         scaler: the `GradScaler` in use; gradients are divided by its scale.
         options: thresholds of the verdict.
-        group: the processes of a DDP model whose inner module is watched; found where the model is
-            the wrapped one.
+        group: the processes of a DDP model whose inner module is watched; the wrapped model tells
+            them itself.
 
     Yields:
         The flow, which has the results.
@@ -274,11 +274,11 @@ def watch(
     if any(map(is_compiled, model.modules())):
         torch.compiler.reset()  # graphs that exist do not see hooks that come later
     patterns = [layers] if isinstance(layers, str) else layers
-    found = find_layers(inner, patterns)
+    listed = find_layers(inner, patterns)
     if patterns is not None or repeats(inner):
-        watched = Watched(inner, found, len(found), ranks, range(len(found)))
+        watched = Watched(inner, listed, len(listed), ranks, range(len(listed)))
     else:
-        watched = Watched(inner, [*found, *candidates(inner, found)], len(found), ranks)
+        watched = Watched(inner, [*listed, *candidates(inner, listed)], len(listed), ranks)
     # One state of one model, measured as its number format delivers it.
     options = replace(options or RunOptions(), seeds=1, timing=False, raw_range=True)
     flow = Flow(watched, every, options, scaler)

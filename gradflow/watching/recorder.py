@@ -28,13 +28,13 @@ from gradflow.watching.device_rows import (
 )
 from gradflow.watching.discovery import WatchedLayer, stream_of
 
-# A row of numbers: its pool, and its number there.
-RowOf = tuple[Pool, int]
+# Where a row of numbers lies: its pool, and its number there.
+RowAddress = tuple[Pool, int]
 # Names a row of the results: the index of the layer, and how often it had been called before.
 CallKey = tuple[int, int]
-HALVES = (torch.float16, torch.bfloat16)
+_HALVES = (torch.float16, torch.bfloat16)
 # Passes without a gradient that are kept: a loss may still come that spans them all.
-MOST_PENDING = 64
+_MOST_PENDING = 64
 
 
 @dataclass(eq=False)
@@ -54,8 +54,8 @@ class Tap:
     shape: torch.Size
     dtype: torch.dtype
     format: torch.dtype
-    forward: RowOf
-    gradients: list[RowOf] = field(default_factory=list)
+    forward: RowAddress
+    gradients: list[RowAddress] = field(default_factory=list)
     hooked: bool = False
     leaves: LayerCall | None = None
     enters: list[LayerCall] = field(default_factory=list)
@@ -82,7 +82,7 @@ class LayerCall:
     number: int
     x: Tap | None = None
     y: Tap | None = None
-    crosses: list[RowOf] = field(default_factory=list)
+    crosses: list[RowAddress] = field(default_factory=list)
 
     @property
     def key(self) -> CallKey:
@@ -215,7 +215,7 @@ class Recorder:
         if not self.watches():
             return
         pending = [p for p in self.passes if not p.arrived]
-        if len(pending) >= MOST_PENDING:
+        if len(pending) >= _MOST_PENDING:
             pending[0].close()
             self.passes.remove(pending[0])
         self.passes.append(WatchedPass(captured=device_rows.is_capturing()))
@@ -277,7 +277,7 @@ class Recorder:
         with torch.no_grad():
             owner.arrived = True
             pool, row = self._row(owner, g.device)
-            half = tap.format in HALVES
+            half = tap.format in _HALVES
             smallest = torch.finfo(tap.format).smallest_normal if half else None
             wide = measure_gradient(pool, row, g.detach(), smallest)
             tap.gradients.append((pool, row))
@@ -309,7 +309,7 @@ class Recorder:
         for pool in (*self.pools.values(), *self.graph_pools.values()):
             pool.release()
 
-    def _row(self, owner: WatchedPass, device: torch.device) -> RowOf:
+    def _row(self, owner: WatchedPass, device: torch.device) -> RowAddress:
         if owner.captured:
             own = self.graph_pools[device]
             return own, own.take()
@@ -348,7 +348,7 @@ class Recorder:
 
 def _format(x: Tensor) -> torch.dtype:
     """The number format in which the gradient of x is computed, or computed with."""
-    if x.dtype in HALVES:
+    if x.dtype in _HALVES:
         return x.dtype
     kind = x.device.type
     if torch.is_autocast_enabled(kind):

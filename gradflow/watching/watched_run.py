@@ -23,7 +23,7 @@ from gradflow.judging.verdicts import classify
 from gradflow.runs.records import LayerRecord, ParamRecord, Run, columns
 from gradflow.specs.model_spec import ModelSpec, Spec
 from gradflow.specs.run_options import RunOptions
-from gradflow.watching.device_rows import MISSING
+from gradflow.watching.device_rows import MISSING, PARAMETER_NUMBERS
 from gradflow.watching.discovery import WatchedLayer, unit_name
 from gradflow.watching.distributed import Ranks, class_of
 from gradflow.watching.parameters import OwnedParameter, owned_parameters
@@ -38,15 +38,8 @@ _EMPTY: ColumnValues = dict.fromkeys(("act_rms", "act_max_abs", "grad_norm", "lo
 _ROW_NAMES = ("seed", "step", "layer", "unit")
 
 
-@dataclass(frozen=True)
-class ParameterNumbers:
-    """A row of `PARAMETER_NUMBERS`, with None for missing numbers."""
-
-    norm: float | None
-    grad: float | None
-    nonfinite: float | None
-    used: float | None
-    update: float | None
+# The `PARAMETER_NUMBERS` of a parameter by name; None is missing.
+_Numbers = dict[str, float | None]
 
 
 @dataclass(frozen=True)
@@ -56,21 +49,21 @@ class Watched:
     Attributes:
         model: the model.
         layers: its layers, and behind them the candidates that may count in their stead.
-        found: how many of `layers` are no candidates.
+        listed: how many of `layers` are no candidates.
         ranks: the processes that share the model.
         kept: indices of the layers that count; None until the model has run.
     """
 
     model: nn.Module
     layers: Sequence[WatchedLayer]
-    found: int
+    listed: int
     ranks: Ranks | None = None
     kept: Collection[int] | None = None
 
     @property
     def counting(self) -> list[WatchedLayer]:
         """The layers that count, as far as is known."""
-        kept = range(self.found) if self.kept is None else self.kept
+        kept = range(self.listed) if self.kept is None else self.kept
         return [self.layers[i] for i in sorted(kept)]
 
     @cached_property
@@ -107,7 +100,7 @@ def watched_run(
         MeasurementError: no layer has run.
     """
     if not steps or not steps[0].layers:
-        raise nothing_ran(watched)
+        raise _nothing_ran(watched)
     order = merged_order([list(step.layers) for step in steps])
     spec = _spec(watched, order, steps[0])
     seed = options.seed
@@ -134,8 +127,8 @@ def of_step(run: Run, step: int) -> Run:
     return replace(run, layer_records=[row for row in run.layer_records if row.step == step])
 
 
-def nothing_ran(watched: Watched) -> MeasurementError:
-    """Return the error for steps in which no layer has run."""
+def _nothing_ran(watched: Watched) -> MeasurementError:
+    """The error for steps in which no layer has run."""
     names = ", ".join(layer.name for layer in watched.layers[:3])
     return MeasurementError(
         f"no watched layer of {type(watched.model).__name__} has run with gradients ({names}); "
@@ -181,29 +174,26 @@ def _layer_rows(
 
 def _owned_rows(
     watched: Watched, key: CallKey, params: np.ndarray
-) -> list[tuple[OwnedParameter, ParameterNumbers]]:
+) -> Iterator[tuple[OwnedParameter, _Numbers]]:
     """The parameters of a layer, which belong to the first call of its module."""
     place, number = key
-    own = range(*watched.spans.get(place, (0, 0))) if number == 0 else ()
-    rows = ((watched.owned[i], params[i].tolist()) for i in own)
-    return [
-        (one, ParameterNumbers(*(None if v == MISSING else v for v in row))) for one, row in rows
-    ]
+    for i in range(*watched.spans.get(place, (0, 0))) if number == 0 else ():
+        values = (None if value == MISSING else value for value in params[i].tolist())
+        yield watched.owned[i], dict(zip(PARAMETER_NUMBERS, values, strict=True))
 
 
 def _parameter_columns(watched: Watched, key: CallKey, params: np.ndarray) -> ColumnValues:
     own = [numbers for _, numbers in _owned_rows(watched, key, params)]
     if not own:
         return {}
-    size = _length([one.norm for one in own])
-    grad, update = (_length([getattr(one, name) for one in own]) for name in ("grad", "update"))
+    size, grad, used, update = (
+        _length([one[name] for one in own]) for name in ("norm", "grad", "used", "update")
+    )
     return {
         "param_norm": size,
         "param_grad_norm": grad,
         "log10_param_grad_norm": log10(grad, 0),
-        "clipped_param_grad_norm": _length([one.used for one in own])
-        if update is not None
-        else None,
+        "clipped_param_grad_norm": None if update is None else used,
         "update_ratio": update / size if update is not None and size else None,
     }
 
@@ -227,10 +217,10 @@ def _param_rows(
                 one.name,
                 "x".join(map(str, one.parameter.shape)),
                 one.parameter.numel(),
-                math.nan if numbers.norm is None else numbers.norm,
-                numbers.grad,
-                log10(numbers.grad, 0),
-                None if numbers.nonfinite is None else int(numbers.nonfinite),
+                math.nan if numbers["norm"] is None else numbers["norm"],
+                numbers["grad"],
+                log10(numbers["grad"], 0),
+                None if numbers["nonfinite"] is None else int(numbers["nonfinite"]),
             )
 
 
