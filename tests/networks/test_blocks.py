@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import oracle
@@ -10,6 +11,7 @@ import torch
 from problems import CPU, MODERN, PROBLEMS, STACKS, name, network, retyped, small
 from torch import Tensor
 
+from gradflow import networks
 from gradflow.engine.tape import Network
 from gradflow.engine.walk import walk
 from gradflow.networks.blocks import rotate
@@ -174,3 +176,8 @@ def test_every_problem_is_there() -> None:
     """
     kinds = {"mlp": 4, "conv": 3, "resnet": 3, "attention": 3, "ffn": 3, "transformer": 3}
     assert len(PROBLEMS) == sum(2 * (3 * (1 + 2 * n) + 2 * 2) for n in kinds.values())
+
+
+def test_the_guide_names_what_a_branch_may_be_made_of() -> None:
+    page = (Path(networks.__file__).parents[1] / "guide" / "your-own.md").read_text()
+    assert all(hasattr(networks, name) and f"`{name}`" in page for name in networks.__all__)
