@@ -19,8 +19,10 @@ from gradflow.errors import (
     EXIT_INTERNAL,
     EXIT_INTERRUPTED,
     EXIT_OK,
+    FindingError,
     GradflowError,
     MeasurementError,
+    UsageError,
     first_line,
 )
 
@@ -74,6 +76,8 @@ def exit_code(command: Callable[[], int | None]) -> int:
 def _exit_code(command: Callable[[], int | None]) -> int:
     try:
         code = int(command() or EXIT_OK)
+        if code == FindingError.exit_code:  # Typer's own, for a shell it does not know: no finding
+            return UsageError.exit_code
         return _say_interrupted() if code == EXIT_INTERRUPTED else code
     except GradflowError as error:
         complain(str(error))

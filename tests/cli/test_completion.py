@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from commandline import Outcome, finish, start
+from commandline import CommandLine, Outcome, finish, start
 
 from gradflow.specs.fields import flag, options_of
 from gradflow.specs.stack import StackSpec
@@ -51,3 +51,12 @@ def test_zsh_gets_the_meanings_too() -> None:
     done = finish(start(_GRADFLOW_COMPLETE="complete_zsh", **asked))
     assert (done.code, done.err) == (0, "")
     assert "relative difference from the baseline" in done.out
+
+
+def test_a_shell_that_nobody_knows_is_a_bad_value_and_no_finding(
+    cli: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("typer.completion._get_shell_name", lambda: None)
+    done = cli("--show-completion")
+    assert (done.code, done.out) == (2, "")
+    assert "not supported" in done.complaint
