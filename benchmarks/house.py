@@ -275,9 +275,10 @@ def package_lines() -> int:
 
 
 def modules_by_room() -> Counter[str]:
-    """The number of modules in each folder at the top of the package."""
-    names = (source.name.split(".") for source in sources())
-    return Counter(parts[1] if len(parts) > 1 else "" for parts in names)
+    """The number of modules in each folder of the package; `top` are those in none."""
+    folders = {f"gradflow.{folder}" for folder in top_level()[0]}
+    rooms = (".".join(source.name.split(".")[:2]) for source in sources())
+    return Counter(name.partition(".")[2] if name in folders else "top" for name in rooms)
 
 
 def tests_by_room() -> dict[str, int]:
@@ -286,7 +287,7 @@ def tests_by_room() -> dict[str, int]:
     for file in sorted(TESTS.rglob("test_*.py")):
         tree = ast.parse(file.read_text(encoding="utf-8"))
         functions = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
-        folder = file.parent.relative_to(TESTS).as_posix()
+        folder = file.parent.relative_to(TESTS).as_posix().replace(".", "top")
         found[folder] += sum(function.name.startswith("test_") for function in functions)
     return dict(found)
 
@@ -380,7 +381,7 @@ def main() -> None:
     """Measure the house and write the table."""
     rows = [(figure.name, figure.limit, figure.value) for figure in figures()]
     tests = ", ".join(f"{room} {number}" for room, number in tests_by_room().items())
-    modules = ", ".join(f"{room or 'top'} {n}" for room, n in modules_by_room().most_common())
+    modules = ", ".join(f"{room} {n}" for room, n in modules_by_room().most_common())
     note = f"Test functions by folder: {tests}.\n\nModules by folder: {modules}."
     write_table("house", "The house in numbers", ("figure", "at most", "is"), rows, note)
 
