@@ -46,7 +46,7 @@ def test_a_run_is_shown_and_stored(cli: CommandLine) -> None:
 def test_warnings_go_to_stderr_in_a_line_each(
     cli: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gradflow.measuring.columns.NOISY_SPREAD", -1.0)
+    monkeypatch.setattr("gradflow.measuring.columns._NOISY_SPREAD", -1.0)
     for more in ([], ["--json"], ["--quiet"]):
         done = cli.run(*more)
         noisy = [line for line in done.err.splitlines() if "timings vary" in line]
