@@ -29,16 +29,16 @@ _ResultT = TypeVar("_ResultT")
 
 
 class Capture(Protocol):
-    """Makes work on a device repeatable without the host."""
+    """Makes work on a device repeatable without issuing it from Python."""
 
     def warm_up(self, work: Callable[[], object]) -> None:
-        """Do the work once, eagerly: libraries load and allocate what they need."""
+        """Do the work once, eagerly, so that libraries load and allocate what they need."""
 
     def capture(self, work: Callable[[], _ResultT]) -> Callable[[], _ResultT]:
-        """Note what the work issues and do none of it.
+        """Record what the work issues, without doing it.
 
         Returns:
-            What does it all; it returns what the work returned, the tensors with new values.
+            A function that does the work; it returns what the work returned, with new values.
 
         Raises:
             RuntimeError: the work waits for the device, or does what no graph can hold.
@@ -57,7 +57,7 @@ class CudaCapture:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch's stubs
 
     def warm_up(self, work: Callable[[], object]) -> None:
-        """On the stream of the capture; the current stream goes on after it."""
+        """Do the work on the stream of the capture; the current stream goes on after it."""
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
@@ -65,26 +65,26 @@ class CudaCapture:
         current.wait_stream(self._stream)
 
     def capture(self, work: Callable[[], _ResultT]) -> Callable[[], _ResultT]:
-        """A graph, replayed in the stream that is current then."""
+        """Capture the work as a graph, which is replayed in the stream that is current then."""
         # The outer stream context: that of torch's own does not end where a capture fails.
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream), collector_paused():
             graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
             with _given_back(pool), torch.cuda.graph(graph, pool=pool, stream=self._stream):
-                found = work()
-        return _Replay(graph, work, found)
+                result = work()
+        return _Replay(graph, work, result)
 
 
 @dataclass(frozen=True)
 class _Replay(Generic[_ResultT]):
-    """A graph; the work holds the tensors that it reads, and `found` those that it fills."""
+    """A graph; `work` holds the tensors that it reads, and `result` the tensors that it fills."""
 
     graph: torch.cuda.CUDAGraph
     work: Callable[[], _ResultT]
-    found: _ResultT
+    result: _ResultT
 
     def __call__(self) -> _ResultT:
         self.graph.replay()
-        return self.found
+        return self.result
 
 
 @contextmanager
@@ -98,16 +98,16 @@ def _given_back(pool: tuple[int, int]) -> Iterator[None]:
 
 
 class Graphs:
-    """Captures passes as long as that works; a `Repeat`.
+    """Captures passes as CUDA graphs until one cannot be captured; a `timing.Repeat`.
 
     Args:
-        capture: real or fake.
-        required: what cannot be captured is an error; else it is done eagerly, as is all that
-            comes after it.
+        capture: makes work repeatable.
+        required: whether a pass that cannot be captured is an error; if not, it runs eagerly, and
+            so do all passes after it.
 
     Attributes:
-        captured: how many passes were.
-        failure: why one was not; None if all were.
+        captured: number of passes that were captured.
+        failure: why a pass could not be captured; None if all were.
     """
 
     def __init__(self, capture: Capture, *, required: bool) -> None:
@@ -117,10 +117,10 @@ class Graphs:
         self.failure: str | None = None
 
     def __call__(self, work: Callable[[], _ResultT], /) -> Callable[[], _ResultT]:
-        """The work as a graph, or as it is.
+        """Return the work as a graph, or as it is where it cannot be captured.
 
         Raises:
-            MeasurementError: it cannot be captured, and is required to be.
+            MeasurementError: the work cannot be captured, but is required to be.
         """
         if self.failure:
             return work
@@ -138,12 +138,12 @@ class Graphs:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What a run has to say of it."""
+        """Lines that the run shows: why passes ran eagerly."""
         said = "a pass could not be captured as a CUDA graph, and ran eagerly"
         return (f"{said}: {self.failure}; --no-cuda-graphs runs all so",) if self.failure else ()
 
     def _warm_up(self, work: Callable[[], object]) -> None:
-        """Once for each kind of pass: the next seed has the same kernels."""
+        """Warm up once for each kind of pass: the next seed has the same kernels."""
         kind = work.func if isinstance(work, partial) else work
         if kind not in self._warm:
             self._capture.warm_up(work)
@@ -151,10 +151,10 @@ class Graphs:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """The first of two errors: to end a capture that failed fails too, and says less."""
+    """Return the first of two errors: ending a failed capture fails too, with less to say."""
     return error.__context__ if isinstance(error.__context__, RuntimeError) else error
 
 
 def graphs_on(device: torch.device, options: RunOptions) -> Graphs:
-    """For the passes on a CUDA device."""
+    """Return what captures the passes on a CUDA device."""
     return Graphs(CudaCapture(device), required=bool(options.cuda_graphs))

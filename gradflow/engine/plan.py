@@ -27,11 +27,14 @@ from gradflow.text import count, gib
 _AUTO_SHARE = 0.5
 # Deeper stacks are rebuilt without being asked: to make so many modules costs more than to draw
 # their weights twice. They are timed by a sample of layers, as are all that are not resident.
-DEEP, SAMPLE = 2000, 16
+_DEEP, _SAMPLE = 2000, 16
 # A kernel is launched in about 5 microseconds. Up to this width and size of the stream most take no
 # longer: a GPU moves 4 MiB in and out, or multiplies 256 rows by 512 x 512, in about that time.
-NARROW, SMALL = 512, 4 << 20
-MARGIN = 1.2  # what allocators lose: 18 % at 400 units of width 128
+_NARROW, _SMALL = 512, 4 << 20
+_MARGIN = 1.2  # what allocators lose: 18 % at 400 units of width 128
+# Fewest and most seeds, and the largest layer, that are measured in one pass unasked.
+LEAST_SEEDS, MOST_SEEDS = 4, 256
+MOST_WORK, MOST_SCORES = 1 << 22, 1 << 19
 
 
 @dataclass(frozen=True)
@@ -182,19 +185,19 @@ def with_graphs(plan: Plan, size: Footprint) -> Plan:
     parameters, does not share the memory of the timed pass.
     """
     each = size.parameters + size.graph + size.nodes
-    return replace(plan, graphs=True, needed=plan.needed + int(MARGIN * plan.depth * each))
+    return replace(plan, graphs=True, needed=plan.needed + int(_MARGIN * plan.depth * each))
 
 
 def pays_as_graphs(plan: Plan, width: int, size: Footprint) -> bool:
     """Whether CUDA graphs save time: a whole pass is repeated, and its kernels are short."""
     whole = plan.keep == "graph" and not plan.rebuild and plan.timed > 0
-    return whole and width <= NARROW and size.stream <= SMALL
+    return whole and width <= _NARROW and size.stream <= _SMALL
 
 
 def _candidates(depth: int, size: Footprint, options: RunOptions) -> Iterator[Plan]:
     """Policies from the fastest to the smallest."""
     ways = (False, True) if options.rebuild is None else (options.rebuild,)
-    if options.keep == "auto" and options.rebuild is None and depth > DEEP:
+    if options.keep == "auto" and options.rebuild is None and depth > _DEEP:
         ways = (True,)
     # Graphs of all layers need the weights of all: to rebuild them saves nothing.
     if options.keep == "graph" or (options.keep == "auto" and False in ways):
@@ -222,7 +225,7 @@ def _needed(plan: Plan, size: Footprint) -> int:
     layers = plan.alive + size.prefetched_layers if plan.rebuild else plan.depth
     kept = layers * (size.parameters + size.objects) + plan.alive * size.graph
     kept += plan.streams * size.stream + size.working
-    return int(MARGIN * kept) + plan.depth * size.rows
+    return int(_MARGIN * kept) + plan.depth * size.rows
 
 
 def _with_times(plan: Plan, size: Footprint, options: RunOptions, room: int) -> Plan:
@@ -230,13 +233,9 @@ def _with_times(plan: Plan, size: Footprint, options: RunOptions, room: int) -> 
     if not options.timing:
         return plan
     each = 2 * size.parameters + size.objects + size.graph
-    fits = max(1, int(room / MARGIN - size.working) // each)
-    whole = plan.keep == "graph" and not plan.rebuild and plan.depth <= min(DEEP, fits)
-    return replace(plan, timed=plan.depth if whole else min(plan.depth, SAMPLE, fits))
-
-
-LEAST_SEEDS, MOST_SEEDS = 4, 256
-MOST_WORK, MOST_SCORES = 1 << 22, 1 << 19
+    fits = max(1, int(room / _MARGIN - size.working) // each)
+    whole = plan.keep == "graph" and not plan.rebuild and plan.depth <= min(_DEEP, fits)
+    return replace(plan, timed=plan.depth if whole else min(plan.depth, _SAMPLE, fits))
 
 
 def with_seeds(

@@ -41,13 +41,13 @@ _WITH_WIDTH = (
 
 @dataclass(frozen=True)
 class Build:
-    """What a request names in `transformers`.
+    """A model of `transformers` that can be made.
 
     Attributes:
-        config: the configuration with all that was asked for.
-        model_class: what makes the model of it.
-        is_causal: whether it predicts the next token from those before.
-        folder: of the weights; None for random ones.
+        config: the configuration, with everything that the request asks for.
+        model_class: the class that makes the model.
+        is_causal: whether the model predicts the next token from the tokens before it.
+        folder: folder of the weights; None for random weights.
     """
 
     config: Any
@@ -57,13 +57,13 @@ class Build:
 
     @property
     def parameters(self) -> int:
-        """Numbers in the model, counted without allocating one."""
+        """The number of parameters, counted without allocating any."""
         with torch.device("meta"):
             model = self._from_config()
         return sum(p.numel() for p in model.parameters())
 
     def model(self) -> nn.Module:
-        """The model in training mode, in float32."""
+        """Make the model, in training mode and in float32."""
         if self.folder is None:
             return self._from_config().train()
         read, told = self.model_class.from_pretrained(
@@ -86,7 +86,7 @@ class Build:
 
 
 def _check_complete(absent: list[str]) -> None:
-    """Refuse weights that would be random without a word."""
+    """Raise a UsageError if parameters would stay random because the folder lacks them."""
     if absent:
         names = ", ".join(sorted(absent)[:_SHOWN_NAMES])
         rule = "a folder has the weights of its model, in their sizes"
@@ -95,10 +95,10 @@ def _check_complete(absent: list[str]) -> None:
 
 
 def transformers_library() -> Any:
-    """`transformers`, told to stay offline and quiet.
+    """Return the module `transformers`, set to stay offline and quiet.
 
     Raises:
-        UsageError: it is not installed.
+        UsageError: `transformers` is not installed.
     """
     os.environ["HF_HUB_OFFLINE"] = "1"
     try:
@@ -139,10 +139,10 @@ def hugging_face_build(request: ModelRequest) -> Build:
 
 
 def changes(default: Any, request: ModelRequest) -> dict[str, Any]:
-    """The settings of a configuration that a request asks for, by the configuration's own names.
+    """Return the settings that a request asks for, by the names that the configuration has.
 
     Raises:
-        UsageError: it has no such setting.
+        UsageError: the configuration has no such setting.
     """
     sizes: dict[str, Any] = {}
     if request.depth is not None:
@@ -158,7 +158,7 @@ def changes(default: Any, request: ModelRequest) -> dict[str, Any]:
 
 
 def inputs(build: Build, request: ModelRequest, seed: int) -> dict[str, Tensor]:
-    """Random tokens, or normal pixels, as the configuration has them.
+    """Return random tokens, or normal pixels, in the sizes of the configuration.
 
     Raises:
         UsageError: the model takes something else, or fewer tokens.
@@ -181,13 +181,13 @@ def inputs(build: Build, request: ModelRequest, seed: int) -> dict[str, Tensor]:
 
 
 def as_inputs(build: Build, ids: Tensor) -> dict[str, Tensor]:
-    """Arguments of the model for tokens; a decoder beside an encoder sees the same ones."""
+    """Return the arguments of the model for token ids; encoder and decoder get the same ids."""
     names = (_TOKENS, "decoder_input_ids") if _has_encoder(build.config) else (_TOKENS,)
     return dict.fromkeys(names, ids)
 
 
 def tokens(build: Build, request: ModelRequest) -> int:
-    """Tokens in a sample.
+    """Return the number of tokens in a sample.
 
     Raises:
         UsageError: the model has fewer positions.
@@ -214,13 +214,13 @@ def _default_config(hf: Any, name: str, folder: str | None) -> Any:
 
 
 def _stored_class(hf: Any, config: Any) -> Any:
-    """The class that a folder's weights were stored from, where it says so."""
+    """Return the class that the weights were stored from; None if the folder does not say."""
     names = getattr(config, "architectures", None) or [""]
     return getattr(hf, names[0], None)
 
 
 def _class_of(hf: Any, config: Any) -> Any:
-    """A causal model with its head where the type has one, and is no encoder; else the bare one."""
+    """Return the causal model with its head if the type has one and no encoder; else the bare."""
     names, causal = hf.models.auto.modeling_auto, _causal(hf)
     kind = config.model_type
     encoder = kind in names.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(
@@ -241,7 +241,7 @@ def _causal(hf: Any) -> dict[str, str]:
 
 
 def _with(default: Any, found: dict[str, Any], folder: str | None) -> Any:
-    """The configuration made anew, because lists with an item for each layer follow from it."""
+    """Make the configuration anew, because lists with an item for each layer follow from sizes."""
     if folder is None:
         return type(default)(**found)
     for name, value in found.items():  # sizes are those of the weights
@@ -269,7 +269,7 @@ def _width_name(config: Any, request: ModelRequest) -> str:
 
 
 def _with_width(config: Any, request: ModelRequest) -> dict[str, int]:
-    """What goes with the width, by its ratio."""
+    """Return the sizes that scale with the width, by its ratio."""
     if request.width is None:
         return {}
     ratio = request.width / getattr(config, _width_name(config, request))

@@ -1,4 +1,4 @@
-"""One forward and one backward pass through anybody's model, which is left as it was."""
+"""Parts of one forward and one backward pass through any model, which is left as it was."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from gradflow.watching.discovery import stream_of
 
 
 def called(model: nn.Module, batch: Any) -> Any:
-    """The output of a model for one tensor, a tuple or list of arguments, or a mapping of names."""
+    """Call a model with one tensor, a tuple or list of arguments, or a mapping of names to them."""
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(*batch) if isinstance(batch, list | tuple) else model(batch)
 
 
 def real_output(output: Any) -> Tensor:
-    """The first floating tensor of an output; of a complex one its real and imaginary parts.
+    """Return the first floating tensor of an output; if complex, its real and imaginary parts.
 
     Raises:
-        UsageError: there is none, or it takes no gradient.
+        UsageError: the output has no such tensor, or it takes no gradient.
     """
     y = stream_of(output)
     if y is None or not y.requires_grad:
@@ -38,19 +38,15 @@ def real_output(output: Any) -> Tensor:
 
 
 def projection(output: Any, seed: int) -> Tensor:
-    """<c, y> with y = `real_output` and a random normal c of norm 1: dL/dy = c."""
+    """Return L = <c, y> with y = `real_output` and a random normal c of norm 1, so dL/dy = c."""
     y = real_output(output)
-    c = torch.randn(y.shape, generator=_generator(seed), dtype=torch.float64)
+    c = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return ((c / c.norm()).to(y.device, y.dtype) * y).sum()
-
-
-def _generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 @contextmanager
 def settings_kept() -> Iterator[None]:
-    """What a user's code may change for all that comes after it is put back at the end."""
+    """Put back torch's settings and the working directory, which a user's code may change."""
     grad, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
     threads, folder = torch.get_num_threads(), Path.cwd()
     try:
@@ -64,7 +60,7 @@ def settings_kept() -> Iterator[None]:
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Gradients, buffers and random state are put back at the end; gradients begin with None."""
+    """Start with gradients of None; put back gradients, buffers and random state at the end."""
     grads = [(p, p.grad) for p in model.parameters()]
     buffers = [(b, b.detach().clone()) for b in model.buffers() if not is_lazy(b)]
     devices = {p.device.index for p, _ in grads if p.device.type == "cuda"}

@@ -34,53 +34,27 @@ from gradflow.watching import watch
 from gradflow.watching.discovery import WatchedLayer, find_layers, repeats
 from gradflow.watching.times import bare_step, counted_step, layer_timing, timed_step
 
-
-def model_timer(request: ModelRequest, options: RunOptions, device: torch.device) -> Timer:
-    """Times the first seed of a model."""
-    with settings_kept():
-        return timer_of(build_subject(request, options.seed, device, options), request)
-
-
-def timer_of(subject: Subject, request: ModelRequest) -> Timer:
-    """Times a model with its first batch; parameters' `.grad` are None afterwards."""
-    model, example = subject.model, next(subject.batches())
-    places = layers_of(subject, example, request)
-
-    def step() -> None:
-        backward_pass(subject, example, request)
-        model.zero_grad(set_to_none=True)
-
-    with untouched(model):
-        flops = counted_step(places, step)
-    return Timer(
-        timed=partial(timed_step, places, step),
-        bare=partial(bare_step, step),
-        summary=partial(layer_timing, [place.name for place in places], flops=flops),
-    )
-
-
-def layers_of(subject: Subject, example: Example, request: ModelRequest) -> list[WatchedLayer]:
-    """The layers of a model; where only a run tells them, after one."""
-    model = subject.model
-    if request.patterns is not None or repeats(model):
-        return find_layers(model, request.patterns)
-    with untouched(model), watch(model) as flow:
-        backward_pass(subject, example, request)
-    return flow.watched_layers
-
-
-# Parameters and their gradients; with them, training has two moments and the values before.
+# Copies of the parameters: they and their gradients; training adds the optimizer's two moments and
+# the values before an update.
 _COPIES, _TRAINED_COPIES = 2, 5
 _ADVICE = "name those that always run with --layers"
 
 
 @dataclass
-class _Found:
-    """All seeds so far; `seconds` are those of the passes that were watched."""
+class _ModelResults:
+    """What the seeds that were measured so far leave behind.
+
+    Attributes:
+        runs: one run for each watched pass.
+        losses: loss of each seed at initialisation.
+        pass_seconds: seconds of each watched pass; empty where the model is trained.
+        steps: every training step.
+        timing: times of the first seed; None if it was not timed.
+    """
 
     runs: list[Run] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
+    pass_seconds: list[float] = field(default_factory=list)
     steps: list[StepRecord] = field(default_factory=list)
     timing: Timing | None = None
 
@@ -91,13 +65,19 @@ def measure_model(
     progress: Progress = lambda *_: None,
     clock: Clock | None = None,
 ) -> Run:
-    """Measure gradient flow, and the time of each layer, in somebody's model.
+    """Measure gradient flow, and the time of each layer, in any model.
 
     The model is watched during one forward and one backward pass in training mode, or during
-    those of its training; times come from passes of their own.
+    the measured steps of its training; times come from passes of their own.
+
+    Args:
+        request: the model, its input and its loss.
+        options: seeds, device, timing, training.
+        progress: called as the work goes on.
+        clock: clock in the place of the device's own.
 
     Raises:
-        UsageError: the device is not there, or something of the user's does not run.
+        UsageError: the device is not there, or the user's code does not run.
         MeasurementError: out of memory, no layer has run, or seeds have other layers.
     """
     device = resolve_device(options.device, request.dtype)
@@ -105,10 +85,10 @@ def measure_model(
     progress("building", 0, 1)
     check_memory(request, options, device)
     reset_peak(device)
-    work = _Work(request, options, device, progress, clock or clock_for(device))
+    work = _ModelMeasurement(request, options, device, progress, clock or clock_for(device))
     try:
         with settings_kept():
-            found = work.all_seeds()
+            results = work.all_seeds()
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -117,7 +97,7 @@ def measure_model(
         "start_utc": started.isoformat(timespec="seconds"),
         "duration_s": perf_counter() - begin,
     }
-    return _to_run(request, options, found, when, device)
+    return _run_of(request, options, results, when, device)
 
 
 def check_memory(request: ModelRequest, options: RunOptions, device: torch.device) -> None:
@@ -140,7 +120,7 @@ def _too_large(request: ModelRequest, needed: int | None, free: int) -> str:
 
 
 def model_bytes(request: ModelRequest, options: RunOptions) -> int:
-    """Parameters and gradients of a model of `transformers`; of others nothing is known."""
+    """Return the bytes a model of `transformers` needs; 0 for other models, which are unknown."""
     if not request.is_from_library:
         return 0
     build = hugging_face_build(request)
@@ -151,8 +131,8 @@ def model_bytes(request: ModelRequest, options: RunOptions) -> int:
 
 
 @dataclass(frozen=True)
-class _Work:
-    """One measurement under way."""
+class _ModelMeasurement:
+    """The passes of one measurement of a model: every seed, and the times of the first."""
 
     request: ModelRequest
     options: RunOptions
@@ -160,25 +140,25 @@ class _Work:
     progress: Progress
     clock: Clock
 
-    def all_seeds(self) -> _Found:
-        """Seed by seed; the first is timed, once its numbers are there.
+    def all_seeds(self) -> _ModelResults:
+        """Measure every seed; time the first one after its numbers are there.
 
-        Passes that are timed draw random numbers and move running averages, and how many there
-        are is up to the machine: none of it may reach the numbers.
+        Timed passes draw random numbers and move running averages, and the machine decides how
+        many there are: nothing of this may reach the numbers.
         """
-        found = _Found()
+        results = _ModelResults()
         for seed in self.options.all_seeds:
             self.progress(f"building, seed {seed}", 0, 1)
             subject = build_subject(self.request, seed, self.device, self.options)
             self.progress(f"gradients, seed {seed}", 0, 1)
             if self.options.steps:
-                self._train(subject, seed, found)
+                self._train(subject, seed, results)
             else:
-                self._watch(subject, seed, found)
-            if self.options.timing and found.timing is None:
-                found.timing = self._time(subject)
+                self._watch(subject, seed, results)
+            if self.options.timing and results.timing is None:
+                results.timing = self._time(subject)
             del subject  # or the next one would be built beside it
-        return found
+        return results
 
     def _time(self, subject: Subject) -> Timing | None:
         done = count(1)
@@ -186,27 +166,27 @@ class _Work:
         def tick() -> None:
             self.progress("timing", min(next(done), self.options.repeats), self.options.repeats)
 
-        found = take_times(timer_of(subject, self.request), self.options, self.clock, tick)
-        if found is None:
+        timing = take_times(timer_of(subject, self.request), self.options, self.clock, tick)
+        if timing is None:
             return None
         rate = matmul_flop_per_s(self.device, self.request.dtype, self.clock)
-        return replace(found, matmul_flop_per_s=rate)
+        return replace(timing, matmul_flop_per_s=rate)
 
-    def _watch(self, subject: Subject, seed: int, found: _Found) -> None:
+    def _watch(self, subject: Subject, seed: int, results: _ModelResults) -> None:
         marks = [self.clock.mark()]
         run, loss = watched(subject, next(subject.batches()), self.request, self.options, seed)
         marks.append(self.clock.mark())
-        found.seconds += self.clock.seconds(marks)
-        found.runs.append(run)
-        found.losses.append(loss)
+        results.pass_seconds += self.clock.seconds(marks)
+        results.runs.append(run)
+        results.losses.append(loss)
 
-    def _train(self, subject: Subject, seed: int, found: _Found) -> None:
-        """Train one seed; what is measured on the way changes nothing in it."""
+    def _train(self, subject: Subject, seed: int, results: _ModelResults) -> None:
+        """Train one seed; measurements on the way change nothing in the training."""
 
         def observe(step: int, example: Example) -> None:
             run, loss = watched(subject, example, self.request, self.options, seed)
-            found.runs.append(_at_step(run, step))
-            found.losses += [loss] * (step == 0)
+            results.runs.append(_at_step(run, step))
+            results.losses += [loss] * (step == 0)
 
         def loss(_: nn.Module, example: Example) -> Tensor:
             with errors_of_users_code(without_digest(self.request.model)):
@@ -214,14 +194,14 @@ class _Work:
 
         what = f"training, seed {seed}"
         for step in train(Problem(subject.model, subject.batches(), loss), self.options, observe):
-            found.steps.append(step_record(seed, step, subject.task))
+            results.steps.append(step_record(seed, step, subject.task))
             self.progress(what, step.step, self.options.steps)
 
 
 def watched(
     subject: Subject, example: Example, request: ModelRequest, options: RunOptions, seed: int
 ) -> tuple[Run, float]:
-    """One forward and one backward pass under watch, and its loss; the model stays as it was."""
+    """Watch one forward and one backward pass, which leave the model as it was, and its loss."""
     limits = RunOptions(seed=seed, vanishing=options.vanishing, exploding=options.exploding)
     model = subject.model
     with untouched(model), watch(model, request.patterns, options=limits) as flow:
@@ -237,36 +217,38 @@ def _at_step(run: Run, step: int) -> Run:
     )
 
 
-def _to_run(
+def _run_of(
     request: ModelRequest,
     options: RunOptions,
-    found: _Found,
+    results: _ModelResults,
     when: dict[str, Any],
     device: torch.device,
 ) -> Run:
-    spec = _common_spec(request, found.runs)
-    first = [run for run in found.runs if run.layer_records[0].step == 0]
+    spec = _common_spec(request, results.runs)
+    first = [run for run in results.runs if run.layer_records[0].step == 0]
     run = assembled_run(
         Measured(
             spec,
             options,
             describe_environment(spec, device) | when,
-            layers=[row for run in found.runs for row in run.layer_records],
-            params=[row for run in found.runs for row in run.param_records],
-            steps=found.steps,
-            losses=() if request.loss == "cotangent" else found.losses,
+            layers=[row for run in results.runs for row in run.layer_records],
+            params=[row for run in results.runs for row in run.param_records],
+            steps=results.steps,
+            losses=() if request.loss == "cotangent" else results.losses,
             warnings=list(dict.fromkeys(line for run in first for line in run.warnings)),
             peak_bytes=peak_bytes(device),
         )
     )
-    if found.timing is None:
+    if results.timing is None:
         return run
-    return with_times(run, found.timing, median(found.seconds) if found.seconds else None)
+    return with_times(
+        run, results.timing, median(results.pass_seconds) if results.pass_seconds else None
+    )
 
 
 def _common_spec(request: ModelRequest, runs: Sequence[Run]) -> ModelSpec:
-    """The model as it was found, which no seed and no step may change."""
-    # The last batch of an epoch may be smaller: the stream is that of the first.
+    """Return the model as the passes found it; its layers must be the same in all of them."""
+    # The last batch of an epoch may be smaller, so the shape is taken from the first one.
     specs = [replace(spec, shape="") for run in runs if isinstance(spec := run.spec, ModelSpec)]
     if any(spec != specs[0] for spec in specs):
         name = without_digest(request.model)
@@ -275,3 +257,37 @@ def _common_spec(request: ModelRequest, runs: Sequence[Run]) -> ModelSpec:
     spec = runs[0].spec
     assert isinstance(spec, ModelSpec)
     return replace(spec, request=request, loss=request.loss)
+
+
+def model_timer(request: ModelRequest, options: RunOptions, device: torch.device) -> Timer:
+    """Return the timer of the first seed of a model, which is built on the device."""
+    with settings_kept():
+        return timer_of(build_subject(request, options.seed, device, options), request)
+
+
+def timer_of(subject: Subject, request: ModelRequest) -> Timer:
+    """Return the timer of a model and its first batch; it leaves parameters' `.grad` at None."""
+    model, example = subject.model, next(subject.batches())
+    places = layers_of(subject, example, request)
+
+    def step() -> None:
+        backward_pass(subject, example, request)
+        model.zero_grad(set_to_none=True)
+
+    with untouched(model):
+        flops = counted_step(places, step)
+    return Timer(
+        timed=partial(timed_step, places, step),
+        bare=partial(bare_step, step),
+        summary=partial(layer_timing, [place.name for place in places], flops=flops),
+    )
+
+
+def layers_of(subject: Subject, example: Example, request: ModelRequest) -> list[WatchedLayer]:
+    """Return the layers of a model, found in a watched pass where its modules do not tell."""
+    model = subject.model
+    if request.patterns is not None or repeats(model):
+        return find_layers(model, request.patterns)
+    with untouched(model), watch(model) as flow:
+        backward_pass(subject, example, request)
+    return flow.watched_layers

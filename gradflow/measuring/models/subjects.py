@@ -1,4 +1,4 @@
-"""What a `ModelRequest` names, built: a model, its batches, and its loss."""
+"""Build what a `ModelRequest` names: a model, its batches and its loss."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from gradflow.specs.user_files import (
 from gradflow.torch_internals import map_tensors
 from gradflow.training.tasks import MarkovTask, PrototypeTask, Samples, Task
 
-# Losses that hold the output against a target.
+# Losses that compare the output with a target.
 _PAIRED = ("ce", "mse")
 
 
@@ -55,7 +55,7 @@ class Example:
 
 
 def moved_to(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """Every tensor in it on the device, and those with a point in the number format."""
+    """Return a nested value with its tensors on the device, floating ones in the number format."""
     if isinstance(value, Tensor):
         return value.to(device, dtype if value.is_floating_point() else None)
     if isinstance(value, Mapping):
@@ -69,7 +69,16 @@ def moved_to(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
 def users_batches(
     thing: Any, request: ModelRequest, move: Callable[[Any], Any]
 ) -> Iterator[Example]:
-    """The user's batches, from the start again when they end."""
+    """Yield the user's batches without end, from the start again when they are used up.
+
+    Args:
+        thing: a function, an iterable of batches, or one batch.
+        request: the model, whose loss tells whether batches are pairs.
+        move: puts a batch on its device.
+
+    Raises:
+        UsageError: there are no batches.
+    """
     shown = without_digest(str(request.input))
     paired = request.loss in _PAIRED
     for epoch in count():
@@ -83,7 +92,7 @@ def users_batches(
 
 
 def _each(thing: Any, shown: str) -> Iterator[Any]:
-    """One batch after the other: what is no iterable of batches is one batch itself."""
+    """Yield one batch after the other; anything but an iterable of batches is one batch."""
     with errors_of_users_code(shown):
         made = thing() if callable(thing) else thing
         single = isinstance(made, Tensor | Mapping | tuple) or not isinstance(made, Iterable)
@@ -98,7 +107,7 @@ def _each(thing: Any, shown: str) -> Iterator[Any]:
 
 
 def _example(batch: Any, *, paired: bool) -> Example:
-    """A pair is input and target, where the loss takes one."""
+    """Return the batch as an example: a pair is input and target where the loss takes a target."""
     if paired and isinstance(batch, list | tuple) and len(batch) == 2:
         given, target = batch
         if isinstance(target, Tensor):
@@ -107,13 +116,18 @@ def _example(batch: Any, *, paired: bool) -> Example:
 
 
 def loss_of(model: nn.Module, example: Example, kind: str, seed: int) -> Tensor:
-    """The scalar whose gradient is measured.
+    """Return the scalar whose gradient is measured.
 
-    cotangent: <c, y> with a random c of norm 1 and y the first floating tensor of the output.
-    mse, ce: against the target, or against random values or labels. own: the model's own loss.
+    Args:
+        model: the model.
+        example: its batch.
+        kind: `cotangent` is <c, y> with a random c of norm 1 and y the first floating tensor of the
+            output; `mse` and `ce` compare y with the target, or with random values or labels; `own`
+            is the loss that the model returns.
+        seed: seed of c, of the values and of the labels.
 
     Raises:
-        UsageError: the output has none, or its shape and the target's do not go together.
+        UsageError: the output has no loss, or its shape does not fit the target.
     """
     output = _output(model, example.given, kind)
     if kind == "cotangent":
@@ -142,10 +156,10 @@ def _output(model: nn.Module, given: Any, kind: str) -> Any:
 
 
 def own_loss(output: Any) -> Tensor:
-    """What the output calls its loss, or the output itself where it is a scalar.
+    """Return the loss that an output holds, or the output itself where it is a scalar.
 
     Raises:
-        UsageError: there is no such thing.
+        UsageError: the output has no loss.
     """
     found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", output)
     if not isinstance(found, Tensor) or found.numel() != 1 or not found.requires_grad:
@@ -234,7 +248,7 @@ def backward_pass(subject: Subject, example: Example, request: ModelRequest) -> 
 
 
 def _whole(subject: Subject) -> Subject:
-    """Lazy parameters get their sizes when the model is first called."""
+    """Return the subject after a first call, which gives lazy parameters their sizes."""
     if any(map(is_lazy, subject.model.parameters())):
         with torch.no_grad(), untouched(subject.model), errors_of_users_code("the model"):
             called(subject.model, next(subject.batches()).given)
@@ -242,7 +256,7 @@ def _whole(subject: Subject) -> Subject:
 
 
 def converted(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """The model on the device, its real numbers in this format; complex ones of the same width."""
+    """Move a model to the device, real numbers to a format, complex ones to the same width."""
     wide = dtype.to_complex() if dtype != torch.bfloat16 else torch.complex64
 
     def each(x: Tensor) -> Tensor:
@@ -254,14 +268,14 @@ def converted(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.
 
 
 def seed_all(seed: int) -> None:
-    """Set every generator that a model's own code may draw from."""
+    """Seed every generator that a model's code may draw from: of torch, numpy and Python."""
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 (the user's code may use it)
     random.seed(seed)
 
 
 def own_input(model: nn.Module, request: ModelRequest, seed: int) -> Tensor:
-    """Standard normal numbers; token ids where the first thing with parameters embeds them."""
+    """Return standard normal numbers, or token ids if the model's first part embeds tokens."""
     assert request.shape is not None
     source = torch.Generator().manual_seed(seed)
     symbols = vocabulary(model)
@@ -271,7 +285,7 @@ def own_input(model: nn.Module, request: ModelRequest, seed: int) -> Tensor:
 
 
 def vocabulary(model: nn.Module) -> int | None:
-    """Symbols of the embedding that is the model's first part with parameters of its own."""
+    """Return the number of symbols if the first part with parameters is an embedding; else None."""
     for part in model.modules():
         if part is not model and next(part.parameters(recurse=False), None) is not None:
             return part.num_embeddings if isinstance(part, nn.Embedding) else None
@@ -279,7 +293,7 @@ def vocabulary(model: nn.Module) -> int | None:
 
 
 def _own_model(request: ModelRequest) -> nn.Module:
-    """What the user's function returns; sizes and settings are its arguments."""
+    """Return the model that the user's function makes from the sizes and settings asked for."""
     assert isinstance(request.model, LocatedName)
     thing = import_object(request.model)
     named = {name: getattr(request, name) for name in ("depth", "width")}
@@ -310,10 +324,10 @@ def _check_arguments(thing: Callable[..., Any], given: dict[str, Any], shown: st
 
 
 def _trained(subject: Subject, build: Build | None, request: ModelRequest, seed: int) -> Subject:
-    """The subject on a built-in task that fits its input and its output.
+    """Return the subject with the batches of a built-in task that fits its input and output.
 
     Raises:
-        UsageError: there is none.
+        UsageError: no built-in task fits.
     """
     example = next(subject.batches())
     x = _main(example.given)
@@ -355,10 +369,10 @@ def _is_ids(x: Tensor) -> bool:
 
 
 def _classes(model: nn.Module, example: Example) -> int:
-    """Numbers in the output for each sample or token.
+    """Return the number of logits for each sample or token.
 
     Raises:
-        UsageError: its shape is not that of logits.
+        UsageError: the shape of the output is not a shape of logits.
     """
     with untouched(model), errors_of_users_code("the model"):
         y = real_output(called(model, example.given))
