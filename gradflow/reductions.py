@@ -27,7 +27,6 @@ StatVectors = dict[str, Tensor]
 _SCRATCH = 1 << 18
 
 PART_SUMS = ("skip_sq", "branch_sq", "cross")
-GAINS = ("gain", "skip_gain", "branch_gain", "skip_branch_cos")
 
 
 def is_at_hand(x: Tensor) -> bool:
@@ -194,3 +193,51 @@ def part_stats(sums: StatVectors, below: Tensor, above: Tensor) -> StatVectors:
         "branch_gain": branch / above,
         "skip_branch_cos": sums["cross"] / (skip * branch),
     }
+
+
+class SeedReductions:
+    """The reductions for several seeds at once: tensors (seeds, ...), every sum (seeds,)."""
+
+    @staticmethod
+    def forward_sums(y: Tensor, *, tokens: bool) -> ReducedSums:
+        """Reduce outputs y (seeds, batch, ...), as `forward_sums` reduces those of one seed."""
+        wide, flat = y.detach().double(), y.detach().flatten(1)
+        norms, lengths = _lengths(wide if tokens else wide.flatten(2))
+        size, length = _norm_per_seed(norms), _norm_per_seed(lengths)
+        return {"y_norm": size, "y_length": length, "low": flat.amin(1), "high": flat.amax(1)}
+
+    @staticmethod
+    def gradient_sums(g: Tensor) -> ReducedSums:
+        """Reduce gradients g (seeds, batch, ...), as `gradient_sums` reduces those of one seed."""
+        norms, length = _lengths(g.double().flatten(2))
+        return {
+            "grad_norm": _norm_per_seed(norms),
+            "g_length": length,
+            "nonzero": torch.count_nonzero(g.flatten(1), dim=1),
+            "nonfinite": _nonfinite_per_seed(g),
+        }
+
+    @staticmethod
+    def part_sums(skip: Tensor, branch: Tensor) -> ReducedSums:
+        """Reduce the two parts of dL/dx, each (seeds, batch, ...)."""
+        s, b = skip.double().flatten(1), branch.double().flatten(1)
+        pairs = {"skip_sq": (s, s), "branch_sq": (b, b), "cross": (s, b)}
+        return {name: torch.linalg.vecdot(one, other) for name, (one, other) in pairs.items()}
+
+    @staticmethod
+    def grad_norm(d: Tensor) -> tuple[Tensor, Tensor]:
+        """Return norm and non-finite count of a parameter's gradient d (seeds, ...)."""
+        return SeedReductions.norms(d), _nonfinite_per_seed(d)
+
+    @staticmethod
+    def norms(x: Tensor) -> Tensor:
+        """Return the Euclidean norm of each seed's part of x, accumulated in float64."""
+        return torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=torch.float64)
+
+
+def _norm_per_seed(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x.reshape(len(x), -1), dim=1)
+
+
+def _nonfinite_per_seed(x: Tensor) -> Tensor:
+    return torch.count_nonzero((x - x).flatten(1), dim=1)

@@ -14,7 +14,7 @@ from gradflow.engine.build import build_network
 from gradflow.engine.tape import Network
 from gradflow.engine.walk import walk
 from gradflow.networks.blocks import Attention
-from gradflow.networks.inputs import input_batch
+from gradflow.networks.ends import input_batch
 from gradflow.networks.norms import Norm
 from gradflow.networks.stack import build_block
 from gradflow.specs.stack import StackSpec

@@ -212,7 +212,7 @@ def say(line: str, style: str = "") -> None:
 
 @contextmanager
 def progress_bar(quiet: bool) -> Iterator[Progress]:
-    """Show progress on stderr, where that is a terminal."""
+    """Show progress on stderr, where that is a terminal, from the first call on."""
     if quiet or not sys.stderr.isatty():
         yield lambda *_: None
         return
@@ -220,10 +220,14 @@ def progress_bar(quiet: bool) -> Iterator[Progress]:
     from rich.console import Console
 
     columns = (bars.TextColumn("{task.description}"), bars.BarColumn(), bars.TimeRemainingColumn())
-    with bars.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("loading torch", total=None)
+    bar = bars.Progress(*columns, console=Console(stderr=True), transient=True)
+    task = bar.add_task("", total=None)
 
-        def progress(what: str, done: int, total: int) -> None:
-            bar.update(task, description=what, completed=done, total=total)
+    def progress(what: str, done: int, total: int) -> None:
+        bar.update(task, description=what, completed=done, total=total or None)
+        bar.start()
 
+    try:
         yield progress
+    finally:
+        bar.stop()

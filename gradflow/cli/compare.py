@@ -183,6 +183,7 @@ def _measure_grid(
     check_choice("--executor", chosen.name, EXECUTORS)
     check_writable(out)
     with progress_bar(quiet) as progress:
+        progress("loading torch", 0, 0)
         from gradflow.sweeps.cells import make_executor
         from gradflow.sweeps.sweep import sweep
 

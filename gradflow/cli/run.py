@@ -59,11 +59,11 @@ def measure_and_store(given: dict[str, Any], out: Path, quiet: bool) -> Run:
     """Measure the given fields and store the run; bad values and a bad `out` are refused first."""
     with progress_bar(quiet) as progress:
         spec, options = specification(given)
-        from gradflow.runs.staging import check_writable, nearest_folder
+        from gradflow.runs.staging import check_writable
         from gradflow.runs.store import save
 
-        check_writable(out)
-        scratch = nearest_folder(out)
+        scratch = check_writable(out)
+        progress("loading torch", 0, 0)
         from gradflow.measuring.any import measure_any
 
         return save(measure_any(spec, options, progress=progress, scratch=scratch), out)

@@ -18,8 +18,7 @@ from torch import Tensor
 from gradflow.engine.compiled import with_join
 from gradflow.engine.plan import Plan
 from gradflow.engine.tape import Network
-from gradflow.networks.inputs import input_batch
-from gradflow.networks.losses import build_loss
+from gradflow.networks.ends import build_loss, input_batch
 from gradflow.networks.stack import Block, build_block, build_stack, layer_kind, redraw
 from gradflow.networks.units.template import Compiled
 from gradflow.specs.stack import StackSpec

@@ -25,7 +25,7 @@ from gradflow.engine.plan import (
 )
 from gradflow.engine.tape import SavedBytes
 from gradflow.errors import MeasurementError, UsageError, is_out_of_memory
-from gradflow.networks.inputs import input_shape, stream_shape
+from gradflow.networks.ends import input_shape, stream_shape
 from gradflow.networks.stack import Block, build_block, layer_kind
 from gradflow.specs.fields import flag
 from gradflow.specs.run_options import RunOptions

@@ -27,11 +27,6 @@ from gradflow.runs.records import LayerRecord, ParamRecord
 
 CHUNK_UNITS = 32
 _LOG10_2 = math.log10(2)
-# Columns that are written as they are measured.
-_AS_MEASURED = (
-    *("act_rms", "act_max_abs", "act_cos", "grad_cos", "zero_fraction"),
-    *reductions.GAINS,
-)
 
 
 @dataclass(frozen=True)
@@ -235,7 +230,7 @@ def _layer_record(
     scaled: Mapping[str, tuple[float | None, float]],
 ) -> LayerRecord:
     """The record of a row; `scaled` has the norms that become size * 2^exponent by column."""
-    columns: dict[str, Any] = {name: numbers[name] for name in _AS_MEASURED}
+    columns: dict[str, Any] = dict(numbers)
     for name, pair in scaled.items():
         columns |= {name: scaled_size(*pair), f"log10_{name}": log10(*pair)}
     return LayerRecord(
@@ -243,9 +238,8 @@ def _layer_record(
         step=when.step,
         layer=row.layer,
         unit=row.unit,
-        **columns,
+        **columns | {"nonfinite": int(numbers["nonfinite"])},
         param_norm=math.hypot(*(one.norm for one in own)) if own else None,
-        nonfinite=int(numbers["nonfinite"]),
         saved_bytes=row.saved_bytes,
     )
 

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from gradflow.networks.checkpoint import load_layer
+from gradflow.networks.ends import input_batch
 from gradflow.networks.initial import Weights, fill, generator
-from gradflow.networks.inputs import input_batch
 from gradflow.networks.units.admin import AdminUnit, Profile
 from gradflow.networks.units.template import Scale, Unit
 from gradflow.schemes import UNIT_KINDS

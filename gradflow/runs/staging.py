@@ -20,26 +20,25 @@ STAGING = ".gradflow-"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-def check_writable(out: Path) -> None:
+def check_writable(out: Path) -> Path:
     """Make sure, before anything is measured, that runs can be stored in `out`; leaves no trace.
+
+    Returns:
+        The folder itself, or the nearest above it that exists: temporary rows fit on its disk.
 
     Raises:
         UsageError: it cannot be made, or nothing can be written into it.
         MeasurementError: the disk is full.
     """
+    nearest = next(folder for folder in (out, *out.parents) if os.path.lexists(folder))
     try:
-        with tempfile.TemporaryFile(dir=nearest_folder(out)):
-            pass
+        with tempfile.TemporaryFile(dir=nearest):
+            return nearest
     except OSError as error:
         if error.errno in _FULL:
             raise not_stored(out, error) from None
         rule = "--out is a folder that can be written to"
         raise UsageError(rule, f"{out} ({error.strerror})", "choose another --out") from None
-
-
-def nearest_folder(out: Path) -> Path:
-    """The folder, or the nearest above it that exists."""
-    return next(folder for folder in (out, *out.parents) if os.path.lexists(folder))
 
 
 def not_stored(out: Path, error: OSError) -> MeasurementError:

@@ -12,10 +12,10 @@ from gradflow.schemes.wiring import Place, Wiring
 
 # By name: `Scheme.readout`.
 READOUTS = {
-    "first": Readout("gradflow.networks.losses:ReduceStreams"),
-    "last": Readout("gradflow.networks.losses:ReduceStreams"),
-    "sum": Readout("gradflow.networks.losses:ReduceStreams"),
-    "mean": Readout("gradflow.networks.losses:ReduceStreams"),
+    "first": Readout("gradflow.networks.ends:ReduceStreams"),
+    "last": Readout("gradflow.networks.ends:ReduceStreams"),
+    "sum": Readout("gradflow.networks.ends:ReduceStreams"),
+    "mean": Readout("gradflow.networks.ends:ReduceStreams"),
     "dual": Readout("gradflow.networks.units.two_streams:DualReadout", 2),
     "siamese": Readout("gradflow.networks.units.two_streams:SiameseReadout", 2),
     "depth attention": Readout("gradflow.networks.units.depth_mixing:DepthAttention"),

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from gradflow.engine.tape import Network
 from gradflow.engine.walk import walk
+from gradflow.networks.ends import ReadoutLoss, build_loss, scaled_input
 from gradflow.networks.initial import generator
-from gradflow.networks.inputs import scaled_input
-from gradflow.networks.losses import ReadoutLoss, build_loss
 from gradflow.networks.stack import build_stack
 from gradflow.reductions import norm
 from gradflow.runs.records import LayerRecord, ParamRecord, StepRecord

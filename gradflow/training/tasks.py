@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradflow.networks.ends import stream_shape
 from gradflow.networks.initial import generator
-from gradflow.networks.inputs import stream_shape
 from gradflow.specs.stack import StackSpec
 
 if TYPE_CHECKING:

@@ -28,15 +28,14 @@ from gradflow.engine.plan import (
 )
 from gradflow.engine.rows import new_tables
 from gradflow.engine.seeds.blocks import SeedBlocks
-from gradflow.engine.seeds.reductions import SeedReductions
 from gradflow.engine.seeds.walk import seed_network, walk_seeds
 from gradflow.engine.tape import count_saved
 from gradflow.engine.walk import walk
 from gradflow.errors import MeasurementError, UsageError
+from gradflow.networks.ends import stream_shape
 from gradflow.networks.initial import Weights
-from gradflow.networks.inputs import stream_shape
 from gradflow.networks.stack import build_block
-from gradflow.reductions import forward_sums, grad_norm, gradient_sums, part_sums
+from gradflow.reductions import SeedReductions, forward_sums, grad_norm, gradient_sums, part_sums
 from gradflow.runs.records import LayerRecord, ParamRecord
 from gradflow.schemes import SCHEMES
 from gradflow.specs.block_kinds import BLOCKS

@@ -12,8 +12,7 @@ import torch
 from gradflow.engine.tape import Network
 from gradflow.engine.walk import walk
 from gradflow.errors import UsageError
-from gradflow.networks.inputs import input_batch
-from gradflow.networks.losses import build_loss
+from gradflow.networks.ends import build_loss, input_batch
 from gradflow.networks.stack import build_stack
 from gradflow.runs.records import LayerRecord, ParamRecord
 from gradflow.specs.block_kinds import BLOCKS, NORM_KINDS, POINTWISE

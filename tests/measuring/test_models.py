@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gradflow.engine.build import build_network
 from gradflow.engine.walk import walk
-from gradflow.networks.inputs import token_ids
+from gradflow.networks.ends import token_ids
 from gradflow.specs.stack import StackSpec
 
 pytestmark = pytest.mark.slow  # transformers takes seconds to import

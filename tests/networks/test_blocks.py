@@ -15,7 +15,7 @@ from gradflow import networks
 from gradflow.engine.tape import Network
 from gradflow.engine.walk import walk
 from gradflow.networks.blocks import rotate
-from gradflow.networks.inputs import input_batch
+from gradflow.networks.ends import input_batch
 from gradflow.networks.stack import Block, build_block
 from gradflow.specs.block_kinds import ACTIVATIONS, BLOCKS
 from gradflow.specs.stack import StackSpec

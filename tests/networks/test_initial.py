@@ -13,9 +13,8 @@ from scipy import stats as laws
 from torch import Tensor, nn
 
 from gradflow.engine.walk import walk
+from gradflow.networks.ends import build_loss, input_batch
 from gradflow.networks.initial import generator_seed
-from gradflow.networks.inputs import input_batch
-from gradflow.networks.losses import build_loss
 from gradflow.networks.stack import build_block
 from gradflow.specs.stack import StackSpec
 from gradflow.specs.stack_fields import INITS

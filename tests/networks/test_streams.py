@@ -18,8 +18,7 @@ from gradflow.engine import memory
 from gradflow.engine.tape import Network, SavedBytes, record_forward
 from gradflow.engine.walk import loss_gradient, vjp, walk
 from gradflow.errors import UsageError
-from gradflow.networks.inputs import input_shape, state_shape
-from gradflow.networks.losses import ReduceStreams
+from gradflow.networks.ends import ReduceStreams, input_shape, state_shape
 from gradflow.networks.stack import build_block
 from gradflow.networks.units import depth_mixing, hyper
 from gradflow.networks.units.hyper import sinkhorn

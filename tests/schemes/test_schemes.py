@@ -24,8 +24,7 @@ from walk_checks import (
 from gradflow.engine.tape import Network, record_forward
 from gradflow.engine.walk import loss_gradient, vjp, walk
 from gradflow.errors import UsageError
-from gradflow.networks.inputs import input_batch
-from gradflow.networks.losses import build_loss
+from gradflow.networks.ends import build_loss, input_batch
 from gradflow.networks.stack import build_block
 from gradflow.schemes import SCHEMES, Place, Wiring
 from gradflow.specs.block_kinds import BLOCKS

@@ -607,8 +607,7 @@ def test_gradients_are_those_of_plain_autograd(tmp_path: Path) -> None:
         **TINY, norm="none", block=from_file(branch_file(tmp_path, made, returned=returned))
     )
     run = measure(spec, QUICK)
-    from gradflow.networks.inputs import input_batch
-    from gradflow.networks.losses import CotangentLoss
+    from gradflow.networks.ends import CotangentLoss, input_batch
 
     x = input_batch(spec, 0, CPU).requires_grad_()
     streams = [x]

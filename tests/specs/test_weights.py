@@ -38,7 +38,7 @@ from torch import Tensor
 from gradflow import RunOptions, measure, save
 from gradflow.engine.build import RebuiltBlocks
 from gradflow.errors import UsageError
-from gradflow.networks.inputs import input_batch, token_ids
+from gradflow.networks.ends import input_batch, token_ids
 from gradflow.networks.stack import build_block
 from gradflow.runs.store import load
 from gradflow.specs.stack import StackSpec, run_key

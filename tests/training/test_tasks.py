@@ -11,7 +11,7 @@ from problems import CPU, small
 from scipy.integrate import quad
 from scipy.stats import norm
 
-from gradflow.networks.inputs import stream_shape
+from gradflow.networks.ends import stream_shape
 from gradflow.specs.stack import StackSpec
 from gradflow.training.tasks import (
     SEPARATION,

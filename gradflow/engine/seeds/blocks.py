@@ -15,9 +15,9 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradflow.engine.build import LazyLayers
-from gradflow.engine.seeds.reductions import SeedReductions
 from gradflow.networks.stack import Block, build_block, layer_kind, redraw
 from gradflow.networks.units.template import Unit
+from gradflow.reductions import SeedReductions
 from gradflow.specs.stack import StackSpec
 from gradflow.torch_internals import with_children
 

@@ -22,13 +22,12 @@ from gradflow.engine.rows import (
     pack,
 )
 from gradflow.engine.seeds.blocks import VmappedJoin
-from gradflow.engine.seeds.reductions import SeedReductions
 from gradflow.engine.tape import Network, SavedBytes, Ticker
 from gradflow.engine.walk import Observer, observe
-from gradflow.networks.inputs import input_batch
-from gradflow.networks.losses import build_loss
+from gradflow.networks.ends import build_loss, input_batch
 from gradflow.networks.stack import Block
 from gradflow.networks.units.template import Unit
+from gradflow.reductions import SeedReductions
 from gradflow.specs.stack import StackSpec
 
 
