@@ -58,20 +58,15 @@ def with_fields(*, lists: bool = False) -> Callable[[_Command], _Command]:
 
 
 def parse(given: dict[str, Any]) -> dict[str, Any]:
-    """Return the values of options, converted from text; flags have their values already.
-
-    Raises:
-        UsageError: a value that is not of the field's type.
-    """
+    """Return the values of options, from text but for flags; UsageError for one of another type."""
     texts = {k: " ".join(v) if _options()[k].about.repeated else v for k, v in given.items()}
     return {k: _value(k, v) if isinstance(v, str) else v for k, v in texts.items()}
 
 
 def parse_lists(given: dict[str, Any]) -> dict[str, list[Any]]:
-    """Return lists of values of options from comma-separated text; whole numbers may be ranges.
+    """Return lists of values from comma-separated text; whole numbers may be ranges.
 
-    Raises:
-        UsageError: a value that is not of the field's type, or an empty one.
+    A UsageError tells of an empty value, or of one that is not of the field's type.
     """
     return {name: _list(name, value) for name, value in given.items()}
 

@@ -19,9 +19,7 @@ class BlockKind:
     Attributes:
         units: the branches, in order.
         domain: the shape of the stream.
-        activation: the default one.
-        meaning: what the block computes.
-        options: the options that mean something for some blocks only, and for this one.
+        options: those of some blocks only that mean something for this one.
         matrices: names of the branch's weights that a wiring can scale.
         inner_norms: places of norms that stand inside the branch.
     """
@@ -112,14 +110,10 @@ GROUPS = 8
 
 
 def user_block_kind(name: str, options: Collection[str]) -> BlockKind:
-    """What a user's own branch says of itself in attributes of its class.
+    """Return what a user's own branch says of itself in attributes of its class.
 
-    Args:
-        name: of the block, as `from_file` returns it.
-        options: the options that belong to some blocks only.
-
-    Raises:
-        UsageError: its file was not loaded, or an attribute breaks the interface.
+    The name is the one that `from_file` returned, and `options` are those of some blocks only. A
+    UsageError tells of an attribute that breaks the interface, or of a file that is not loaded.
     """
     # Queries and keys are inside a branch: only its own code could normalise them.
     known = [option for option in options if option != "qk_norm"]
@@ -131,11 +125,7 @@ def user_block_kind(name: str, options: Collection[str]) -> BlockKind:
 
 
 def branch_class(name: str) -> Any:
-    """Return the class of a user's branch.
-
-    Raises:
-        UsageError: its file was not loaded, or it is no class of modules.
-    """
+    """Return the class of a user's branch; UsageError where it is no class of modules."""
     found = loaded(name)
     if not isinstance(found, type) or not any(map(_is_module, found.__mro__)):
         what = found.__name__ if isinstance(found, type) else type(found).__name__
@@ -149,22 +139,14 @@ def _is_module(base: type) -> bool:
 
 
 def _declared(name: str, attribute: str, default: str, known: Collection[str]) -> str:
-    """A class attribute that is one of the known names.
-
-    Raises:
-        UsageError: it is none of them.
-    """
+    """Return a class attribute, which has to be one of the known names."""
     value = getattr(branch_class(name), attribute, default)
     _check_declared(name, attribute, value, known)
     return str(value)
 
 
 def _declared_options(name: str, known: Collection[str]) -> tuple[str, ...]:
-    """The class attribute `options`: fields of the spec that mean something for the branch.
-
-    Raises:
-        UsageError: it is no tuple, or names a field that is no option of blocks.
-    """
+    """Return the class attribute `options`: fields of the spec that the branch uses."""
     values = getattr(branch_class(name), "options", ())
     if not isinstance(values, tuple):
         rule = f"options of {without_digest(name)} is a tuple of names"

@@ -30,10 +30,9 @@ _ACTIVATIONS = {
 
 @dataclass(frozen=True)
 class ParameterSource:
-    """The place of a module's parameters in a layer of the checkpoint.
+    """The place of a module's parameters in a layer of the checkpoint, by the module's name there.
 
     Attributes:
-        name: of the module there.
         third: 0, 1 or 2 where queries, keys and values are fused along the outputs.
         transposed: its matrix is (in, out).
     """
@@ -52,12 +51,10 @@ class Architecture:
         needs: settings that have to have this value, where they are there.
         layer: what the names of layer {} (from 0) begin with.
         parts: for each module of a block, by its name there, its source.
-        embedding: of the tokens.
         norm: the final one.
         positions: embedding of the positions, where they are learned.
         prefixes: what the names of the body may begin with.
         tied: whether head and embedding are one where the config does not say.
-        head: the map to the vocabulary.
     """
 
     fields: Callable[[_Config], _Fields]
@@ -75,8 +72,7 @@ class Architecture:
 def architecture(config: _Config) -> Architecture:
     """Return the architecture that a config names.
 
-    Raises:
-        UsageError: unknown, or with a setting that gradflow does not compute.
+    A UsageError tells of an unknown one, or of a setting that gradflow does not compute.
     """
     kind = config.get("model_type")
     if kind not in ARCHITECTURES:
@@ -91,11 +87,7 @@ def architecture(config: _Config) -> Architecture:
 
 
 def _setting(config: _Config, name: str, kind: Callable[[Any], Any], default: Any = None) -> Any:
-    """A setting of the config; null counts as missing.
-
-    Raises:
-        UsageError: it is missing and has no default, or is no number or text as it should be.
-    """
+    """Return a number or a text of the config; null counts as missing."""
     value = config.get(name)
     value = default if value is None else value
     if type(value) is not kind and not (kind is float and type(value) is int):
@@ -123,11 +115,7 @@ def _llama(config: _Config) -> _Fields:
 
 
 def _rope(config: _Config) -> float:
-    """Return the base of the rotary positions, which configs write in two ways.
-
-    Raises:
-        UsageError: the positions are stretched.
-    """
+    """Return the base of the rotary positions, which configs write in two ways."""
     how: Any = config.get("rope_parameters") or config.get("rope_scaling") or {}
     how = how if isinstance(how, dict) else {"rope_type": how}
     kind = how.get("rope_type", how.get("type", "default"))
@@ -173,11 +161,7 @@ _LLAMA_PARTS = {
     "1.branch.up": ParameterSource("mlp.up_proj"),
     "1.branch.down": ParameterSource("mlp.down_proj"),
 }
-_LLAMA_NAMES: dict[str, Any] = {
-    "layer": "layers.{}.",
-    "embedding": "embed_tokens",
-    "norm": "norm",
-}
+_LLAMA_NAMES: dict[str, Any] = {"layer": "layers.{}.", "embedding": "embed_tokens", "norm": "norm"}
 _UNBIASED = {"use_sliding_window": False, "attention_bias": False, "mlp_bias": False}
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -253,11 +237,7 @@ class Pretrained(str):
 
     @property
     def architecture(self) -> Architecture:
-        """Names and layout of the checkpoint's tensors.
-
-        Raises:
-            UsageError: the folder is not known.
-        """
+        """Names and layout of the checkpoint's tensors; UsageError where the folder is unknown."""
         self.where()
         return architecture(self.config)
 
@@ -278,11 +258,7 @@ class Pretrained(str):
         return bool(self.config.get("tie_word_embeddings", self.architecture.tied))
 
     def where(self) -> Path:
-        """Return the folder of the checkpoint.
-
-        Raises:
-            UsageError: it is not known.
-        """
+        """Return the folder of the checkpoint; UsageError where it is not known."""
         if self.folder is None:
             rule = "weights are read from their folder"
             raise UsageError(rule, f"the name {self} alone", "give --weights DIR")
@@ -292,8 +268,7 @@ class Pretrained(str):
 def locate_checkpoint(text: str) -> Pretrained:
     """Return the checkpoint that lies in a folder.
 
-    Raises:
-        UsageError: no folder, a file is missing or broken, or the architecture is unknown.
+    A UsageError tells of a file that is missing or broken, or of an unknown architecture.
     """
     folder = Path(text).resolve()  # for workers that start elsewhere
     if not folder.is_dir():
@@ -307,11 +282,7 @@ def locate_checkpoint(text: str) -> Pretrained:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    """Return the object in a JSON file.
-
-    Raises:
-        UsageError: there is none.
-    """
+    """Return the object in a JSON file."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -327,8 +298,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 def files_of(folder: Path) -> dict[str, Path] | Path:
     """Return the file of each tensor by the tensor's name, or the one file of all tensors.
 
-    Raises:
-        UsageError: there is no such file.
+    A UsageError tells of a file that is not there.
     """
     if (folder / INDEX).exists():
         names = _read_json(folder / INDEX).get("weight_map")

@@ -26,11 +26,7 @@ def flag(name: str) -> str:
 
 
 def check_choice(what: str, value: object, known: tuple[str, ...]) -> None:
-    """Refuse a name that is not among the known ones, and list those.
-
-    Raises:
-        UsageError: the name is unknown.
-    """
+    """Raise a UsageError that lists the known names for a value that is none of them."""
     if value not in known:
         raise UsageError(f"{what} is one of the known names", value, f"use {', '.join(known)}")
 
@@ -42,11 +38,7 @@ class Whole:
     least: int
 
     def check(self, name: str, value: object) -> None:
-        """Refuse the value of a field that is smaller, or no whole number.
-
-        Raises:
-            UsageError: says the rule and what to do.
-        """
+        """Raise a UsageError for the value of a field that is smaller, or no whole number."""
         if not isinstance(value, int) or isinstance(value, bool) or value < self.least:
             rule = f"{flag(name)} is a whole number of at least {self.least}"
             raise UsageError(rule, value, f"use {flag(name)} {max(self.least, 1)} or more")
@@ -59,11 +51,7 @@ class Real:
     zero: bool = False
 
     def check(self, name: str, value: object) -> None:
-        """Refuse the value of a field that is negative, not finite, or no number.
-
-        Raises:
-            UsageError: says the rule and what to do.
-        """
+        """Raise a UsageError for the value of a field that is negative, infinite, or no number."""
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if number and math.isfinite(value) and (value > 0 or (value == 0 and self.zero)):  # type: ignore[arg-type, operator]
             return
@@ -78,11 +66,7 @@ class Switch:
     rule: str = "is true or false"
 
     def check(self, name: str, value: object) -> None:
-        """Refuse the value of a field that is neither.
-
-        Raises:
-            UsageError: says the rule and what to do.
-        """
+        """Raise a UsageError for the value of a field that is neither."""
         if not isinstance(value, bool):
             remedy = f"use {flag(name)} or {flag('no_' + name)}"
             raise UsageError(f"{flag(name)} {self.rule}", value, remedy)
@@ -150,11 +134,7 @@ def keyed(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_values(cls: type, values: Mapping[str, Any]) -> None:
-    """Refuse values that are not what their options say; None passes where it is the default.
-
-    Raises:
-        UsageError: the first value that breaks its rule.
-    """
+    """Raise a UsageError for the first value that breaks its rule; a default of None passes."""
     for f, about in options_of(cls):
         value = values[f.name]
         if about.values and not (value is None and f.default is None):
@@ -162,22 +142,14 @@ def check_values(cls: type, values: Mapping[str, Any]) -> None:
 
 
 def check_names(cls: type, values: Mapping[str, Any]) -> None:
-    """Refuse names that are not among the choices of their options; None passes.
-
-    Raises:
-        UsageError: the first name that is unknown.
-    """
+    """Raise a UsageError for the first name that is none of the choices; None passes."""
     for f, about in options_of(cls):
         if about.choices and values[f.name] is not None:
             check_choice(flag(f.name), values[f.name], about.choices)
 
 
 def known_fields(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values by field, if the class has all these fields.
-
-    Raises:
-        UsageError: an unknown field.
-    """
+    """Return the values by field; UsageError for a field that the class does not have."""
     known = tuple(f.name for f in fields(cls))
     for name in values:
         check_choice(f"a field of {cls.__name__}", name, known)
@@ -187,11 +159,8 @@ def known_fields(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
 def typed(cls: type, values: object) -> dict[str, Any]:
     """Return values of a dataclass's fields by name, if each has the type of its field.
 
-    Names that the class does not have pass: its constructor refuses them.
-
-
-    Raises:
-        TypeError: no JSON object, or a value of another type than its field.
+    Names that the class does not have pass: its constructor refuses them. A TypeError tells of a
+    value of another type, or of one that is no JSON object.
     """
     hints = get_type_hints(cls)
     known = expect(f"what makes a {cls.__name__}", values, dict)
@@ -203,11 +172,7 @@ def typed(cls: type, values: object) -> dict[str, Any]:
 
 
 def expect(name: str, value: Any, *kinds: type) -> Any:
-    """Return the value, if it is of one of these types; a bool is no int.
-
-    Raises:
-        TypeError: it is of none of them.
-    """
+    """Return the value if it is of one of these types, else raise TypeError; a bool is no int."""
     if type(value) in kinds:
         return value
     wanted = " or ".join("null" if kind is NoneType else kind.__name__ for kind in kinds)
@@ -215,11 +180,7 @@ def expect(name: str, value: Any, *kinds: type) -> Any:
 
 
 def expect_items(name: str, values: Any, *kinds: type) -> Any:
-    """Return a list or a dictionary, if all its values are of these types.
-
-    Raises:
-        TypeError: it is neither, or holds other values.
-    """
+    """Return a list or a dictionary whose values are all of these types, else raise TypeError."""
     items = values.values() if isinstance(values, Mapping) else expect(name, values, list)
     for item in items:
         expect(f"a value in {name}", item, *kinds)

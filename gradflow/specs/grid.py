@@ -38,8 +38,6 @@ class Cell:
     """One network of a sweep, with how it is measured.
 
     Attributes:
-        spec: the network, or the model.
-        options: how it is measured.
         code: names of the user's code in it, with what loads each in another process.
     """
 
@@ -73,10 +71,9 @@ class Cell:
 
 @dataclass(frozen=True)
 class Grid:
-    """The cells of a sweep, in order.
+    """The cells of a sweep in order, each once.
 
     Attributes:
-        cells: each once.
         skipped: one line for each combination that is no network, with the rule.
         notes: one line for each option that was left out where it does not apply.
     """
@@ -194,10 +191,7 @@ def expand_range(word: str) -> list[int] | None:
     """Return the whole numbers of a range, each once and rising; None where the word is no range.
 
     `a..b` counts in ones, `a..b:s` in steps of s, `a..b:log` goes in half decades and `a..b:logN`
-    in N numbers, both ends among them.
-
-    Raises:
-        ValueError: a range that holds nothing, or has no steps.
+    in N numbers, both ends among them. A range that holds nothing raises ValueError.
     """
     match = _RANGE.fullmatch(word)
     if match is None or word.endswith(":"):

@@ -144,11 +144,7 @@ class ModelRequest:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> ModelRequest:
-        """Return the request that `to_json` wrote; where its model lies was not stored.
-
-        Raises:
-            UsageError: an unknown field, or a value that breaks a rule.
-        """
+        """Return the request that `to_json` wrote, without the place of the model."""
         known = known_fields(cls, values)
         known["model"] = LocatedName(known["model"])
         if known.get("input") and ":" in known["input"]:
@@ -177,11 +173,7 @@ class ModelRequest:
 
 
 def locate_model(text: object) -> LocatedName:
-    """Return the name of the model that a word stands for.
-
-    Raises:
-        UsageError: it names none, or no such module, file or folder is there.
-    """
+    """Return the name of the model that a word stands for; UsageError where there is none."""
     word = str(text or "").strip()
     if names_import(word):
         return locate_import(word)
@@ -192,11 +184,7 @@ def locate_model(text: object) -> LocatedName:
 
 
 def _locate_folder(text: str) -> LocatedName:
-    """Return the name of a folder with config.json and safetensors, as Hugging Face has it.
-
-    Raises:
-        UsageError: a file is missing.
-    """
+    """Return the name of a folder with config.json and safetensors, as Hugging Face has it."""
     folder = Path(text).resolve()
     if not (folder / CONFIG).is_file():
         rule = "hf: names a model type of transformers, one of its classes, or a folder"
@@ -227,74 +215,60 @@ class Spec(Protocol):
     @property
     def depth(self) -> int:
         """Number of layers of the network."""
-        ...
 
     @property
     def block(self) -> str | None:
         """What a layer is, or the model."""
-        ...
 
     @property
     def scheme(self) -> str | None:
         """The published recipe, where there is one."""
-        ...
 
     @property
     def departures(self) -> str:
         """The parts of the scheme that options replace, in words; empty if there are none."""
-        ...
 
     @property
     def dtype(self) -> str:
         """Name of the stream's number format."""
-        ...
 
     @property
     def loss(self) -> str:
         """Name of the loss whose gradient is measured."""
-        ...
 
     @property
     def units_per_block(self) -> int:
         """Number of rows of one layer."""
-        ...
 
     @property
     def input_has_gradient(self) -> bool:
         """Whether the input takes a gradient: if not, profiles begin at layer 1."""
-        ...
 
     @property
     def title(self) -> str:
         """The network in a few words, for headings."""
-        ...
 
     @property
     def details(self) -> str:
         """What the title leaves out, in one line."""
-        ...
 
     @property
     def slug(self) -> str:
         """The network as a part of a folder name."""
-        ...
 
     def kind_of(self, unit: str) -> str:
         """Return the kind of a unit; units of one kind can be compared with each other."""
-        ...
 
     def to_json(self) -> dict[str, Any]:
         """Return a dictionary of plain values for a JSON file."""
-        ...
 
     def identity(self) -> dict[str, Any]:
         """Return plain values that decide the numbers, together with the options."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """A model that was watched, and its layers.
+    """A model that was watched, and its layers; every unit has a kind.
 
     Attributes:
         model: its class.
@@ -302,15 +276,11 @@ class ModelSpec:
             is `name#2`.
         kinds: class of each, likewise.
         shape: sizes of the stream at the first layer, joined by x.
-        dtype: number format of the stream.
         parameters: numbers in the watched layers.
         training: whether the model was in training mode.
         input_has_gradient: whether the input of the first layer takes a gradient.
         loss: what puts the gradient in: the user's own, or the one asked for.
         request: what was asked for, where gradflow made the model.
-
-    Raises:
-        UsageError: no layers, or not as many kinds as units.
     """
 
     model: str
@@ -323,6 +293,11 @@ class ModelSpec:
     input_has_gradient: bool = True
     loss: str = "own"
     request: ModelRequest | None = None
+
+    # A model follows no scheme that options could depart from, and each of its layers is one row.
+    scheme = None
+    departures = ""
+    units_per_block = 1
 
     def __post_init__(self) -> None:
         Whole(1).check("depth", self.depth)
@@ -343,21 +318,6 @@ class ModelSpec:
     def settings(self) -> str:
         """Sizes and settings that differ from the model's own; or empty."""
         return self.request.departures if self.request else ""
-
-    @property
-    def scheme(self) -> None:
-        """None: a model follows no scheme."""
-        return
-
-    @property
-    def departures(self) -> str:
-        """Empty: there is no scheme to depart from."""
-        return ""
-
-    @property
-    def units_per_block(self) -> int:
-        """One: every layer is one row."""
-        return 1
 
     @property
     def title(self) -> str:
@@ -397,11 +357,7 @@ class ModelSpec:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> ModelSpec:
-        """Return the spec that `to_json` wrote.
-
-        Raises:
-            UsageError: an unknown field, or a value that breaks a rule.
-        """
+        """Return the spec that `to_json` wrote; UsageError for an unknown field."""
         known = known_fields(cls, values)
         if known.get("request") is not None:
             known["request"] = ModelRequest.from_json(typed(ModelRequest, known["request"]))
@@ -411,9 +367,7 @@ class ModelSpec:
 def spec_from_json(values: object) -> StackSpec | ModelSpec:
     """Return the spec of a run from its file; the spec of a model has the key `model`.
 
-    Raises:
-        UsageError: an unknown field, or a value that breaks a rule.
-        TypeError: a value of another type than its field.
+    A value of another type than its field is a TypeError, one that breaks a rule a UsageError.
     """
     if isinstance(values, dict) and "model" in values:
         plain = {name: value for name, value in values.items() if name != "request"}

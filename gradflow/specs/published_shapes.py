@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gradflow.errors import UsageError
+from gradflow.specs.fields import check_choice
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,7 @@ _BERT_SOURCE = "Devlin et al. 2018, arXiv:1810.04805, section 3"
 
 SHAPES: dict[str, PublishedShape] = {
     "gpt2": PublishedShape(
-        _GPT2 | {"depth": 12, "width": 768, "heads": 12, "seq_len": 1024},
-        124_439_808,
-        _GPT2_SOURCE,
+        _GPT2 | {"depth": 12, "width": 768, "heads": 12, "seq_len": 1024}, 124_439_808, _GPT2_SOURCE
     ),
     "gpt2-medium": PublishedShape(
         _GPT2 | {"depth": 24, "width": 1024, "heads": 16, "seq_len": 1024},
@@ -148,37 +146,25 @@ _OVERRULES: dict[str, tuple[str, ...]] = {
 }
 
 
-def _published_shape(name: str) -> PublishedShape:
-    """Return the published shape of that name.
-
-    Raises:
-        UsageError: the name is unknown.
-    """
-    if name not in SHAPES:
-        rule = "--like is one of the known names"
-        raise UsageError(rule, name, f"use {', '.join(SHAPES)}")
-    return SHAPES[name]
+def _shape_fields(name: str) -> Mapping[str, Any]:
+    check_choice("--like", name, tuple(SHAPES))
+    return SHAPES[name].fields
 
 
 def missing(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a shape that are not given, nor overruled by a field that is given.
 
-    Args:
-        name: of the shape.
-        given: values by field; None where there is none.
-
-    Raises:
-        UsageError: the name is unknown.
+    `given` holds values by field, None where there is none. An unknown name raises UsageError.
     """
     present = {field for field, value in given.items() if value is not None}
     overruled = {other for field in present for other in _OVERRULES.get(field, ())}
-    shape = _published_shape(name).fields
+    shape = _shape_fields(name)
     return {field: shape[field] for field in shape if field not in present | overruled}
 
 
 def changed(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values that differ from those of the shape, a transformer's; None differs not."""
-    shape = {"block": "transformer"} | dict(_published_shape(name).fields)
+    shape = {"block": "transformer"} | dict(_shape_fields(name))
     return {
         field: values[field]
         for field in shape

@@ -23,8 +23,7 @@ _BUILT_ONLY = frozenset(f.name for f, about in options_of(RunOptions) if about.b
 def specification(values: Mapping[str, Any]) -> tuple[Asked, RunOptions]:
     """Return what the given options measure, and how; all other options have their defaults.
 
-    Raises:
-        UsageError: a value breaks a rule, or does not go with --model.
+    A UsageError tells of a value that breaks a rule, or does not go with --model.
     """
     if "model" in values:
         return _model(values)
@@ -67,12 +66,7 @@ def as_trained(spec: StackSpec, options: RunOptions) -> StackSpec:
     """Return the specification that these options measure: on a task where they train.
 
     The loss becomes the cross-entropy of the task, and attention is causal, because the next
-    token must not be seen.
-
-    Raises:
-        UsageError: trained weights, another loss, a norm that lets a token see the next one, more
-            classes than prototypes that are orthogonal, or a number format that the optimizer
-            cannot use.
+    token must not be seen. What the task or the optimizer cannot do raises UsageError.
     """
     if not options.steps:
         return spec

@@ -91,14 +91,11 @@ class GivenStack:
 
 
 def resolve(given: GivenStack) -> dict[str, Any]:
-    """Every field of a stack, by name.
+    """Return every field of a stack, by name.
 
     A value that is given goes first; then come those of the checkpoint, of the published shape, of
     the scheme, of the block, and of the option itself. Options that the block does not have, and
-    that are not given, stay None.
-
-    Raises:
-        UsageError: a value breaks the rule of its option, or what is given contradicts itself.
+    that are not given, stay None. A contradiction, or a broken rule, raises UsageError.
     """
     _check_stored(given)
     given = given.after(_by_weights, _by_shape, _by_scheme)
@@ -204,11 +201,7 @@ def _by_option(given: GivenStack) -> dict[str, Any]:
 
 
 def _by_unit(given: GivenStack) -> dict[str, Any]:
-    """The activation of the block, and what the first unit has in the place of options.
-
-    Raises:
-        UsageError: the depth, which wirings depend on, is no whole number.
-    """
+    """The activation of the block, and what the first unit has in the place of options."""
     fills: dict[str, Any] = {"activation": given.kind.activation}
     if given.scheme_record:
         Whole(1).check("depth", given["depth"])

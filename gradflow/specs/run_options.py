@@ -167,11 +167,7 @@ class RunOptions:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> RunOptions:
-        """Return the options that `to_json` wrote.
-
-        Raises:
-            UsageError: an unknown field, or a value that breaks a rule.
-        """
+        """Return the options that `to_json` wrote; UsageError for an unknown field."""
         return cls(**known_fields(cls, values))
 
 
@@ -182,11 +178,7 @@ TRAINING_DEFAULTS: dict[str, Any] = {
 
 
 def _resolved(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Every option from those that are given: without steps, the options of training are None.
-
-    Raises:
-        UsageError: a value breaks the rule of its option, or means nothing without steps.
-    """
+    """Every option from those that are given: without steps, the options of training are None."""
     Whole(0).check("steps", given["steps"])
     trained = {name: given[name] for name in TRAINING_DEFAULTS if given[name] is not None}
     if trained and not given["steps"]:

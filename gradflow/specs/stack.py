@@ -24,7 +24,6 @@ class Storable(Protocol):
 
     def identity(self) -> dict[str, Any]:
         """Return plain values that decide the numbers, together with the options."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +35,8 @@ class StackSpec(StackFields):
     Raises:
         UsageError: a value breaks a rule; the message says which and what to do.
     """
+
+    input_has_gradient = True  # the engines take the gradient at the input of every stack
 
     def __post_init__(self) -> None:
         vars(self).update(resolve(GivenStack(vars(self))))
@@ -101,11 +102,6 @@ class StackSpec(StackFields):
         init = f", init {self.init}" if self.init else ""
         return f"width {self.width}, {size}, {self.activation}{init}"
 
-    @property
-    def input_has_gradient(self) -> bool:
-        """True: the engines take the gradient at the input of every stack."""
-        return True
-
     def kind_of(self, unit: str) -> str:
         """Return the branch of a unit; units of one branch can be compared with each other."""
         return unit
@@ -127,11 +123,7 @@ class StackSpec(StackFields):
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> StackSpec:
-        """Return the spec that `to_json` wrote.
-
-        Raises:
-            UsageError: an unknown field, or a value that breaks a rule.
-        """
+        """Return the spec that `to_json` wrote; UsageError for an unknown field."""
         known = known_fields(cls, values)
         if known.get("weights") is not None and not isinstance(known["weights"], Pretrained):
             known["weights"] = Pretrained(known["weights"])  # its folder was not stored

@@ -243,11 +243,7 @@ BLOCK_OPTIONS: dict[str, Any] = {
 
 
 def block_kind(name: str) -> BlockKind:
-    """Return the entry of `BLOCKS`, or what a user's own block says of itself.
-
-    Raises:
-        UsageError: the file of a user's block was not loaded, or an attribute breaks the interface.
-    """
+    """Return the entry of `BLOCKS`, or what a user's own block says of itself once it is loaded."""
     return user_block_kind(name, BLOCK_OPTIONS) if is_user_name(name) else BLOCKS[name]
 
 

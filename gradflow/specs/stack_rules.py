@@ -19,11 +19,7 @@ from gradflow.specs.user_schemes import check_wirings
 
 
 def check_user_code(spec: StackFields) -> None:
-    """Refuse a user's scheme or block, once loaded, that breaks the interface in any unit.
-
-    Raises:
-        UsageError: a wiring breaks a rule of the interface.
-    """
+    """Raise a UsageError where a user's scheme or block, once loaded, breaks the interface."""
     own = [name for name in (spec.scheme, spec.block) if is_user_name(name)]
     if not own or spec.scheme is None or any(map(spec.is_stored, own)):
         return
@@ -33,11 +29,7 @@ def check_user_code(spec: StackFields) -> None:
 
 
 def check_fit(spec: StackFields) -> None:
-    """Refuse options that the block does not have, or that exclude one another.
-
-    Raises:
-        UsageError: the rule, with what was given.
-    """
+    """Raise a UsageError for options that the block does not have, or that exclude one another."""
     for name in BLOCK_OPTIONS:
         if getattr(spec, name) is not None and name not in spec.kind.options:
             blocks = ", ".join(b for b, kind in BLOCKS.items() if name in kind.options)
@@ -115,11 +107,7 @@ def _fixed_options(unit: str) -> Mapping[str, Any]:
 
 
 def check_unit(spec: StackFields, wiring: Wiring) -> None:
-    """Refuse options that this kind of unit has no place for.
-
-    Raises:
-        UsageError: such an option was given.
-    """
+    """Raise a UsageError for an option that this kind of unit has no place for."""
     for name, value in _fixed_options(wiring.unit).items():
         given, same = getattr(spec, name), _same(spec, name)
         if given not in (None, value, same):
@@ -148,11 +136,7 @@ def _option(name: str, value: object) -> str:
 
 
 def check_no_norm_kind(scheme: str | None, norm_kind: str | None) -> None:
-    """Refuse a kind of norm for a scheme that has no norms.
-
-    Raises:
-        UsageError: a kind of norm is given.
-    """
+    """Raise a UsageError for a kind of norm beside a scheme that has no norms."""
     if norm_kind is not None and scheme is not None:
         rule = f"--scheme {without_digest(scheme)} has no norms"
         raise UsageError(rule, _option("norm_kind", norm_kind), "leave out --norm-kind")

@@ -40,12 +40,7 @@ _DIGESTED = re.compile(r"(?P<shown>.*:.*)@[0-9a-f]{8}", re.DOTALL)
 
 @dataclass(frozen=True)
 class LoadedObject:
-    """An object that a user's file defines.
-
-    Attributes:
-        reference: `path:name`, the path absolute.
-        value: the object.
-    """
+    """An object that a user's file defines; `reference` is `path:name`, the path absolute."""
 
     reference: str
     value: Any
@@ -82,11 +77,7 @@ class LocatedName(str):
     target: ImportTarget | None = None
 
     def where(self) -> ImportTarget:
-        """Return what the name stands for.
-
-        Raises:
-            UsageError: the target is not known.
-        """
+        """Return what the name stands for; UsageError where that is not known."""
         if self.target is None:
             rule = "a model is measured from where it lies"
             raise UsageError(rule, f"the name {self} alone", f"give {IMPORT_EXAMPLE} itself")
@@ -125,11 +116,7 @@ def is_loaded(name: str) -> bool:
 
 
 def loaded(name: str) -> Any:
-    """Return the object that was loaded under a name.
-
-    Raises:
-        UsageError: its file was not loaded in this process.
-    """
+    """Return the object that was loaded under a name; UsageError where none was in this process."""
     if name not in LOADED:
         rule = "what a file defines is measured after the file was loaded"
         remedy = "give the file itself, in Python with gradflow.from_file"
@@ -177,11 +164,7 @@ def from_file(reference: str) -> str:
 
 
 def load_again(name: str, reference: str) -> None:
-    """Load in this process what another process loaded under this name.
-
-    Raises:
-        UsageError: the file is not there, or another one by now.
-    """
+    """Load what another process loaded under this name; UsageError if the file has changed."""
     if name not in LOADED and from_file(reference) != name:
         rule = "a file stays as it is while it is measured"
         raise UsageError(rule, f"another {without_digest(name)}", "start again")
@@ -190,11 +173,8 @@ def load_again(name: str, reference: str) -> None:
 def locate_import(text: str) -> LocatedName:
     """Return the name of what a reference imports; its module is looked for, and not run.
 
-    Args:
-        text: `my_pkg.models:build`, or `models.py:build` with or without folders.
-
-    Raises:
-        UsageError: no such module or file.
+    The text is `my_pkg.models:build`, or `models.py:build` with or without folders. A UsageError
+    tells that there is no such module or file.
     """
     match = _IMPORT_REFERENCE.fullmatch(text)
     if match is None:
@@ -221,8 +201,7 @@ def located_name(shown: str, digest: str, target: ImportTarget) -> LocatedName:
 def import_object(name: LocatedName) -> Any:
     """Import what a name stands for; its folder stays among those that imports look into.
 
-    Raises:
-        UsageError: the module does not run, or has no such name.
+    A UsageError tells that the module does not run, or has no such name.
     """
     target = name.where()
     with errors_of_users_code(without_digest(name)):
@@ -232,10 +211,9 @@ def import_object(name: LocatedName) -> Any:
 
 @contextmanager
 def errors_of_users_code(what: str) -> Iterator[None]:
-    """Tell errors of a user's code in one line that says what failed; its output goes to stderr.
+    """Raise any error of a user's code but running out of memory as a UsageError of one line.
 
-    Raises:
-        UsageError: anything but running out of memory went wrong in the code.
+    The line says what failed; output of the code goes to stderr.
     """
     try:
         with redirect_stdout(sys.stderr):  # stdout may be a JSON object

@@ -24,11 +24,7 @@ _TEXTS = ("equation", "init", "paper", "claim")
 
 
 def scheme_named(name: str) -> Scheme:
-    """Return a published scheme, or a user's whose file was loaded.
-
-    Raises:
-        UsageError: the name is unknown, its file was not loaded, or it is no scheme.
-    """
+    """Return a published scheme, or a user's whose file was loaded, else raise UsageError."""
     if not is_user_name(name):
         return published_scheme(name)
     scheme = loaded(name)
@@ -80,15 +76,12 @@ def _are_numbers(values: Mapping[Any, Any]) -> bool:
 
 
 def check_scheme(name: str, fields: Collection[str], blocks: Collection[str]) -> None:
-    """Refuse a user's scheme whose own attributes break the interface.
+    """Raise a UsageError where attributes of a user's scheme break the interface.
 
     Args:
         name: of the scheme.
         fields: of `StackSpec` that a scheme may bring.
         blocks: the known ones.
-
-    Raises:
-        UsageError: an attribute is of the wrong kind, or names what there is not.
     """
     scheme, title = scheme_named(name), without_digest(name)
     for text in _TEXTS:
@@ -110,16 +103,13 @@ def check_scheme(name: str, fields: Collection[str], blocks: Collection[str]) ->
 def check_wirings(
     name: str, block: str, wirings: Iterable[tuple[Place, Wiring]], norm_kinds: Collection[str]
 ) -> None:
-    """Refuse a user's scheme that wires a unit by values of the wrong kind.
+    """Raise a UsageError for the first value of the wrong kind in the wirings of all places.
 
     Args:
         name: of the scheme.
         block: of the stack.
         wirings: those of all places.
         norm_kinds: defined on the stream.
-
-    Raises:
-        UsageError: the first value that breaks the interface, with its place.
     """
     own = _OwnUnits(name, block) if is_user_name(name) else None
     for place, wiring in wirings:
@@ -137,11 +127,7 @@ class _OwnUnits:
     """The units of a user's scheme, one after the other, and then all together."""
 
     def __init__(self, name: str, block: str) -> None:
-        self.scheme, self.title, self.block = (
-            scheme_named(name),
-            without_digest(name),
-            block,
-        )
+        self.scheme, self.title, self.block = scheme_named(name), without_digest(name), block
         self.kinds: dict[str, Place] = {}
         self.has_norms, self.has_shortcut = self.scheme.final_norm, False
 
@@ -213,17 +199,7 @@ def _expect_known(what: str, names: Iterable[object], known: Collection[str]) ->
 
 
 def _check_kind(wiring: Wiring, place: Place, block: str, where: str) -> None:
-    """Refuse a unit whose kind is unknown, or not defined on the block, or lacks a setting.
-
-    Args:
-        wiring: of the unit.
-        place: where it stands.
-        block: of the stack.
-        where: the same in words.
-
-    Raises:
-        UsageError: the first rule that is broken.
-    """
+    """Refuse a unit whose kind is unknown, or not defined on the block, or lacks a setting."""
     check_choice("unit of a Wiring", wiring.unit, tuple(UNIT_KINDS))
     kind = UNIT_KINDS[wiring.unit]
     if kind.blocks is not None:
@@ -261,11 +237,7 @@ def _is_count(value: object) -> TypeGuard[int]:
 
 
 def _check_streams(scheme: Scheme, wiring: Wiring, place: Place, where: str) -> None:
-    """Refuse a number of streams that is not what the unit gives.
-
-    Raises:
-        UsageError: says how many it gives.
-    """
+    """Refuse a number of streams that is not what the unit gives."""
     given, true = scheme.streams(place), UNIT_KINDS[wiring.unit].streams_after(place, wiring)
     if given != true:
         rule = f"streams {where} is {true}, what units of the kind {wiring.unit} give"
@@ -273,17 +245,7 @@ def _check_streams(scheme: Scheme, wiring: Wiring, place: Place, where: str) -> 
 
 
 def _check_whole(scheme: Scheme, title: str, kinds: Collection[str], last: Place) -> None:
-    """Refuse kinds that do not go together, and a readout that does not fit the last state.
-
-    Args:
-        scheme: whose units were all checked.
-        title: of it.
-        kinds: of its units.
-        last: the last place.
-
-    Raises:
-        UsageError: the first rule that is broken.
-    """
+    """Refuse kinds that do not go together, and a readout that does not fit the last state."""
     streamed = [kind for kind in kinds if UNIT_KINDS[kind].has_streams]
     if streamed and len(kinds) > 1:
         rule = f"all units of {title} are of one kind where one carries several streams"

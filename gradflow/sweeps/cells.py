@@ -44,8 +44,7 @@ class Executor(Protocol):
     def environment(self, cell: Cell) -> dict[str, Any]:
         """Return what a stored run must have been measured on to stand for this cell.
 
-        Raises:
-            UsageError: the cell's device is not there.
+        A device that is not there raises UsageError.
         """
 
     def outcomes(self, cells: Sequence[Cell]) -> Generator[CellResult]:
@@ -55,20 +54,16 @@ class Executor(Protocol):
 def local_environment(cell: Cell) -> dict[str, Any]:
     """Return versions and device of this machine, as far as numbers and times depend on them.
 
-    Raises:
-        UsageError: the cell's device is not there.
+    A device that is not there raises UsageError.
     """
     here = describe_environment(cell.spec, resolve_device(cell.options.device, cell.spec.dtype))
     return {key: here[key] for key in ("gradflow", *SPEED_KEYS)} | library_version(cell.spec)
 
 
 def measure_cell(cell: Cell, *, timing: bool = False, device: str | None = None) -> CellResult:
-    """Measure one cell with one thread; an error becomes its outcome.
+    """Measure one cell with one thread, on another device if one is given.
 
-    Args:
-        cell: what to measure.
-        timing: take times, too.
-        device: in place of the cell's own.
+    An error becomes the outcome of the cell.
     """
     threads = torch.get_num_threads()
     options = replace(cell.options, timing=timing, device=device or cell.options.device)
@@ -90,10 +85,7 @@ class Serial:
     """One cell after the other, in this process."""
 
     shared = False
-
-    def environment(self, cell: Cell) -> dict[str, Any]:
-        """Return versions and device of this machine."""
-        return local_environment(cell)
+    environment = staticmethod(local_environment)
 
     def outcomes(self, cells: Sequence[Cell]) -> Generator[CellResult]:
         """Measure the cells in their order."""
@@ -106,9 +98,7 @@ def make_executor(
 ) -> Executor:
     """Return the executor of that name; `auto` takes processes where there are several cells.
 
-    Raises:
-        UsageError: the name is unknown, an option belongs to another executor, or the extra is
-            missing.
+    A UsageError tells of an unknown name, a missing extra, or an option of another executor.
     """
     check_choice("--executor", name, EXECUTORS)
     if address is not None and name != "ray":

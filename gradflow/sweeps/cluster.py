@@ -52,11 +52,7 @@ class Ray:
         self._connected = False
 
     def environment(self, cell: Cell) -> dict[str, Any]:
-        """Return what the nodes of a cluster have in common.
-
-        Raises:
-            UsageError: no cluster answers, or it lacks the device.
-        """
+        """Return what the nodes of a cluster have in common; UsageError where none answers."""
         here = describe_environment(cell.spec, torch.device("cpu"))
         device = self._device(cell).partition(":")[0]
         return (
@@ -66,11 +62,7 @@ class Ray:
         )
 
     def outcomes(self, cells: Sequence[Cell]) -> Generator[CellResult]:
-        """Measure on the cluster, timings included; they are marked as contended.
-
-        Raises:
-            UsageError: no cluster answers.
-        """
+        """Measure on the cluster, timings included; they are marked as contended."""
         try:
             self._connect()
             told = {"contended": True} | _driver()
@@ -89,11 +81,7 @@ class Ray:
         return task.remote(cell, device, told)
 
     def _device(self, cell: Cell) -> str:
-        """The device of a cell: a GPU share has no number, for its task sees no other GPU.
-
-        Raises:
-            UsageError: the cluster has no GPU, and Ray would wait for one for ever.
-        """
+        """The device of a cell: a GPU share has no number, for its task sees no other GPU."""
         wanted = cell.options.device
         if wanted == "cpu":
             return wanted

@@ -19,7 +19,6 @@ from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from types import FrameType
-from typing import Any
 
 import torch
 
@@ -48,13 +47,10 @@ class Processes:
     """
 
     shared = False
+    environment = staticmethod(local_environment)
 
     def __init__(self, workers: int | None = None) -> None:
         self.workers = workers
-
-    def environment(self, cell: Cell) -> dict[str, Any]:
-        """Return versions and device of this machine."""
-        return local_environment(cell)
 
     def outcomes(self, cells: Sequence[Cell]) -> Generator[CellResult]:
         """Measure side by side; no worker outlives the generator."""

@@ -25,11 +25,8 @@ class Rounds:
     """Timed passes of cells in turn, round after round.
 
     Networks stay resident while they fit into half of the free memory; else each is built anew
-    for its turn, and warmed up again.
-
-    Attributes:
-        passes: what each cell's passes found, round by round, with the seconds of each.
-        failed: cells that could not be timed, with the reason.
+    for its turn, and warmed up again. `passes` has what each cell's passes found, round by round,
+    with the seconds of each; `failed` has the reason for each cell that could not be timed.
     """
 
     def __init__(self, cells: Sequence[Cell], clock: Clock | None = None) -> None:

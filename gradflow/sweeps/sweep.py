@@ -274,11 +274,7 @@ class Shelf:
     folder: Path
 
     def put(self, cell: Cell, run: Run) -> Path:
-        """Keep a run on the shelf; return its folder.
-
-        Raises:
-            MeasurementError: the disk is full, or failed.
-        """
+        """Keep a run on the shelf and return its folder; MeasurementError where the disk fails."""
         return store.save_as(run, self.folder, f"cell-{cell.key}")
 
     def drop(self, folder: Path) -> None:
@@ -299,10 +295,9 @@ class Shelf:
 
 @contextmanager
 def shelf_in(out: Path) -> Iterator[Shelf]:
-    """Make a shelf in a folder of runs; it is removed at the end if nothing is left on it.
+    """Make a shelf in a folder of runs, and remove it if nothing is left on it at the end.
 
-    Raises:
-        MeasurementError: the disk is full, or failed.
+    A disk that is full or fails raises MeasurementError.
     """
     try:
         folder, lock = locked_folder(out, SHELF_PREFIX)
