@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, asdict, dataclass, field, fields
 from functools import cache
 from types import NoneType
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, Self, get_args, get_type_hints
 
 from gradflow.errors import UsageError
 
@@ -154,6 +154,24 @@ def known_fields(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
     for name in values:
         check_choice(f"a field of {cls.__name__}", name, known)
     return dict(values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """A record that runs are stored with: plain values by field, in a JSON file."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a dictionary of plain values that `from_json` takes."""
+        return asdict(self)
+
+    def identity(self) -> dict[str, Any]:
+        """Return the values that decide the numbers, by field."""
+        return keyed(type(self), self.to_json())
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """Return the record that `to_json` wrote; UsageError for an unknown field."""
+        return cls(**known_fields(cls, values))
 
 
 def typed(cls: type, values: object) -> dict[str, Any]:

@@ -8,14 +8,14 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from gradflow.errors import UsageError
 from gradflow.specs.checkpoints import CONFIG, checkpoint_digest
-from gradflow.specs.fields import Whole, check_choice, flag, keyed, known_fields, option, typed
+from gradflow.specs.fields import Stored, Whole, check_choice, flag, known_fields, option, typed
 from gradflow.specs.stack import StackSpec
 from gradflow.specs.stack_fields import DTYPES, LOSS_KINDS
 from gradflow.specs.user_files import (
@@ -39,7 +39,7 @@ _SETTING = re.compile(r"(?P<name>[A-Za-z_]\w*)=(?P<value>.*)", re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelRequest:
+class ModelRequest(Stored):
     """A model with its input and its loss: everything that decides the numbers but the seed.
 
     Attributes:
@@ -134,14 +134,6 @@ class ModelRequest:
         """Patterns of the layers' names, where the request gives them."""
         return None if self.layers is None else re.split(r"[\s,]+", self.layers.strip())
 
-    def to_json(self) -> dict[str, Any]:
-        """Return a dictionary of plain values that `from_json` takes."""
-        return {name: _plain(value) for name, value in asdict(self).items()}
-
-    def identity(self) -> dict[str, Any]:
-        """Return the values that decide the numbers, by field."""
-        return keyed(ModelRequest, self.to_json())
-
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> ModelRequest:
         """Return the request that `to_json` wrote, without the place of the model."""
@@ -205,69 +197,8 @@ def _setting(word: str) -> tuple[str, Any]:
         return name, value
 
 
-def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, str) else value
-
-
-class Spec(Protocol):
-    """What the readers of runs ask of a spec."""
-
-    @property
-    def depth(self) -> int:
-        """Number of layers of the network."""
-
-    @property
-    def block(self) -> str | None:
-        """What a layer is, or the model."""
-
-    @property
-    def scheme(self) -> str | None:
-        """The published recipe, where there is one."""
-
-    @property
-    def departures(self) -> str:
-        """The parts of the scheme that options replace, in words; empty if there are none."""
-
-    @property
-    def dtype(self) -> str:
-        """Name of the stream's number format."""
-
-    @property
-    def loss(self) -> str:
-        """Name of the loss whose gradient is measured."""
-
-    @property
-    def units_per_block(self) -> int:
-        """Number of rows of one layer."""
-
-    @property
-    def input_has_gradient(self) -> bool:
-        """Whether the input takes a gradient: if not, profiles begin at layer 1."""
-
-    @property
-    def title(self) -> str:
-        """The network in a few words, for headings."""
-
-    @property
-    def details(self) -> str:
-        """What the title leaves out, in one line."""
-
-    @property
-    def slug(self) -> str:
-        """The network as a part of a folder name."""
-
-    def kind_of(self, unit: str) -> str:
-        """Return the kind of a unit; units of one kind can be compared with each other."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Return a dictionary of plain values for a JSON file."""
-
-    def identity(self) -> dict[str, Any]:
-        """Return plain values that decide the numbers, together with the options."""
-
-
 @dataclass(frozen=True, kw_only=True)
-class ModelSpec:
+class ModelSpec(Stored):
     """A model that was watched, and its layers; every unit has a kind.
 
     Attributes:
@@ -347,10 +278,6 @@ class ModelSpec:
     def _kinds(self) -> dict[str, str]:
         return dict(zip(self.units.split(), self.kinds.split(), strict=True))
 
-    def to_json(self) -> dict[str, Any]:
-        """Return a dictionary of plain values that `from_json` takes."""
-        return asdict(self) | {"request": self.request.to_json() if self.request else None}
-
     def identity(self) -> dict[str, Any]:
         """Return the values of the request, which decide the rest; else all values."""
         return self.request.identity() if self.request else self.to_json()
@@ -364,7 +291,11 @@ class ModelSpec:
         return cls(**known)
 
 
-def spec_from_json(values: object) -> StackSpec | ModelSpec:
+# Every reader of runs sees the network of a run as one of these two.
+Spec = StackSpec | ModelSpec
+
+
+def spec_from_json(values: object) -> Spec:
     """Return the spec of a run from its file; the spec of a model has the key `model`.
 
     A value of another type than its field is a TypeError, one that breaks a rule a UsageError.

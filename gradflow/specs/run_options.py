@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from gradflow.errors import UsageError
 from gradflow.specs.fields import (
     Real,
+    Stored,
     Switch,
     Whole,
     check_names,
     check_values,
     flag,
-    known_fields,
     option,
     options_of,
 )
@@ -43,7 +43,7 @@ class Training:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions:
+class RunOptions(Stored):
     """How a stack or a model is measured.
 
     Raises:
@@ -160,15 +160,6 @@ class RunOptions:
     def all_seeds(self) -> range:
         """The seeds that are measured, in order."""
         return range(self.seed, self.seed + self.seeds)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return a dictionary of plain values that `from_json` takes."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> RunOptions:
-        """Return the options that `to_json` wrote; UsageError for an unknown field."""
-        return cls(**known_fields(cls, values))
 
 
 # Options that mean something while training only, with the value used there.

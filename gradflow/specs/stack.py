@@ -6,24 +6,17 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 from gradflow.specs.checkpoints import Pretrained
-from gradflow.specs.fields import flag, keyed, known_fields
+from gradflow.specs.fields import Stored, flag, known_fields
 from gradflow.specs.published_shapes import SHAPES, changed
 from gradflow.specs.resolve import GivenStack, resolve
 from gradflow.specs.run_options import RunOptions
 from gradflow.specs.stack_fields import StackFields
 from gradflow.specs.stack_rules import check_fit, check_unit, check_user_code
 from gradflow.specs.user_files import without_digest
-
-
-class Storable(Protocol):
-    """What the key of a run is made of."""
-
-    def identity(self) -> dict[str, Any]:
-        """Return plain values that decide the numbers, together with the options."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,14 +106,6 @@ class StackSpec(StackFields):
         text = f"{self._model or without_digest(self.block)}-{design}-d{self.depth}"
         return re.sub(r"[^\w.-]+", "-", text)
 
-    def to_json(self) -> dict[str, Any]:
-        """Return a dictionary of plain values that `from_json` takes."""
-        return asdict(self)
-
-    def identity(self) -> dict[str, Any]:
-        """Return the values that decide the numbers, by field."""
-        return keyed(StackSpec, self.to_json())
-
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> StackSpec:
         """Return the spec that `to_json` wrote; UsageError for an unknown field."""
@@ -130,8 +115,7 @@ class StackSpec(StackFields):
         return cls(**known)
 
 
-def run_key(spec: Storable, options: RunOptions) -> str:
+def run_key(spec: Stored, options: RunOptions) -> str:
     """Return eight hexadecimal digits that name the numbers of a run, timings aside."""
-    numbers = keyed(RunOptions, options.to_json())
-    text = json.dumps({"spec": spec.identity(), **numbers}, sort_keys=True)
+    text = json.dumps({"spec": spec.identity(), **options.identity()}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]

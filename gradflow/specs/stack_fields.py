@@ -21,7 +21,7 @@ from gradflow.specs.block_kinds import (
     user_block_kind,
 )
 from gradflow.specs.checkpoints import Pretrained
-from gradflow.specs.fields import Real, Switch, Whole, option, options_of
+from gradflow.specs.fields import Real, Stored, Switch, Whole, option, options_of
 from gradflow.specs.published_shapes import SHAPES
 from gradflow.specs.user_files import is_loaded, is_user_name, object_name
 from gradflow.specs.user_schemes import scheme_named
@@ -39,7 +39,7 @@ _block_option = partial(option, None, of_block=True)
 
 
 @dataclass(frozen=True, kw_only=True)
-class StackFields:
+class StackFields(Stored):
     """The fields of one network with its input and loss, and how its units are made of them.
 
     The types are those of a resolved stack. A default of None is what was not given: `resolve`

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, TypeGuard
 
@@ -19,8 +19,6 @@ from gradflow.schemes.wiring import LEARNED, NORM_PLACES
 from gradflow.specs.block_kinds import BLOCKS
 from gradflow.specs.fields import check_choice
 from gradflow.specs.user_files import is_user_name, loaded, told, without_digest
-
-_TEXTS = ("equation", "init", "paper", "claim")
 
 
 def scheme_named(name: str) -> Scheme:
@@ -48,13 +46,14 @@ def scheme_named(name: str) -> Scheme:
     )
 
 
+@dataclass(frozen=True)
 class _Guarded:
     """A user's function; an error in it, or a value that it should not return, is one line."""
 
-    def __init__(
-        self, rule: str, call: Any, kind: Any, holds: Callable[[Any], bool] = lambda _: True
-    ) -> None:
-        self.rule, self.call, self.kind, self.holds = rule, call, kind, holds
+    rule: str
+    call: Callable[[Any], Any]
+    kind: Any
+    holds: Callable[[Any], bool] = lambda _: True
 
     def __call__(self, where: Any) -> Any:
         try:
@@ -84,7 +83,7 @@ def check_scheme(name: str, fields: Collection[str], blocks: Collection[str]) ->
         blocks: the known ones.
     """
     scheme, title = scheme_named(name), without_digest(name)
-    for text in _TEXTS:
+    for text in ("equation", "init", "paper", "claim"):
         _expect(isinstance(getattr(scheme, text), str), f"{text} of {title} is text", scheme, text)
     # A string is a collection too, of its letters.
     for switch in ("plain", "normalises", "final_norm", "final_activation", "profiled"):
