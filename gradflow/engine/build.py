@@ -67,11 +67,7 @@ def prefetcher_on(device: torch.device) -> Prefetcher | None:
 
 
 class LazyLayers(Sequence[Block], ABC):
-    """Layers 1 to `depth` as a sequence from 0, each made when it is asked for.
-
-    Args:
-        depth: number of layers.
-    """
+    """Layers 1 to `depth` as a sequence from 0, each made when it is asked for."""
 
     def __init__(self, depth: int) -> None:
         self._depth = depth

@@ -1,13 +1,9 @@
 """Passes that are captured once as CUDA graphs and replayed: what `--cuda-graphs` does.
 
-In a narrow stack a kernel takes less time than its launch, and an eager pass measures how fast
-Python is. A graph launches all kernels of a pass at once. Passes can be captured because they read
-nothing from the device: statistics stay there until the pass is over (see `collect`), marks are
-events, and weights and input are drawn before. So what a captured pass returns are tensors and
-events, to be read after a replay; the kernels are those of the eager pass, and so are the numbers.
-
-Each seed is captured anew: that takes no longer than an eager pass does, and what differs from seed
-to seed beside the weights, such as the coins of stochastic depth, is captured rightly.
+In a narrow stack a kernel takes less time than its launch; a graph launches all kernels of a pass
+at once, the same as in the eager pass. Passes can be captured because they read nothing from the
+device: what they return are tensors and events, to be read after a replay. Each seed is captured
+anew, and with it what differs beside the weights, such as the coins of stochastic depth.
 """
 
 from __future__ import annotations

@@ -33,9 +33,8 @@ def resolve_device(name: str, dtype: str) -> torch.device:
     if device.type == "cuda":
         _check_cuda(device)
     try:
-        torch.ones(2, 2, dtype=getattr(torch, dtype), device=device).mm(
-            torch.ones(2, 2, dtype=getattr(torch, dtype), device=device)
-        )
+        square = torch.ones(2, 2, dtype=getattr(torch, dtype), device=device)
+        square.mm(square)
     except RuntimeError:
         rule = f"{device} computes in --dtype"
         raise UsageError(rule, dtype, "use --dtype float32") from None

@@ -30,18 +30,9 @@ FORMULAS: dict[Any, Callable[..., int]] = flop_registry | {
 }
 # Operations of torch that have products inside them and no formula.
 _OPAQUE = {
-    operation(name)
-    for name in (
-        "mkldnn_rnn_layer",
-        "mkldnn_rnn_layer_backward",
-        "_cudnn_rnn",
-        "_cudnn_rnn_backward",
-        "miopen_rnn",
-        "miopen_rnn_backward",
-        "_trilinear",
-        "_sparse_addmm",
-        "_scaled_grouped_mm",
-    )
+    *(operation(name) for name in ("_trilinear", "_sparse_addmm", "_scaled_grouped_mm")),
+    *(operation(name) for name in ("mkldnn_rnn_layer", "_cudnn_rnn", "miopen_rnn")),
+    *(operation(f"{name}_backward") for name in ("mkldnn_rnn_layer", "_cudnn_rnn", "miopen_rnn")),
 }
 # Operations of any other namespace may have products inside them.
 _NAMESPACES = ("aten", "prim", "prims", "profiler", "c10d", "_c10d_functional", "gradflow")

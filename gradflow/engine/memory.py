@@ -78,7 +78,7 @@ def footprint(spec: StackSpec, seed: int, device: torch.device) -> Footprint:
     kept = [_kept(few, layer, block) for layer, block in zip(layers, blocks, strict=True)]
     itemsize = int(getattr(torch, spec.dtype).itemsize)
     streams = sum(spec.streams(layer, spec.units_per_block - 1) for layer in ends) / 2
-    parameters = max(map(_parameter_bytes, blocks))
+    parameters = max(sum(p.nbytes for p in block.parameters()) for block in blocks)
     return Footprint(
         parameters=parameters,
         objects=max(_MODULE * len(list(block.modules())) for block in blocks),
@@ -104,10 +104,6 @@ def _score_bytes(spec: StackSpec, itemsize: int) -> int:
     """Return the bytes of attention scores: a float32 or wider for each head and token pair."""
     pairs = spec.batch_size * int(spec.heads or 0) * int(spec.seq_len or 0) ** 2
     return spec.kind.units.count("attention") * pairs * max(4, itemsize)
-
-
-def _parameter_bytes(block: Block) -> int:
-    return sum(p.nbytes for p in block.parameters())
 
 
 def resident_bytes(size: Footprint, layers: int) -> int:
@@ -166,11 +162,7 @@ def refusing_when_full(
 ) -> Iterator[None]:
     """Raise a MeasurementError that says what to lower where torch cannot allocate.
 
-    Args:
-        needed: bytes that the stack needs at least.
-        spec: the stack.
-        options: how it is measured.
-        device: device whose free memory the error tells.
+    It tells the bytes that are needed at least, and those that are free on the device.
     """
     try:
         yield

@@ -42,7 +42,6 @@ class Footprint:
     """Memory that one layer takes, by what takes it, in bytes.
 
     Attributes:
-        parameters: parameters of a layer.
         objects: Python objects of a layer's modules.
         graph: tensors that autograd keeps for the backward pass of a layer.
         stream: the stream between two layers.
@@ -77,13 +76,12 @@ class Plan:
     """A memory policy for one stack.
 
     Attributes:
-        depth: number of layers.
         spans: which streams are kept, see `tape.record_backward`.
         rebuild: whether layers are built at each visit, into modules that are used again.
         needed: estimated bytes under this policy.
         everything: estimated bytes with all graphs kept and all parameters resident.
         timed: number of layers that are timed.
-        seeds: number of seeds that are measured in one pass.
+        seeds: number of seeds in one pass.
         graphs: whether passes are captured as CUDA graphs.
     """
 
@@ -144,7 +142,7 @@ class Plan:
 
     @property
     def timed_layers(self) -> tuple[int, ...]:
-        """StatVectors of the layers that are timed, spread evenly from the first to the last."""
+        """Numbers of the layers that are timed, spread evenly from the first to the last."""
         if self.timed < 2:
             return ((self.depth + 1) // 2,) * self.timed
         step = (self.depth - 1) / (self.timed - 1)
@@ -158,10 +156,7 @@ def choose(depth: int, size: Footprint, options: RunOptions, free: int) -> tuple
         depth: number of layers.
         size: estimated memory of a layer.
         options: `keep`, `rebuild`, `memory_limit`, `timing`.
-        free: bytes that are available.
-
-    Returns:
-        The plan, and whether it fits.
+        free: bytes that are available; the plan comes with whether it fits into them.
     """
     limit = options.memory_limit_bytes
     most = free if limit is None else min(free, limit)
@@ -278,16 +273,14 @@ def pays(seeds: int, size: Footprint) -> bool:
 
 def _refusal(spec: StackSpec, options: RunOptions) -> str | None:
     """The first property that rules out one pass for all seeds; None if there is none."""
-    wirings = (spec.wiring(1, unit) for unit in range(spec.units_per_block))
+    kinds = (UNIT_KINDS[spec.wiring(1, u).unit] for u in range(spec.units_per_block))
     against = {
         "training": options.steps > 0,
         "--compile": options.compile,
         "weights of a checkpoint": bool(spec.weights),
         "a block of your own": is_user_name(spec.block),
         "a scheme of your own": is_user_name(spec.scheme or ""),
-        "branches that are dropped at random": any(
-            UNIT_KINDS[w.unit].draws_each_step for w in wirings
-        ),
+        "branches that are dropped at random": any(kind.draws_each_step for kind in kinds),
         f"more than {MOST_SEEDS} seeds": options.seeds > MOST_SEEDS,
         "a scheme that profiles each seed": spec.scheme is not None and spec.scheme_record.profiled,
     }

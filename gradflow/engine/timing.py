@@ -134,9 +134,7 @@ def take_times(
 def stack_timer(network: Network, repeat: Repeat | None = None) -> Timer:
     """Return the timer of a stack; its passes leave the parameters' `.grad` at None.
 
-    Args:
-        network: the stack.
-        repeat: makes its passes repeatable; None if they run eagerly.
+    They run eagerly, unless `repeat` makes them repeatable.
     """
     units = _issued(mark_units, network, repeat)
     whole = _issued(mark_bare, network, repeat)
@@ -290,10 +288,7 @@ _LARGEST = {"cpu": 2048, "cuda": 8192}
 def matmul_flop_per_s(device: torch.device, dtype: str, clock: Clock) -> float:
     """Return the FLOP/s of a square matrix product, the median of a few.
 
-    Args:
-        device: device that multiplies.
-        dtype: number format of the matrices; float32 has the matmul precision that is set.
-        clock: reads the seconds.
+    Their number format is `dtype`; float32 has the matmul precision that is set.
     """
     size = SMALLEST
     seconds = product_seconds(size, device, dtype, clock)

@@ -11,7 +11,7 @@ does not grow with the depth, but for a few numbers per unit.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,10 +20,7 @@ from torch import Tensor, nn
 
 from gradflow import reductions
 from gradflow.engine.rows import Activations, Collector, RecordTables, UnitRow
-from gradflow.engine.tape import Network as Network
-from gradflow.engine.tape import SavedBytes, Ticker, record_backward
-from gradflow.engine.tape import Tape as Tape
-from gradflow.engine.tape import record_forward as record_forward
+from gradflow.engine.tape import Network, SavedBytes, Tape, Ticker, record_backward
 from gradflow.networks.units.template import Unit
 from gradflow.reductions import ReducedSums
 from gradflow.runs.records import LayerRecord, ParamRecord
@@ -76,7 +73,7 @@ def walk(
     tables = tables or RecordTables()
     tokens = spec.kind.domain == "tokens"
     collector = Collector(seed, tables, tokens=tokens)
-    observer = Observer(reductions, Activations(tokens=tokens), SavedBytes(), collector)
+    observer = Observer(reductions, Activations(tokens=tokens), SavedBytes().of, collector.add)
     loss = observe(network, observer, spans, raw_range=raw_range, tick=tick)
     return Walk(loss, tables, collector)
 
@@ -89,18 +86,6 @@ class Reductions(Protocol):
     def grad_norm(self, d: Tensor, /) -> tuple[Tensor, Tensor | float]: ...
 
 
-class SavedCounter(Protocol):
-    """Counts the bytes that autograd keeps for a unit's backward, as `tape.SavedBytes` does."""
-
-    def of(self, unit: Unit, x: Tensor, /) -> int: ...
-
-
-class RowSink(Protocol):
-    """Takes the rows of a pass from the last unit down."""
-
-    def add(self, row: UnitRow, /) -> None: ...
-
-
 @dataclass(frozen=True)
 class Observer:
     """Reduces the tensors of a pass and hands on its rows.
@@ -108,21 +93,21 @@ class Observer:
     Attributes:
         stats: reduces gradients.
         activations: reduces outputs of units, and keeps the sums until the way back.
-        saved: counts what autograd keeps.
-        rows: takes the rows.
+        saved: returns the bytes that autograd keeps for a unit's backward, as `tape.SavedBytes`.
+        add_row: takes the rows of a pass from the last unit down.
         lead: sizes of the axes in front of every number: none, or the number of seeds.
     """
 
     stats: Reductions
     activations: Activations
-    saved: SavedCounter
-    rows: RowSink
+    saved: Callable[[Unit, Tensor], int]
+    add_row: Callable[[UnitRow], None]
     lead: tuple[int, ...] = ()
 
     def see_forward(self, tape: Tape) -> None:
         """Reduce the output of a unit in the forward pass."""
         self.activations.push(tape.y.detach())
-        self.saved.of(tape.unit, tape.x_branch)
+        self.saved(tape.unit, tape.x_branch)
 
 
 def observe(
@@ -135,7 +120,7 @@ def observe(
     loss, g = loss_gradient(network.loss, top[0].y)
     backward_pass = _BackwardPass(observer, raw_range=raw_range, tick=tick)
     for row in backward_pass.rows(_chained(top, tapes), g):
-        observer.rows.add(row)
+        observer.add_row(row)
     return loss
 
 
@@ -222,7 +207,7 @@ class _BackwardPass:
             tape.y.shape[len(self.observer.lead) :],
             sums,
             stats.part_sums(*parts) if len(parts) == 2 else {},
-            self.observer.saved.of(tape.unit, tape.x_branch),
+            self.observer.saved(tape.unit, tape.x_branch),
             tape.unit.infos,
             [None if d is None else stats.grad_norm(d) for d in grads],
         )

@@ -115,8 +115,7 @@ class ResNet(Branch):
         bias = not wiring.norms  # a norm's own shift takes the place of the bias
         self.conv1 = Conv3x3(spec.width, bias=bias)
         self.conv2 = Conv3x3(spec.width, bias=bias)
-        norms = (make_norm(spec, wiring, *wiring.norms) for _ in range(2))
-        self.norm1, self.norm2 = norms
+        self.norm1, self.norm2 = (make_norm(spec, wiring, *wiring.norms) for _ in range(2))
         self.phi = PHI[spec.activation]
         self.activation_last = "out" in wiring.norms
 

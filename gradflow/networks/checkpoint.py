@@ -37,11 +37,7 @@ def load_layer(weights: Pretrained, layer: int, block: nn.Module) -> None:
 
 
 def load_head(weights: Pretrained, norm: nn.Module, project: nn.Module) -> None:
-    """Put in the values of the final norm and of the head, which may be the embedding.
-
-    Raises:
-        UsageError: as for `load_layer`.
-    """
+    """Put in the values of the final norm and of the head, which may be the embedding."""
     kind = weights.architecture
     with _opened(weights) as tensors:
         for name, parameter in norm.named_parameters():
@@ -61,9 +57,6 @@ def embed(weights: Pretrained, tokens: Tensor, width: int) -> Tensor:
 
     Returns:
         (B, T, d) in the checkpoint's own dtype; only the rows in question are read.
-
-    Raises:
-        UsageError: as for `load_layer`.
     """
     kind = weights.architecture
     with _opened(weights) as tensors:
@@ -84,9 +77,7 @@ def _opened(weights: Pretrained) -> Iterator[Tensors]:
 class Tensors:
     """The tensors of a checkpoint, by their names without the prefix of the model.
 
-    Args:
-        weights: the checkpoint.
-        files: closes what is _opened here.
+    Its methods raise `UsageError` where a file or tensor is missing, broken, or of another shape.
     """
 
     def __init__(self, weights: Pretrained, files: ExitStack) -> None:
@@ -99,11 +90,7 @@ class Tensors:
         self._where = files_by_name
 
     def fill(self, parameter: Tensor, name: str, source: ParameterSource | None = None) -> None:
-        """Copy a tensor, or the part that the source says, into a parameter.
-
-        Raises:
-            UsageError: it is missing, broken, or of another shape.
-        """
+        """Copy a tensor, or the part that the source says, into a parameter."""
         source = source or ParameterSource("")
         flip = source.transposed and parameter.ndim == 2
         shape = list(reversed(parameter.shape)) if flip else list(parameter.shape)
@@ -119,11 +106,7 @@ class Tensors:
             parameter.copy_(values.T if flip else values)
 
     def rows(self, name: str, places: Tensor, width: int) -> Tensor:
-        """Return some rows of a matrix.
-
-        Raises:
-            UsageError: it is missing, broken, or has no such rows.
-        """
+        """Return some rows of a matrix, in the checkpoint's own dtype."""
         values, least = self._values(name), int(places.max()) + 1
         if list(values.shape[1:]) != [width] or len(values) < least:
             raise _unlike(name, values, [least, width])

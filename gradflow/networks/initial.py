@@ -25,9 +25,7 @@ class Slot:
     """One parameter that waits for its values.
 
     Attributes:
-        owner: the module that will hold it.
-        name: its name there.
-        shape: its sizes.
+        owner: the module that will hold it, as `name`.
         std: scale of the draw (standard deviation, or half-width if uniform); None = constant.
         constant: the value, or the values, of a parameter that is not drawn.
         matrix: whether an orthogonal rule applies to it.
@@ -127,15 +125,9 @@ def generator(device: torch.device, seed: int, purpose: str, index: int = 0) -> 
 
 
 class Weights:
-    """The parameters of some slots: views of one flat buffer that one draw fills, time and again.
+    """The parameters of some slots: views of one buffer `flat` that one draw fills, time and again.
 
-    Args:
-        slots: each gets its parameter here.
-        spec: rule and scale of the draw.
-        device: where the buffer lies.
-
-    Attributes:
-        flat: the buffer.
+    Every slot gets its parameter here; the spec has the rule of the draw.
     """
 
     def __init__(self, slots: Sequence[Slot], spec: StackSpec, device: torch.device) -> None:
@@ -143,12 +135,10 @@ class Weights:
         fixed = [slot for slot in slots if slot.std is None]
         sizes = [math.prod(slot.shape) for slot in drawn + fixed]
         self.flat = torch.empty(sum(sizes), dtype=getattr(torch, spec.dtype), device=device)
-        views = [
-            part.view(slot.shape)
-            for slot, part in zip(drawn + fixed, torch.split(self.flat, sizes), strict=True)
-        ]
-        for slot, view in zip(drawn + fixed, views, strict=True):
-            setattr(slot.owner, slot.name, nn.Parameter(view))
+        views = []
+        for slot, part in zip(drawn + fixed, torch.split(self.flat, sizes), strict=True):
+            views.append(part.view(slot.shape))
+            setattr(slot.owner, slot.name, nn.Parameter(views[-1]))
         # Brought to the device once: to copy them from the host at each draw would wait for it.
         starts = [
             slot.constant.to(device) if isinstance(slot.constant, Tensor) else slot.constant

@@ -101,7 +101,10 @@ def _set_measured(
     if spec.weights:
         load_layer(spec.checkpoint, layer, block)
     if spec.scheme and spec.scheme_record.profiled:
-        _set_omegas(block, _profile(spec, seed, device).omegas(layer))
+        omegas = _profile(spec, seed, device).omegas(layer)
+        for unit, omega in zip(block.units, omegas, strict=True):
+            assert isinstance(unit, AdminUnit)
+            unit.set_omega(omega)
 
 
 # Each layer of a stack asks for the same one; it holds one stream, so few are kept.
@@ -111,12 +114,6 @@ def _profile(spec: StackSpec, seed: int, device: torch.device) -> Profile:
         return list(_draw_block(spec, seed, layer, device).units)
 
     return Profile(draw, input_batch(spec, seed, device))
-
-
-def _set_omegas(block: Block, omegas: tuple[float, ...]) -> None:
-    for unit, omega in zip(block.units, omegas, strict=True):
-        assert isinstance(unit, AdminUnit)
-        unit.set_omega(omega)
 
 
 def _share_scales(block: Block) -> None:

@@ -42,10 +42,8 @@ class Parameter:
     """A parameter of a user's branch that gradflow's own layers do not hold.
 
     Attributes:
-        owner: the module that holds it.
-        name: its name there.
+        owner: the module that holds it, as `name`.
         role: the name of its layer, which gains and `feeds_activation` go by.
-        shape: its sizes.
         start: its values, where they are constant; None = drawn.
         matrix: sizes of the matrix that its draw goes by: its own, or for a bias the weight's.
     """
@@ -173,9 +171,8 @@ def _parameters(title: str, module: nn.Module, other: Mapping[str, Tensor]) -> I
         path, _, name = full.rpartition(".")
         owner = module.get_submodule(path)
         role = path if path and name in ("weight", "bias") else full
-        shape, start = tuple(values.shape), None
-        if torch.equal(values, other[full]):
-            start = values.detach()
+        shape = tuple(values.shape)
+        start = values.detach() if torch.equal(values, other[full]) else None
         weight = getattr(owner, "weight", None) if name == "bias" else values
         matrix = tuple(weight.shape) if isinstance(weight, Tensor) else shape
         if start is None and len(matrix) < 2:

@@ -29,13 +29,14 @@ __all__ = [
 ]
 
 _FAMILIES = (unit_kinds, classic, layernorm, deep, streams)
-_ROWS = [row for family in _FAMILIES for row in vars(family).items()]
-
-# A row's constant is its registration: PRE_LN is the scheme pre-ln.
-SCHEMES: dict[str, Scheme] = {
-    constant.lower().replace("_", "-"): row for constant, row in _ROWS if isinstance(row, Scheme)
-}
-UNIT_KINDS: dict[str, UnitKind] = {row.name: row for _, row in _ROWS if isinstance(row, UnitKind)}
+# A row's constant is its registration: PRE_LN is the scheme pre-ln, MHC_UNIT the kind of unit mhc.
+_NAMED = [
+    (constant.lower().replace("_", "-"), row)
+    for family in _FAMILIES
+    for constant, row in vars(family).items()
+]
+SCHEMES = {name: row for name, row in _NAMED if isinstance(row, Scheme)}
+UNIT_KINDS = {name.removesuffix("-unit"): row for name, row in _NAMED if isinstance(row, UnitKind)}
 
 
 def published_scheme(name: str) -> Scheme:

@@ -45,7 +45,6 @@ HE_V2 = Scheme(
 _GATE_BIAS = -1.0
 
 HIGHWAY_UNIT = UnitKind(
-    name="highway",
     implementation="gradflow.networks.units.highway:HighwayUnit",
     settings=("gate_bias",),
     blocks=("mlp", "conv"),
@@ -105,7 +104,6 @@ def _fixup(place: Place) -> Wiring:
 
 
 FIXUP_UNIT = UnitKind(
-    name="fixup",
     implementation="gradflow.networks.units.fixup:FixupUnit",
     blocks=("resnet", *TOKEN_BLOCKS),
     fixed_options={"gated": False, "bias": "none", "bias_var": None},
@@ -175,7 +173,6 @@ def _stochastic_depth(place: Place) -> Wiring:
 
 
 STOCHASTIC_UNIT = UnitKind(
-    name="stochastic",
     implementation="gradflow.networks.units.stochastic_depth:StochasticUnit",
     settings=("keep",),
     blocks=None,

@@ -36,9 +36,7 @@ DEEPNORM = Scheme(
     ),
 )
 
-ADMIN_UNIT = UnitKind(
-    name="admin", implementation="gradflow.networks.units.admin:AdminUnit", profiled=True
-)
+ADMIN_UNIT = UnitKind(implementation="gradflow.networks.units.admin:AdminUnit", profiled=True)
 
 ADMIN = Scheme(
     equation="x' = LN(omega_i x + f_i(x)), omega_i^2 = 1 + sum over j < i of Var f_j",
@@ -84,10 +82,7 @@ DEPTH_MUP = Scheme(
     wire=lambda place: _mup(depth_mup_constants(place)["branch weight"]),
     constants=depth_mup_constants,
     final_norm=True,
-    lacks=(
-        *_MUP_LACKS,
-        "learning rates by width and depth: --lr is that of all parameters",
-    ),
+    lacks=(*_MUP_LACKS, "learning rates by width and depth: --lr is that of all parameters"),
     pitfalls=("output projections over sqrt(2L) as well", "attention logits over sqrt(d_head)"),
 )
 
@@ -177,7 +172,6 @@ DEEPSCALELM = Scheme(
 NGPT_ALPHA = 0.05  # the eigen learning rate of both kinds of branch at the start
 
 NGPT_UNIT = UnitKind(
-    name="ngpt",
     implementation="gradflow.networks.units.ngpt:NgptUnit",
     fixed_options={
         "kv_heads": None,

@@ -83,7 +83,6 @@ PERI_LN = Scheme(
 )
 
 PB_RELAX_UNIT = UnitKind(
-    name="pb-relax",
     implementation="gradflow.networks.units.pb_relax:PbRelaxUnit",
     blocks=None,
     has_own_shortcut=False,
@@ -133,7 +132,6 @@ def _normformer(place: Place) -> Wiring:
 
 
 NORMFORMER_UNIT = UnitKind(
-    name="normformer",
     implementation="gradflow.networks.units.normformer:NormformerUnit",
     has_own_shortcut=False,
 )

@@ -11,18 +11,15 @@ from gradflow.schemes.unit_kinds import Readout, UnitKind, is_first
 from gradflow.schemes.wiring import Place, Wiring
 
 # By name: `Scheme.readout`.
+_REDUCE = Readout("gradflow.networks.ends:ReduceStreams")
 READOUTS = {
-    "first": Readout("gradflow.networks.ends:ReduceStreams"),
-    "last": Readout("gradflow.networks.ends:ReduceStreams"),
-    "sum": Readout("gradflow.networks.ends:ReduceStreams"),
-    "mean": Readout("gradflow.networks.ends:ReduceStreams"),
+    **dict.fromkeys(("first", "last", "sum", "mean"), _REDUCE),
     "dual": Readout("gradflow.networks.units.two_streams:DualReadout", 2),
     "siamese": Readout("gradflow.networks.units.two_streams:SiameseReadout", 2),
     "depth attention": Readout("gradflow.networks.units.depth_mixing:DepthAttention"),
 }
 
 B2T_UNIT = UnitKind(
-    name="b2t",
     implementation="gradflow.networks.units.two_streams:B2tUnit",
     blocks=("transformer",),
     streams=lambda place: 2 if place.unit == 0 else 1,
@@ -44,7 +41,6 @@ B2T = Scheme(
 )
 
 RESIDUAL_DUAL_UNIT = UnitKind(
-    name="residual-dual",
     implementation="gradflow.networks.units.two_streams:DualUnit",
     settings=("first",),
     placed=is_first,
@@ -76,7 +72,6 @@ def _siamesenorm(place: Place) -> Wiring:
 
 
 SIAMESENORM_UNIT = UnitKind(
-    name="siamesenorm",
     implementation="gradflow.networks.units.two_streams:SiameseUnit",
     settings=("first", "divisor"),
     placed=is_first,
@@ -113,8 +108,7 @@ def _hyper(place: Place) -> Wiring:
     return Wiring(norms=("in",), unit="hyper-connections", settings=settings)
 
 
-HYPER_UNIT = UnitKind(
-    name="hyper-connections",
+HYPER_CONNECTIONS_UNIT = UnitKind(
     implementation="gradflow.networks.units.hyper:HyperUnit",
     settings=("first", "streams", "stream"),
     placed=is_first,
@@ -162,7 +156,6 @@ def _mhc_uniform(place: Place) -> Wiring:
 
 
 MHC_UNIT = UnitKind(
-    name="mhc",
     implementation="gradflow.networks.units.hyper:ManifoldUnit",
     settings=("first", "streams", "pre", "off_diagonal"),
     placed=is_first,
@@ -204,7 +197,6 @@ MHC_UNIFORM = Scheme(
 )
 
 ATTNRES_UNIT = UnitKind(
-    name="attnres",
     implementation="gradflow.networks.units.depth_mixing:DepthAttentionUnit",
     settings=("first",),
     placed=is_first,
@@ -242,7 +234,6 @@ def _averaged(place: Place) -> Mapping[str, Any]:
 
 
 DENSEFORMER_UNIT = UnitKind(
-    name="denseformer",
     implementation="gradflow.networks.units.depth_mixing:DenseUnit",
     settings=("first", "averaged"),
     placed=_averaged,
@@ -270,7 +261,6 @@ def _value_residual(place: Place) -> Wiring:
 
 
 VALUE_RESIDUAL_UNIT = UnitKind(
-    name="value-residual",
     implementation="gradflow.networks.units.value_residual:ValueResidualUnit",
     settings=("first", "weight"),
     placed=is_first,

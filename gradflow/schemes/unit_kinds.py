@@ -23,10 +23,9 @@ def is_first(place: Place) -> dict[str, bool]:
 
 @dataclass(frozen=True, kw_only=True)
 class UnitKind:
-    """One kind of unit, a value of `Wiring.unit`.
+    """One kind of unit, whose name in `UNIT_KINDS` is a value of `Wiring.unit`.
 
     Attributes:
-        name: the value.
         implementation: `module:class` of its subclass of `networks.units.template.Unit`.
         settings: names that `Wiring.settings` must have.
         placed: the settings that the unit's place decides, with their values.
@@ -44,7 +43,6 @@ class UnitKind:
         profiled: whether a forward pass at initialisation measures its shortcut's weight.
     """
 
-    name: str
     implementation: str
     settings: tuple[str, ...] = ()
     placed: Callable[[Place], Settings] = lambda _: {}
@@ -88,8 +86,7 @@ class Readout:
     streams: int | None = None
 
 
-TEMPLATE = UnitKind(
-    name="template",
+TEMPLATE_UNIT = UnitKind(
     implementation="gradflow.networks.units.template:Unit",
     blocks=None,
     has_own_shortcut=False,

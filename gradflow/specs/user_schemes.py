@@ -202,13 +202,13 @@ def _check_kind(wiring: Wiring, place: Place, block: str, where: str) -> None:
     check_choice("unit of a Wiring", wiring.unit, tuple(UNIT_KINDS))
     kind = UNIT_KINDS[wiring.unit]
     if kind.blocks is not None:
-        check_choice(f"--block for units of the kind {kind.name}", block, kind.blocks)
+        check_choice(f"--block for units of the kind {wiring.unit}", block, kind.blocks)
     if kind.has_own_shortcut and wiring.a != 1:
-        rule = f"a {where} is 1, for units of the kind {kind.name} have a shortcut of their own"
+        rule = f"a {where} is 1, for units of the kind {wiring.unit} have a shortcut of their own"
         raise UsageError(rule, wiring.a, "leave it out")
     for name in kind.settings:
         if not _is_number(wiring.settings.get(name), flag_too=True):
-            rule = f"settings {where} have {', '.join(kind.settings)} for {kind.name}"
+            rule = f"settings {where} have {', '.join(kind.settings)} for {wiring.unit}"
             raise UsageError(rule, repr(dict(wiring.settings)), f"give {name}")
     for name, value in kind.placed(place).items():
         if wiring.settings[name] != value:

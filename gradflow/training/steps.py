@@ -217,9 +217,9 @@ def train_stack(
     """Train one seed of a stack on its task, and measure it on the way.
 
     Args:
-        spec: as trained, see `training_spec.as_trained`.
-        seed: of the weights and the batches.
-        device: where.
+        spec: the stack as trained, see `training_spec.as_trained`.
+        seed: seed of the weights and the batches.
+        device: device that trains.
         options: the recipe, and whether to leave gradients in their raw range.
         tick: called once per step.
     """
@@ -233,9 +233,7 @@ def train_stack(
         trained.params.extend(replace(row, step=step) for row in params)
 
     batches = (task.batch(seed, step) for step in range(options.steps + 1))
-    problem = Problem(
-        model, batches, lambda model, batch: model(batch), model.begin, model.constrain
-    )
+    problem = Problem(model, batches, nn.Module.__call__, model.begin, model.constrain)
     for step in train(problem, options, observe):
         trained.steps.append(step_record(seed, step, task))
         tick()
@@ -244,13 +242,5 @@ def train_stack(
 
 def step_record(seed: int, step: TrainingStep, task: Task | None) -> StepRecord:
     """Return a row of `steps.csv`; floor and chance are the task's, where there is one."""
-    return StepRecord(
-        seed=seed,
-        step=step.step,
-        loss=step.loss,
-        loss_floor=None if task is None else task.floor,
-        loss_chance=None if task is None else task.chance,
-        grad_norm=step.grad_norm,
-        lr=step.lr,
-        update_ratio=step.update_ratio,
-    )
+    floor, chance = (None, None) if task is None else (task.floor, task.chance)
+    return StepRecord(seed=seed, loss_floor=floor, loss_chance=chance, **vars(step))

@@ -46,12 +46,9 @@ class Batch:
 
 @dataclass(frozen=True)
 class Samples:
-    """The classes, shape and dtype of the samples of a task.
+    """The samples of a task: how many symbols or prototypes, and the shape of a batch.
 
-    Attributes:
-        classes: symbols of the source, or prototypes.
-        shape: of a batch: (B, T) ids, or (B, C, ...) vectors or images.
-        dtype: number format of vectors and images.
+    The shape is (B, T) of ids, or (B, C, ...) of vectors or images in the number format `dtype`.
     """
 
     classes: int
@@ -182,16 +179,10 @@ def _laplace(log: _Floats) -> _Floats:
     return np.exp(-np.exp(np.minimum(log, 20.0)))
 
 
-_TASKS: dict[str, type[MarkovTask] | type[PrototypeTask]] = {
-    "tokens": MarkovTask,
-    "vectors": PrototypeTask,
-    "images": PrototypeTask,
-}
-
-
 def build_task(spec: StackSpec, device: torch.device) -> Task:
-    """Return the task that fits the stream of a stack."""
-    return _TASKS[spec.kind.domain](samples_of(spec), device)
+    """Return the task that fits the stream of a stack: a source of tokens, or prototypes."""
+    make = MarkovTask if spec.kind.domain == "tokens" else PrototypeTask
+    return make(samples_of(spec), device)
 
 
 def samples_of(spec: StackSpec) -> Samples:

@@ -23,13 +23,7 @@ from gradflow.torch_internals import with_children
 
 
 class SeedBlocks(LazyLayers):
-    """The layers of a stack for all its seeds: streams and weights have an axis of seeds in front.
-
-    Args:
-        spec: the stack.
-        seeds: seeds of the weights, one for each place on the first axis.
-        device: device of the weights.
-    """
+    """The layers of a stack for all seeds: streams and weights have an axis of seeds in front."""
 
     def __init__(self, spec: StackSpec, seeds: Sequence[int], device: torch.device) -> None:
         super().__init__(spec.depth)
@@ -99,11 +93,7 @@ class _Join(nn.Module):
 
 
 class VmappedJoin:
-    """`Unit.join` for all seeds at once, in the place of a compiled one.
-
-    Attributes:
-        unit: the unit of one seed.
-    """
+    """`Unit.join` for all seeds at once, made from the unit of one, in place of a compiled one."""
 
     def __init__(self, unit: Unit) -> None:
         self.unit = unit

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +76,8 @@ def walk_seeds(
     collector = _SeedCollector([Collector(*pair, tokens=tokens) for pair in tables.items()])
     stats = SeedReductions()
     activations = Activations(tokens=tokens, forward_sums=stats.forward_sums)
-    observer = Observer(stats, activations, _SavedOfOne(), collector, (len(tables),))
+    saved = partial(_saved_of_one, SavedBytes())
+    observer = Observer(stats, activations, saved, collector.add, (len(tables),))
     losses = observe(network, observer, spans, raw_range=raw_range, tick=tick)
     return SeedWalk(losses, collector)
 
@@ -91,16 +93,10 @@ class _Losses(nn.Module):
         return torch.stack([loss(part) for loss, part in zip(self.losses, y, strict=True)])
 
 
-class _SavedOfOne:
-    """Counts the bytes that autograd keeps for one of the seeds."""
-
-    def __init__(self) -> None:
-        self._saved = SavedBytes()
-
-    def of(self, unit: Unit, x: Tensor) -> int:
-        """Return the bytes that autograd keeps of the unit for one seed."""
-        assert isinstance(unit.compiled, VmappedJoin)
-        return self._saved.of(unit.compiled.unit, x[0].clone())  # whose storage is its own
+def _saved_of_one(saved: SavedBytes, unit: Unit, x: Tensor) -> int:
+    """Return the bytes that autograd keeps of the unit for one of the seeds."""
+    assert isinstance(unit.compiled, VmappedJoin)
+    return saved.of(unit.compiled.unit, x[0].clone())  # whose storage is its own
 
 
 class _SeedCollector:

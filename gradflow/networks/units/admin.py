@@ -37,9 +37,7 @@ class AdminUnit(Unit):
 class Profile:
     """The profiling pass of one stack and seed, as far up as it was asked for.
 
-    Args:
-        draw: the units of a layer, with their weights.
-        x: the input batch.
+    It takes the input batch x through the units that `draw` returns for each layer.
     """
 
     def __init__(self, draw: Callable[[int], Sequence[Unit]], x: Tensor) -> None:

@@ -14,8 +14,8 @@ from gradflow.specs.stack import StackSpec
 class HighwayUnit(Unit):
     """y = T(x) H(x) + (1 - T(x)) x, T(x) = sigmoid(W_T x + b_T), H the branch.
 
-    b_T starts at `settings["gate_bias"]`, below zero: the unit
-    begins by carrying. The x that is carried is the shortcut; both gates and H take the branch's x.
+    b_T starts at `settings["gate_bias"]`, below zero: the unit begins by carrying. The shortcut is
+    the x that is carried; both gates and H take the branch's x.
     """
 
     def __init__(self, spec: StackSpec, wiring: Wiring, name: str) -> None:

@@ -25,13 +25,7 @@ from gradflow.specs.stack import StackSpec
 
 
 class StoredScale(ConstantStart):
-    """The vector `value`, as a parameter that starts at `stored`.
-
-    Args:
-        size: its length.
-        value: of every element at the start, in use.
-        stored: of every element of the parameter at the start.
-    """
+    """A vector whose elements are `value` at the start, as a parameter that starts at `stored`."""
 
     weight: Tensor
 

@@ -113,11 +113,9 @@ class Unit(nn.Module):
         return self.scale(self.branch_norm(self.branch(self.scale_in(self.before(x)))))
 
     def join(self, x_skip: Tensor | None, x_branch: Tensor) -> Tensor:
-        """Return y from the two uses of x, given apart so that their gradients come apart.
+        """Return y from x as the shortcut takes it (None if plain), and as the branch takes it.
 
-        Args:
-            x_skip: x as the shortcut takes it; None for a plain unit.
-            x_branch: x as the branch takes it.
+        The two uses of x are given apart so that their gradients come apart.
         """
         f = self.f(self.shared(x_branch))
         if x_skip is None:
@@ -166,10 +164,8 @@ class Unit(nn.Module):
     ) -> Unit:
         """Return a copy of the unit with the weights of several seeds, the seeds as the first axis.
 
-        Args:
-            weights: stacked over the seeds, in the order of the unit's own.
-            norms: the norms of each weight, one number for each seed.
-            compiled: computes `join` with such weights.
+        Weights and their norms, (seeds,) each, are in the order of the unit's own; `compiled`
+        computes `join` with such weights.
         """
         unit = copy(self)
         unit.weights, unit.compiled = tuple(weights), compiled
