@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import groupby
 from operator import attrgetter
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -54,9 +56,7 @@ def with_theory(run: Run) -> Run:
         for (_, rows), output in zip(by_seed, outputs, strict=True):
             yield from theory_rows(rows, prediction, output)
 
-    records = run.layer_records
-    rows = records.map(filled) if isinstance(records, Spool) else list(filled(records))
-    return replace(run, layer_records=rows, summary=summary)
+    return replace(run, layer_records=_mapped(run.layer_records, filled), summary=summary)
 
 
 def _withheld(run: Run) -> str | None:
@@ -120,28 +120,32 @@ def _value(number: float | None) -> float:
     return math.nan if number is None else number
 
 
+_Change = Callable[[Iterable[LayerRecord]], Iterator[LayerRecord]]
+_TIME_COLUMNS = ("forward_s", "forward_s_iqr", "backward_s", "backward_s_iqr")
 # Above these the run carries a warning that names the remedy.
 _NOISY_SPREAD = 0.10
 _RECONCILED = 0.10
 
 
-def with_times(run: Run, timing: Timing, statistics_s: float | None = None) -> Run:
-    """Return the run with the times of the seed that was timed, the first.
+def with_times(run: Run, timing: Timing | None, pass_seconds: Sequence[float] = ()) -> Run:
+    """Return the run with the times of the seed that was timed, the first; as it is without any.
 
     Args:
         run: a run without times.
-        timing: times of the same network.
-        statistics_s: median seconds that a statistics pass spent on the timed layers; None where no
-            statistics pass can be compared with a timed pass.
+        timing: times of the same network; None if it was not timed.
+        pass_seconds: seconds that each statistics pass spent on the timed layers; empty where none
+            can be compared with a timed pass.
     """
+    if timing is None:
+        return run
     if isinstance(run.spec, ModelSpec):
         timing = _numbered(timing, run.layer_records)
     return replace(
         run,
-        layer_records=_with_time_columns(run.layer_records, timing),
+        layer_records=_mapped(run.layer_records, partial(_timed_rows, timing=timing)),
         time_records=timing.repeats,
-        summary=_with_cost(run.summary, _counted_layers(run.spec, timing), timing),
-        overhead=_overhead(timing, statistics_s),
+        summary=_with_cost(run, timing),
+        overhead=_overhead(timing, pass_seconds),
         warnings=(*run.warnings, *_warnings(timing, run.spec)),
     )
 
@@ -153,41 +157,28 @@ def _numbered(timing: Timing, rows: Iterable[LayerRecord]) -> Timing:
     return replace(timing, repeats=tuple(repeats))
 
 
-def _with_time_columns(rows: Sequence[LayerRecord], timing: Timing) -> Sequence[LayerRecord]:
-    if isinstance(rows, Spool):
-        return rows.map(lambda records: _timed_rows(records, timing))
-    return list(_timed_rows(rows, timing))
+def _mapped(rows: Sequence[LayerRecord], change: _Change) -> Sequence[LayerRecord]:
+    """Return the changed rows, on disk if the rows are there."""
+    return rows.map(change) if isinstance(rows, Spool) else list(change(rows))
 
 
 def _timed_rows(rows: Iterable[LayerRecord], timing: Timing) -> Iterator[LayerRecord]:
     places = [(row.layer, row.unit) for row in timing.repeats if row.repeat == 0]
     units = dict(zip(places, timing.units, strict=True))
     for row in rows:
-        times = units.pop((row.layer, row.unit), None)
-        if times is None:
-            yield row
-            continue
-        forward, forward_iqr, backward, backward_iqr = times
-        yield replace(
-            row,
-            forward_s=forward,
-            forward_s_iqr=forward_iqr,
-            backward_s=backward,
-            backward_s_iqr=backward_iqr,
-        )
+        times = units.pop((row.layer, row.unit), ())
+        columns: dict[str, Any] = dict(zip(_TIME_COLUMNS, times, strict=False))
+        yield replace(row, **columns) if times else row
 
 
-def _counted_layers(spec: Spec, timing: Timing) -> int:
-    """Return how many layers totals are told for: a model's timed layers stand for no others."""
-    return timing.layers if isinstance(spec, ModelSpec) else spec.depth
-
-
-def _with_cost(summary: Summary, depth: int, timing: Timing) -> Summary:
+def _with_cost(run: Run, timing: Timing) -> Summary:
+    # A model's timed layers stand for no others.
+    depth = timing.layers if isinstance(run.spec, ModelSpec) else run.spec.depth
     share = depth / timing.layers
     forward = sum(f for f, _, _, _ in timing.units) * share
     backward = sum(b for _, _, b, _ in timing.units) * share
     return replace(
-        summary,
+        run.summary,
         forward_s=forward,
         backward_s=backward,
         forward_s_per_layer=forward / depth,
@@ -210,7 +201,7 @@ def _flops(timing: Timing, share: float, forward_s: float, backward_s: float) ->
     }
 
 
-def _overhead(timing: Timing, statistics_s: float | None) -> dict[str, float] | None:
+def _overhead(timing: Timing, pass_seconds: Sequence[float]) -> dict[str, float] | None:
     """Return what observing cost in this run, and how far the times of units add up."""
     if timing.bare_s is None or timing.bare_iqr_s is None:
         return None
@@ -220,10 +211,11 @@ def _overhead(timing: Timing, statistics_s: float | None) -> dict[str, float] | 
         "timed_pass_s": timing.total_s,
         "timed_over_bare": timing.total_s / timing.bare_s,
     }
-    if statistics_s is None:
+    if not pass_seconds:
         return times
-    over = statistics_s / timing.bare_s
-    return times | {"statistics_pass_s": statistics_s, "statistics_over_bare": over}
+    seconds = median(pass_seconds)
+    over = seconds / timing.bare_s
+    return times | {"statistics_pass_s": seconds, "statistics_over_bare": over}
 
 
 def _warnings(timing: Timing, spec: Spec) -> Iterator[str]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gradflow.errors import UsageError
 from gradflow.judging.gate import Bounds, judge_run
 from gradflow.judging.remarks import place
-from gradflow.measuring.models.one_pass import called, projection, untouched
+from gradflow.measuring.models.subjects import called, projection, untouched
 from gradflow.runs.records import LayerRecord, Run
 from gradflow.watching import watch
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property, partial
 from pathlib import Path
-from statistics import median
 from time import perf_counter
 from typing import Any, TypeVar
 
@@ -23,13 +22,7 @@ from gradflow.engine.rows import RecordTables, new_tables
 from gradflow.engine.seeds.blocks import SeedBlocks
 from gradflow.engine.seeds.walk import SeedWalk, seed_network, walk_seeds
 from gradflow.engine.tape import Network, Ticker, visits
-from gradflow.engine.timing import (
-    Clock,
-    clock_for,
-    matmul_flop_per_s,
-    stack_timer,
-    take_times,
-)
+from gradflow.engine.timing import Clock, clock_for, matmul_flop_per_s, stack_timer, take_times
 from gradflow.engine.walk import Walk, walk
 from gradflow.errors import MeasurementError
 from gradflow.judging.assembly import Measured, assembled_run
@@ -72,9 +65,8 @@ def measure(
         MeasurementError: out of memory, or the disk of `scratch` is full.
     """
     options = options or RunOptions()
-    return measure_stack(
-        as_trained(spec, options), options, progress=progress, clock=clock, scratch=scratch
-    )
+    spec = as_trained(spec, options)
+    return measure_stack(spec, options, progress=progress, clock=clock, scratch=scratch)
 
 
 def measure_stack(
@@ -92,7 +84,7 @@ def measure_stack(
     clock = clock or clock_for(device)
     plan = make_plan(spec, options, device)
     reset_peak(device)
-    work = StackMeasurement(spec, options, device, plan, progress, clock)
+    work = _StackMeasurement(spec, options, device, plan, progress, clock)
     try:
         with refusing_when_full(plan.needed, spec, options, device):
             results = work.all_seeds(scratch)
@@ -158,18 +150,11 @@ def _run_of(
         warnings=results.warnings,
         peak_bytes=results.peak,
     )
-    run = with_theory(assembled_run(measured))
-    if results.timing is None:
-        return run
-    return with_times(run, results.timing, _median(results.pass_seconds))
-
-
-def _median(seconds: Sequence[float]) -> float | None:
-    return median(seconds) if seconds else None
+    return with_times(with_theory(assembled_run(measured)), results.timing, results.pass_seconds)
 
 
 @dataclass(frozen=True)
-class StackMeasurement:
+class _StackMeasurement:
     """The passes of one measurement: times, then statistics, of every seed."""
 
     spec: StackSpec

@@ -222,7 +222,7 @@ def _timed(run: Run, cell: Cell, rounds: Rounds, name: str) -> Run:
     }
     run = replace(run, environment=environment, options=cell.options)
     timing = rounds.timing(cell)
-    return with_times(run, timing) if timing else run
+    return with_times(run, timing)
 
 
 class _Meter:

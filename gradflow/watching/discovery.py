@@ -7,7 +7,7 @@ among those that a layer takes or returns, in a tuple, a dictionary or a datacla
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from fnmatch import fnmatchcase
 from itertools import groupby
@@ -22,8 +22,8 @@ from gradflow.torch_internals import registered
 from gradflow.watching.distributed import class_of
 
 # Containers of modules that are never called.
-UNCALLED = (nn.ModuleList, nn.ModuleDict)
-_CONTAINERS = (nn.Sequential, *UNCALLED)
+_UNCALLED = (nn.ModuleList, nn.ModuleDict)
+_CONTAINERS = (nn.Sequential, *_UNCALLED)
 # The names that libraries give the stream, where a container holds several tensors.
 _STREAM_NAMES = ("last_hidden_state", "hidden_states", "hidden_state")
 # Names of modules that an error lists.
@@ -182,7 +182,7 @@ def _run(run: _Named, *, leaves: bool, staged: bool) -> _Named:
         return run
     inner = [_blocks(module, name, leaves=leaves, staged=True) for name, module in run]
     members = [item for own, member in zip(inner, run, strict=True) for item in own or [member]]
-    return [(name, module) for name, module in members if not isinstance(module, UNCALLED)]
+    return [(name, module) for name, module in members if not isinstance(module, _UNCALLED)]
 
 
 def _mostly_alike(run: _Named) -> bool:
@@ -210,10 +210,41 @@ def _top(model: nn.Module) -> _Named:
 def _callable(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
     """The children of a module; lists and dictionaries give way to their own children."""
     for name, child in _children(module, prefix):
-        if isinstance(child, UNCALLED):
+        if isinstance(child, _UNCALLED):
             yield from _callable(child, name)
         else:
             yield name, child
+
+
+# Blocks that a model calls again and again, as ALBERT does for all its layers, and universal
+# transformers for all their steps: no list of modules shows them, but only a run. Where no modules
+# repeat, every module that could be one is watched beside the layers, until the model has run.
+
+
+def candidates(model: nn.Module, layers: Sequence[WatchedLayer]) -> list[WatchedLayer]:
+    """Return the modules, beside the layers, that may turn out to be called again."""
+    known = {id(layer.module) for layer in layers}
+    named = ((name, module) for name, module in model.named_modules() if name)
+    return [WatchedLayer(name, m) for name, m in named if id(m) not in known and _is_block(m)]
+
+
+def outermost_blocks(layers: Sequence[WatchedLayer], places: Collection[int]) -> list[int]:
+    """Return those indices of layers whose modules are blocks and lie inside no other of them."""
+    again = [i for i in sorted(places) if _is_block(layers[i].module)]
+    names = {layers[i].name for i in again}
+    return [i for i in again if not _is_inside(layers[i].name, names)]
+
+
+def _is_block(module: nn.Module) -> bool:
+    """Whether a module can be called, and has children and parameters."""
+    callable_ = bool(registered(module)) and not isinstance(module, _UNCALLED)
+    return callable_ and next(module.parameters(), None) is not None
+
+
+def _is_inside(name: str, others: Collection[str]) -> bool:
+    """Whether a module lies in one of others, by their dotted names."""
+    parts = name.split(".")
+    return any(".".join(parts[:i]) in others for i in range(1, len(parts)))
 
 
 def _tensors(value: object) -> Iterator[Tensor]:

@@ -28,12 +28,17 @@ from gradflow.showing.terminal.printing import print_view
 from gradflow.specs.run_options import RunOptions
 from gradflow.torch_internals import UpdateAfter, is_compiled, scale_tensor
 from gradflow.watching import device_rows
-from gradflow.watching.discovery import WatchedLayer, find_layers, repeats
+from gradflow.watching.discovery import (
+    WatchedLayer,
+    candidates,
+    find_layers,
+    outermost_blocks,
+    repeats,
+)
 from gradflow.watching.distributed import ranks_of, sharded_again, unwrapped
 from gradflow.watching.layer_hooks import installed
 from gradflow.watching.parameters import ParameterWatch
 from gradflow.watching.recorder import Recorder, WatchedPass
-from gradflow.watching.recurrent_blocks import called_again, candidates
 from gradflow.watching.step_totals import StepNumbers, rank_totals, step_numbers, to_host
 from gradflow.watching.watched_run import Watched, of_step, verdict_step, watched_run, write_events
 
@@ -173,7 +178,8 @@ class Flow:
             return passes
         recorder = self._recorder
         all_passes = [*passes, *recorder.captured]
-        mine = called_again(self._watched.layers, all_passes), bool(all_passes)
+        again = {i for one in all_passes for i in one.called_again()}
+        mine = outermost_blocks(self._watched.layers, again), bool(all_passes)
         votes = self._ranks.gather(mine) if self._ranks else [mine]
         if any(ran for _, ran in votes):
             kept = {i for again, _ in votes for i in again} or range(self._watched.listed)

@@ -163,6 +163,13 @@ class WatchedPass:
         self.calls = [call for call in self.calls if call.place in kept]
         return bool(self.calls)
 
+    def called_again(self) -> set[int]:
+        """Return the layers that ran more than once, on an x with the shape of y as in recurrences.
+
+        They are named by their indices.
+        """
+        return {call.place for call in self.calls if call.number and call.keeps_shape}
+
     def was_replayed(self, tables: Mapping[Pool, list[list[float]]]) -> bool:
         """Return whether the graph that holds this pass ran, by its rows on the host."""
         taps = (call.y for call in self.calls if call.y is not None)

@@ -235,7 +235,7 @@ def with_total(total: float = 1.0, bare: float | None = 1.0, spread: float = 0.0
     found = Timing(units, (TimeRecord(0, 1, "mlp", 0.25, 0.75),), total, bare, bare_iqr, spread)
     layers = [row for seed in (0, 1) for row in layer_rows(spec, [0.0, 0.0], seed)]
     run = run_of(spec, layers, options=RunOptions(seeds=2), warnings=(), overhead=None)
-    return with_times(run, found, 2.0)
+    return with_times(run, found, [2.0])
 
 
 def test_times_go_to_the_units_of_the_first_seed() -> None:

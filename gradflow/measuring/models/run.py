@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
-from itertools import count
-from statistics import median
 from time import perf_counter
 from typing import Any
 
@@ -21,9 +19,15 @@ from gradflow.errors import MeasurementError, is_out_of_memory
 from gradflow.judging.assembly import Measured, assembled_run
 from gradflow.measuring.columns import with_times
 from gradflow.measuring.models.hugging_face import hugging_face_build
-from gradflow.measuring.models.one_pass import settings_kept, untouched
-from gradflow.measuring.models.subjects import Example, Subject, backward_pass, build_subject
-from gradflow.measuring.progress import Progress
+from gradflow.measuring.models.subjects import (
+    Example,
+    Subject,
+    backward_pass,
+    build_subject,
+    settings_kept,
+    untouched,
+)
+from gradflow.measuring.progress import Progress, counter
 from gradflow.runs.records import Run, StepRecord, Timing
 from gradflow.specs.model_spec import ModelRequest, ModelSpec
 from gradflow.specs.run_options import RunOptions
@@ -161,11 +165,7 @@ class _ModelMeasurement:
         return results
 
     def _time(self, subject: Subject) -> Timing | None:
-        done = count(1)
-
-        def tick() -> None:
-            self.progress("timing", min(next(done), self.options.repeats), self.options.repeats)
-
+        tick = counter(self.progress, "timing", self.options.repeats)
         timing = take_times(timer_of(subject, self.request), self.options, self.clock, tick)
         if timing is None:
             return None
@@ -239,11 +239,7 @@ def _run_of(
             peak_bytes=peak_bytes(device),
         )
     )
-    if results.timing is None:
-        return run
-    return with_times(
-        run, results.timing, median(results.pass_seconds) if results.pass_seconds else None
-    )
+    return with_times(run, results.timing, results.pass_seconds)
 
 
 def _common_spec(request: ModelRequest, runs: Sequence[Run]) -> ModelSpec:

@@ -1,14 +1,17 @@
-"""Build what a `ModelRequest` names: a model, its batches and its loss."""
+"""Build what a `ModelRequest` names: a model, its batches, its loss; run it, leaving no trace."""
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
 from itertools import count, repeat
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +28,6 @@ from gradflow.measuring.models.hugging_face import (
     inputs,
     tokens,
 )
-from gradflow.measuring.models.one_pass import called, projection, real_output, untouched
 from gradflow.specs.model_spec import ModelRequest
 from gradflow.specs.run_options import RunOptions
 from gradflow.specs.user_files import (
@@ -36,6 +38,7 @@ from gradflow.specs.user_files import (
 )
 from gradflow.torch_internals import map_tensors
 from gradflow.training.tasks import MarkovTask, PrototypeTask, Samples, Task
+from gradflow.watching.discovery import stream_of
 
 # Losses that compare the output with a target.
 _PAIRED = ("ce", "mse")
@@ -52,6 +55,67 @@ class Example:
 
     given: Any
     target: Tensor | None = None
+
+
+def called(model: nn.Module, batch: Any) -> Any:
+    """Call a model with one tensor, a tuple or list of arguments, or a mapping of names to them."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, list | tuple) else model(batch)
+
+
+def real_output(output: Any) -> Tensor:
+    """Return the first floating tensor of an output; if complex, its real and imaginary parts.
+
+    Raises:
+        UsageError: the output has no such tensor, or it takes no gradient.
+    """
+    y = stream_of(output)
+    if y is None or not y.requires_grad:
+        rule = "the model returns a floating tensor that takes a gradient"
+        got = type(output).__name__ if y is None else "one without"
+        raise UsageError(rule, got, "return one, thaw its parameters, or take another loss")
+    return torch.view_as_real(y) if y.is_complex() else y
+
+
+def projection(output: Any, seed: int) -> Tensor:
+    """Return L = <c, y> with y = `real_output` and a random normal c of norm 1, so dL/dy = c."""
+    y = real_output(output)
+    c = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return ((c / c.norm()).to(y.device, y.dtype) * y).sum()
+
+
+@contextmanager
+def settings_kept() -> Iterator[None]:
+    """Put back torch's settings and the working directory, which a user's code may change."""
+    grad, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
+    threads, folder = torch.get_num_threads(), Path.cwd()
+    try:
+        yield
+    finally:
+        torch.set_grad_enabled(grad)
+        torch.set_default_dtype(dtype)
+        torch.set_num_threads(threads)
+        os.chdir(folder)
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Start with gradients of None; put back gradients, buffers and random state at the end."""
+    grads = [(p, p.grad) for p in model.parameters()]
+    buffers = [(b, b.detach().clone()) for b in model.buffers() if not is_lazy(b)]
+    devices = {p.device.index for p, _ in grads if p.device.type == "cuda"}
+    try:
+        for p, _ in grads:
+            p.grad = None
+        with torch.random.fork_rng(sorted(devices)):
+            yield
+    finally:
+        for p, grad in grads:
+            p.grad = grad
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
 
 
 def moved_to(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
