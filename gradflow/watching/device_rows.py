@@ -11,6 +11,8 @@ host reads it when the step ends. Until then replays add up, as micro-batches do
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import groupby
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -80,9 +82,7 @@ class Pool:
 class GraphPool(Pool):
     """Rows that replays add to, with the number of replays in the last column; none is given back.
 
-    Args:
-        device: where the rows lie.
-        layers: how many layers are watched.
+    Their number is `ROWS_PER_LAYER` for each watched layer.
     """
 
     def __init__(self, device: torch.device, layers: int) -> None:
@@ -142,15 +142,13 @@ class GraphParameters:
         self.steps = False
         self._rows: dict[int, Tensor] = {}
         self._tables: list[Tensor] = []
-        devices: dict[torch.device, list[Tensor]] = {}
-        for parameter in parameters:
-            if parameter.device.type in kinds:
-                devices.setdefault(parameter.device, []).append(parameter)
-        for device, own in devices.items():
-            shape = len(own), len(PARAMETER_NUMBERS)
-            table = torch.full(shape, MISSING, dtype=torch.float64, device=device)
-            self._tables.append(table)
-            self._rows |= {id(p): row for p, row in zip(own, table.unbind(0), strict=True)}
+        for device, group in groupby(parameters, key=attrgetter("device")):
+            if device.type in kinds:
+                own = list(group)
+                shape = len(own), len(PARAMETER_NUMBERS)
+                table = torch.full(shape, MISSING, dtype=torch.float64, device=device)
+                self._tables.append(table)
+                self._rows |= {id(p): row for p, row in zip(own, table.unbind(0), strict=True)}
 
     def put(self, parameter: Tensor, name: str, value: Tensor | float) -> None:
         """Write a number of a parameter where it stays, in a graph that is being captured."""
@@ -178,12 +176,9 @@ class GraphParameters:
 
 
 def measure_forward(pool: Pool, number: int, y: Tensor) -> None:
-    """Write the `FORWARD_NUMBERS` of an activation y into a row.
+    """Write the `FORWARD_NUMBERS` of an activation y into the row `number` of a pool.
 
-    Args:
-        pool: where the row lies.
-        number: of the row.
-        y: (batch, tokens, features) counts as tokens; other shapes are (batch, ...).
+    A y of shape (batch, tokens, features) counts as tokens; other shapes are (batch, ...).
     """
     y, tokens = _real(y), y.ndim == 3
     sums = forward_sums(y, tokens=tokens)
@@ -195,16 +190,9 @@ def measure_forward(pool: Pool, number: int, y: Tensor) -> None:
 
 
 def measure_gradient(pool: Pool, number: int, g: Tensor, smallest: float | None) -> Tensor:
-    """Write the `GRADIENT_NUMBERS` of a gradient g into a row.
+    """Write the `GRADIENT_NUMBERS` of a gradient into a row; return it in float64, as a copy.
 
-    Args:
-        pool: where the row lies.
-        number: of the row.
-        g: the gradient.
-        smallest: the smallest normal number of its half-precision format; None for wide formats.
-
-    Returns:
-        The gradient in float64, in memory of its own.
+    `smallest` is the smallest normal number of its half-precision format; None for wide formats.
     """
     g = _real(g)
     wide = g.to(torch.float64, copy=True)

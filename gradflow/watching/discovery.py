@@ -32,13 +32,10 @@ _NAMES_SHOWN = 12
 
 @dataclass(frozen=True)
 class WatchedLayer:
-    """One watched module.
+    """One watched module, with its dotted name as in `named_modules`: the first if it has several.
 
-    Attributes:
-        name: dotted, as in `named_modules`; of several names of a shared module the first.
-        module: the module itself.
-        previous: index, in the list of layers, of the sibling that runs before this one; None
-            where there is no such sibling.
+    `previous` is the index, in the list of layers, of the sibling that runs before this one; None
+    where there is no such sibling.
     """
 
     name: str
@@ -159,9 +156,8 @@ def _blocks(module: nn.Module, prefix: str, *, leaves: bool, staged: bool = Fals
 def _runs(module: nn.Module, prefix: str) -> list[_Named]:
     """Neighbours of one type; a list in which a type repeats is one run whatever is between."""
     children = list(_children(module, prefix))
-    if isinstance(module, nn.ModuleList) and len({class_of(m) for _, m in children}) < len(
-        children
-    ):
+    kinds = {class_of(m) for _, m in children}
+    if isinstance(module, nn.ModuleList) and len(kinds) < len(children):
         return [children]
     return [list(group) for _, group in groupby(children, key=lambda item: class_of(item[1]))]
 

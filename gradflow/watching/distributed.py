@@ -144,9 +144,8 @@ def _replicas(model: nn.Module) -> dist.ProcessGroup | None:
 def _unknown(model: nn.Module) -> Iterator[str]:
     """Ways in which parameters are spread whose norms would be wrong here."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is not None and any(
-        isinstance(m, fsdp.FullyShardedDataParallel) for m in model.modules()
-    ):
+    old = () if fsdp is None else fsdp.FullyShardedDataParallel
+    if any(isinstance(m, old) for m in model.modules()):
         yield "FullyShardedDataParallel"
     sharded: list[Any] = [p for p in model.parameters() if is_sharded(p)]
     if sharded and not any(class_of(m) is not type(m) for m in model.modules()):

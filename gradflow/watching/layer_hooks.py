@@ -9,7 +9,7 @@ recorder.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -25,18 +25,13 @@ from gradflow.watching.recorder import LayerCall, Recorder, Tap, WatchedPass
 
 
 class CompiledTaps:
-    """The recorder as compiled graphs see it: they know indices of layers, not tensors to hook.
-
-    Attributes:
-        recorder: notes what happens.
-        ran: whether a tap has run inside a compiled graph.
-        waiting: for the input (True) or output (False) of each layer, the taps whose gradient
-            has not come, newest last: backward goes through the calls in reverse.
-    """
+    """The recorder as compiled graphs see it: they know indices of layers, not tensors to hook."""
 
     def __init__(self, recorder: Recorder) -> None:
         self.recorder = recorder
-        self.ran = False
+        self.ran = False  # a tap, inside a compiled graph
+        # For the input (True) or output (False) of each layer, the taps whose gradient has not
+        # come, newest last: backward goes through the calls in reverse.
         self.waiting: dict[tuple[int, bool], list[tuple[WatchedPass, Tap]]] = {}
 
     def forward(self, x: Tensor, place: int, *, entering: bool, graph: bool) -> None:
@@ -126,16 +121,11 @@ def installed(model: nn.Module, recorder: Recorder) -> Iterator[CompiledTaps]:
     """Hook the model and its layers; all hooks are gone at the end, whatever happens."""
     number, taps = next(_NUMBERS), CompiledTaps(recorder)
     _LIVE[number] = taps
-    handles: list[RemovableHandle] = []
-    try:
-        handles += _on_root(model, recorder)
-        for place, layer in enumerate(recorder.layers):
-            handles += _on_layer(layer, recorder, number, place)
+    with ExitStack() as stack:
+        stack.callback(_LIVE.pop, number)
+        for handle in _handles(model, recorder, number):
+            stack.callback(handle.remove)
         yield taps
-    finally:
-        for handle in handles:
-            handle.remove()
-        del _LIVE[number]
 
 
 @dataclass(eq=False)
@@ -159,13 +149,17 @@ class _AfterModel(_BeforeModel):
 
 
 @dataclass(eq=False)
-class _BeforeLayer(Hook):
-    """Sees the input of a layer; `first` says that it is no other layer's output."""
-
+class _LayerHook(Hook):
     layer: nn.Module
     recorder: Recorder
     watcher: int
     place: int
+
+
+@dataclass(eq=False)
+class _BeforeLayer(_LayerHook):
+    """Sees the input of a layer; `first` says that it is no other layer's output."""
+
     first: bool
 
     def __call__(self, called: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -178,14 +172,8 @@ class _BeforeLayer(Hook):
         return _tapped((args, kwargs), self.watcher, self.place, entering=True)
 
 
-@dataclass(eq=False)
-class _AfterLayer(Hook):
+class _AfterLayer(_LayerHook):
     """Sees the output of a layer."""
-
-    layer: nn.Module
-    recorder: Recorder
-    watcher: int
-    place: int
 
     def __call__(self, called: nn.Module, args: Any, output: Any) -> Any:
         if not torch.compiler.is_compiling():
@@ -197,9 +185,11 @@ class _AfterLayer(Hook):
         return _tapped(output, self.watcher, self.place, entering=False, shape=shape)
 
 
-def _on_root(model: nn.Module, recorder: Recorder) -> Iterator[RemovableHandle]:
+def _handles(model: nn.Module, recorder: Recorder, watcher: int) -> Iterator[RemovableHandle]:
     yield _BeforeModel(model, recorder).put(model.register_forward_pre_hook, prepend=True)
     yield _AfterModel(model, recorder).put(model.register_forward_hook)
+    for place, layer in enumerate(recorder.layers):
+        yield from _on_layer(layer, recorder, watcher, place)
 
 
 def _on_layer(

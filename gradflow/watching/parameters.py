@@ -40,13 +40,7 @@ _SMALL = 1 << 13
 
 @dataclass(frozen=True)
 class OwnedParameter:
-    """A parameter, and the innermost watched layer that it belongs to.
-
-    Attributes:
-        place: index of the layer.
-        name: of the parameter, dotted, inside the layer.
-        parameter: the tensor itself.
-    """
+    """A parameter, its dotted name inside its innermost watched layer, and that layer's index."""
 
     place: int
     name: str
@@ -74,9 +68,7 @@ def owned_parameters(
 ) -> list[OwnedParameter]:
     """Return every parameter of the layers once: a tied one belongs to the first that has it.
 
-    Args:
-        layers: all that are watched.
-        kept: indices of the layers that count; None is all.
+    `kept` has the indices of the layers that count; None is all.
     """
     counting = [(i, layer) for i, layer in enumerate(layers) if kept is None or i in kept]
     places = {id(layer.module): i for i, layer in counting}
@@ -101,17 +93,13 @@ def _innermost(module: nn.Module, name: str, places: dict[int, int]) -> int:
 class ParameterWatch:
     """Norms of parameters, gradients and updates in one step, float64 on their devices.
 
-    Attributes:
-        owned: the parameters.
-        ranks: the processes that share the model, if there are several.
-        active: whether this step is measured.
+    Steps are measured while it is `active`; `ranks` are the processes that share the model, if
+    there are several.
     """
 
     def __init__(self, owned: Sequence[OwnedParameter], ranks: Ranks | None = None) -> None:
-        self.owned, self.ranks = owned, ranks
-        self.active = True
-        self._parameters: list[nn.Parameter] = [one.parameter for one in owned]
-        self._kept = {id(p) for p in self._parameters}
+        self.ranks, self.active = ranks, True
+        self._own(owned)
         self._graphed = GraphParameters(self._parameters, device_rows.CAPTURABLE)
         self._copies: list[Tensor] = []
         self.reset()
@@ -145,9 +133,12 @@ class ParameterWatch:
             [values[i] for i in order] if values else []
             for values in (self._copies, self._weights, self._updates)
         )
+        self._own(owned)
+
+    def _own(self, owned: Sequence[OwnedParameter]) -> None:
         self.owned = owned
         self._parameters = [one.parameter for one in owned]
-        self._kept = {id(p) for p in self._parameters}
+        self._kept = set(map(id, self._parameters))
 
     def _accumulated(self, parameter: Tensor) -> None:
         if self._watches() and parameter.grad is not None and id(parameter) in self._kept:

@@ -42,7 +42,6 @@ class Tap:
     """One watched tensor.
 
     Attributes:
-        shape: of the tensor; `dtype` likewise.
         format: number format of its gradient; that of autocast where it is on.
         forward: the row of its `FORWARD_NUMBERS`.
         gradients: a row of `GRADIENT_NUMBERS` for every gradient that came.
@@ -188,7 +187,7 @@ class Recorder:
     """Sees every watched tensor; knows neither steps nor parameters.
 
     Attributes:
-        passes: of this step, oldest first.
+        passes: all passes of this step, oldest first.
         active: whether this step is measured.
         paused: whether the model runs without gradients, as in an evaluation.
         muted: whether what runs is left out.
@@ -271,13 +270,10 @@ class Recorder:
                 self._hook(current, current.complete(call, self.tap(current, y)), y)
 
     def gradient(self, owner: WatchedPass, tap: Tap, g: Tensor | None) -> None:
-        """Measure the gradient of a watched tensor.
+        """Measure the gradient g of a watched tensor, whose pass is the owner.
 
-        Args:
-            owner: the pass of the tensor.
-            tap: the tap on it.
-            g: its gradient; None stands for a sibling's, as a hook on a piece of a tensor, by
-                `chunk` for example, is called for every piece.
+        None stands for a sibling's gradient, as a hook on a piece of a tensor, by `chunk` for
+        example, is called for every piece.
         """
         if g is None or owner not in self.passes or not (self.active or owner.captured):
             return
@@ -334,12 +330,10 @@ class Recorder:
 
     def _recomputed(self, current: WatchedPass, place: int, output: object) -> None:
         """Hook a layer that a checkpoint has run again, if its first run had no graph."""
-        waiting = (c for c in reversed(current.calls) if c.place == place and c.y is not None)
-        call = next((c for c in waiting if c.y is not None and not c.y.hooked), None)
-        if call is not None and call.y is not None:
-            y = stream_of(output, call.y.shape)
-            if y is not None:
-                self._hook(current, call.y, y)
+        taps = (call.y for call in reversed(current.calls) if call.place == place)
+        tap = next((tap for tap in taps if tap is not None and not tap.hooked), None)
+        if tap is not None and (y := stream_of(output, tap.shape)) is not None:
+            self._hook(current, tap, y)
 
     def _pair(self, owner: WatchedPass, tap: Tap, wide: Tensor) -> None:
         """Measure <dL/dx, dL/dy> of the layers whose x or y has this gradient."""

@@ -113,9 +113,8 @@ class StepNumbers:
         input: columns of the input of the first layer.
         layers: columns of every layer by call, in execution order.
         params: a row of `PARAMETER_NUMBERS` for every parameter.
-        shape: of the stream at the first layer, the batches of all ranks together.
-        dtype: of this stream.
-        device: of this stream on the first rank.
+        shape: shape of the stream at the first layer, the batches of all ranks together; `dtype`
+            and `device`, on the first rank, likewise.
     """
 
     step: int
@@ -163,7 +162,7 @@ def step_numbers(
 
     Args:
         step: its number.
-        ranks: what each rank has seen; of one process that is alone, its own.
+        ranks: totals of each rank.
         params: a row of `PARAMETER_NUMBERS` for every parameter.
         scale: factor of the loss in the gradients, as a `GradScaler` has it.
     """
@@ -175,16 +174,17 @@ def step_numbers(
     shrunk = scale * len(ranks)
     order = merged_order([list(rank.layers) for rank in ran])
     layers = {key: [rank.layers[key] for rank in ran if key in rank.layers] for key in order}
-    whole = StepNumbers(
-        step=step,
-        input=_tensor_columns(_together(inputs), shrunk) if inputs else {},
-        layers={k: _layer_columns(_layers_together(v), shrunk) for k, v in layers.items()},
-        params=_unscaled(params, scale),
-        shape=_whole_shape([rank.shape for rank in ran]),
-        dtype=ran[0].dtype,
-        device=ran[0].device,
-    )
-    return [whole]
+    return [
+        StepNumbers(
+            step=step,
+            input=_tensor_columns(_together(inputs), shrunk) if inputs else {},
+            layers={k: _layer_columns(_layers_together(v), shrunk) for k, v in layers.items()},
+            params=_unscaled(params, scale),
+            shape=_whole_shape([rank.shape for rank in ran]),
+            dtype=ran[0].dtype,
+            device=ran[0].device,
+        )
+    ]
 
 
 def merged_order(sequences: Iterable[Sequence[CallKey]]) -> list[CallKey]:
@@ -248,12 +248,10 @@ def _unscaled(params: np.ndarray, scale: float) -> np.ndarray:
 
 
 def _tensor_totals(taps: Sequence[Tap], rows: HostRows) -> TensorTotals:
-    """Totals of one watched tensor over all passes."""
     return _together([_tap_totals(tap, rows) for tap in taps])
 
 
 def _layer_totals(calls: Sequence[LayerCall], rows: HostRows) -> LayerTotals:
-    """Totals of one layer over all passes."""
     y = _tensor_totals([call.y for call in calls if call.y is not None], rows)
     if not all(call.keeps_shape for call in calls):
         return LayerTotals(y, compares=False)
@@ -285,17 +283,13 @@ def _gradient_totals(tap: Tap, rows: HostRows) -> dict[str, float]:
     times = sum(pool.times(rows[pool][row]) for pool, row in tap.gradients)
     if not times:
         return {}
-    squares, nonzero, nonfinite, cosines, sizes, small = zip(*gradients, strict=True)
+    numbers = dict(zip(GRADIENT_NUMBERS, zip(*gradients, strict=True), strict=True))
     pairs = _with_pairs(tap.shape, tokens=False)
-    return {
+    return {name: sum(numbers[name]) for name in ("g_sq", "nonzero", "nonfinite", "small")} | {
         "g_numel": tap.shape.numel() * times,
-        "g_sq": sum(squares),
-        "g_max": _largest(sizes),
-        "g_cos": sum(cosines) * pairs if pairs else 0.0,
+        "g_max": _largest(numbers["g_max"]),
+        "g_cos": sum(numbers["g_cos"]) * pairs if pairs else 0.0,
         "g_pairs": times * pairs,
-        "nonzero": sum(nonzero),
-        "nonfinite": sum(nonfinite),
-        "small": sum(small),
     }
 
 
@@ -313,7 +307,6 @@ def _with_pairs(shape: Sequence[int], *, tokens: bool) -> int:
 
 
 def _together(totals: Sequence[TensorTotals]) -> TensorTotals:
-    """Several tensors as one."""
     if len(totals) == 1:
         return totals[0]
     joined: dict[str, Any] = {name: sum(getattr(one, name) for one in totals) for name in _ADDED}
@@ -322,7 +315,6 @@ def _together(totals: Sequence[TensorTotals]) -> TensorTotals:
 
 
 def _layers_together(totals: Sequence[LayerTotals]) -> LayerTotals:
-    """Return the totals of one layer over all ranks."""
     if len(totals) == 1:
         return totals[0]
     below = [one.below for one in totals if one.below is not None]
@@ -335,7 +327,7 @@ def _layers_together(totals: Sequence[LayerTotals]) -> LayerTotals:
 
 
 def _largest(values: Iterable[float]) -> float:
-    """The largest value; NaN if one is."""
+    """Return the largest value; NaN if one is NaN."""
     values = list(values)
     return math.nan if any(map(math.isnan, values)) else max(values)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -122,10 +122,7 @@ def timed_step(
 ) -> tuple[CallTimes, float]:
     """Return the seconds of each call in one step, and of the whole step.
 
-    Args:
-        layers: the layers to time.
-        step: one forward and one backward pass.
-        clock: of the device.
+    The step is one forward and one backward pass.
     """
     marks = _Marks(clock)
     with _installed(layers, marks):
@@ -182,9 +179,9 @@ def layer_timing(
 
     Args:
         units: name of each layer.
-        steps: what `timed_step` returned, step by step.
-        bare: seconds of steps without hooks.
-        flops: what `counted_step` returned.
+        steps: results of `timed_step`.
+        bare: results of `bare_step`.
+        flops: result of `counted_step`.
     """
     keys = [key for key in steps[0][0] if all(key in seconds for seconds, _ in steps)]
     if not keys:
@@ -203,14 +200,11 @@ def layer_timing(
 
 @contextmanager
 def _installed(layers: Sequence[WatchedLayer], marks: _Marks) -> Iterator[None]:
-    handles: list[RemovableHandle] = []
-    try:
+    with ExitStack() as stack:
         for place, layer in enumerate(layers):
-            handles += _on_layer(layer.module, place, marks)
+            for handle in _on_layer(layer.module, place, marks):
+                stack.callback(handle.remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _on_layer(layer: nn.Module, place: int, marks: _Marks) -> Iterator[RemovableHandle]:

@@ -32,12 +32,8 @@ from gradflow.watching.step_totals import ColumnValues, StepNumbers, merged_orde
 
 # Columns without a default, where nothing has been measured.
 _EMPTY: ColumnValues = dict.fromkeys(("act_rms", "act_max_abs", "grad_norm", "log10_grad_norm"))
-
-
 # Columns that name a row, and hold no number to draw.
 _ROW_NAMES = ("seed", "step", "layer", "unit")
-
-
 # The `PARAMETER_NUMBERS` of a parameter by name; None is missing.
 _Numbers = dict[str, float | None]
 
@@ -47,7 +43,6 @@ class Watched:
     """The model that is watched, and its layers.
 
     Attributes:
-        model: the model.
         layers: its layers, and behind them the candidates that may count in their stead.
         listed: how many of `layers` are no candidates.
         ranks: the processes that share the model.
@@ -90,17 +85,18 @@ def watched_run(
 ) -> Run:
     """Return all measured steps as one run.
 
-    Args:
-        watched: the model and its layers.
-        steps: the measured steps.
-        options: thresholds of the verdict.
-        when: entries of the environment beside those of the device.
+    The options have the thresholds of the verdict; `when` has entries of the environment.
 
     Raises:
         MeasurementError: no layer has run.
     """
     if not steps or not steps[0].layers:
-        raise _nothing_ran(watched)
+        names = ", ".join(layer.name for layer in watched.layers[:3])
+        raise MeasurementError(
+            f"no watched layer of {type(watched.model).__name__} has run with gradients ({names}); "
+            "run a forward and a backward pass inside `with gradflow.watch(...)`; a function that "
+            "was compiled before needs torch.compiler.reset() first"
+        )
     order = merged_order([list(step.layers) for step in steps])
     spec = _spec(watched, order, steps[0])
     seed = options.seed
@@ -125,16 +121,6 @@ def watched_run(
 def of_step(run: Run, step: int) -> Run:
     """Return the run with the layers of one step alone."""
     return replace(run, layer_records=[row for row in run.layer_records if row.step == step])
-
-
-def _nothing_ran(watched: Watched) -> MeasurementError:
-    """The error for steps in which no layer has run."""
-    names = ", ".join(layer.name for layer in watched.layers[:3])
-    return MeasurementError(
-        f"no watched layer of {type(watched.model).__name__} has run with gradients ({names}); "
-        "run a forward and a backward pass inside `with gradflow.watch(...)`; a function that "
-        "was compiled before needs torch.compiler.reset() first"
-    )
 
 
 def verdict_step(spec: Spec, layers: Sequence[LayerRecord], options: RunOptions) -> int:
@@ -225,16 +211,9 @@ def _param_rows(
 
 
 def write_events(rows: Sequence[LayerRecord], folder: Path | str) -> Path:
-    """Write a scalar `column/unit` at its step for every cell; missing cells are left out.
+    """Write a scalar `column/unit` at its step for every cell of one seed; return the folder.
 
-    The numbers are float32 there, as TensorBoard keeps scalars.
-
-    Args:
-        rows: of `layers.csv`, for one seed.
-        folder: where one more file of events goes.
-
-    Returns:
-        The folder.
+    The numbers are float32 there, as TensorBoard keeps scalars; missing cells are left out.
 
     Raises:
         UsageError: the extra is not installed, or the folder cannot be written to.
