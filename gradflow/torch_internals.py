@@ -41,14 +41,9 @@ def run_backward(y: Tensor, g: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor
     Frees the graph. Replaces `torch.autograd.grad(y, inputs, g, allow_unused=True)`, which imports
     sympy at its first call: 0.4 s.
     """
+    keep, create = False, False  # graphs: of y, and of the gradients
     return _engine_run_backward(
-        (y,),
-        (g,),
-        False,  # the graph is not kept,
-        False,  # nor is one made of the gradients
-        tuple(inputs),
-        allow_unreachable=True,
-        accumulate_grad=False,
+        (y,), (g,), keep, create, tuple(inputs), allow_unreachable=True, accumulate_grad=False
     )
 
 
@@ -248,11 +243,9 @@ def compile_errors() -> CompileErrors:
 
     Called after `torch.compile`, which has imported their module: a second.
     """
-    from torch._dynamo import exc
+    from torch._dynamo import exc as e
 
-    return CompileErrors(
-        exc.FailOnRecompileLimitHit, exc.BackendCompilerFailed, exc.TorchDynamoException
-    )
+    return CompileErrors(e.FailOnRecompileLimitHit, e.BackendCompilerFailed, e.TorchDynamoException)
 
 
 def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:

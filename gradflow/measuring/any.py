@@ -26,13 +26,10 @@ def measure_any(
     progress: Progress = lambda *_: None,
     scratch: Path | None = None,
 ) -> Run:
-    """Measure a stack by `measure_stack`, or a model by `measure_model`; errors are theirs.
+    """Measure a stack as trained by `measure_stack`, or a model by `measure_model`.
 
-    Args:
-        spec: a stack as trained, see `training_spec.as_trained`, or a model.
-        options: how it is measured.
-        progress: called as the work goes on.
-        scratch: folder for rows of a stack that do not fit into memory; the system's if None.
+    Errors are theirs. `scratch` is the folder for rows of a stack that do not fit into memory; the
+    system's if None.
     """
     if isinstance(spec, ModelRequest):
         from gradflow.measuring.models.run import measure_model  # a stack need not wait for it

@@ -31,11 +31,9 @@ _TOO_DEEP = f"more than {MOST_UNITS:,} units; see --theory-only"
 
 
 def with_theory(run: Run) -> Run:
-    """Return the run with the columns `theory_...` and the summary's numbers of the same name.
+    """Return the run of a stack with the columns, and the summary's numbers, `theory_...`.
 
-    Args:
-        run: a measured stack; where theory has no answer the columns stay empty, and the summary
-            says why.
+    Where theory has no answer the columns stay empty, and the summary says why.
     """
     assert isinstance(run.spec, StackSpec)  # models have no theory
     reason = _withheld(run)
@@ -99,13 +97,12 @@ def deviation(
 ) -> tuple[float, float] | None:
     """Return measured mean less theory where they lie farthest apart, and half the band there.
 
+    Both are in decades; None if a measured value is missing or not finite.
+
     Args:
         seeds: measured log10 norms of each seed, from the input up.
         outputs: measured log10 norm at the output of each seed.
         prediction: prediction with one entry for each row.
-
-    Returns:
-        Both in decades, or None if a measured value is missing or not finite.
     """
     measured = np.array(seeds)
     if not np.isfinite(measured).all():
@@ -220,13 +217,10 @@ def _overhead(timing: Timing, pass_seconds: Sequence[float]) -> dict[str, float]
 
 def _warnings(timing: Timing, spec: Spec) -> Iterator[str]:
     if timing.layers < spec.depth:
-        of_model = isinstance(spec, ModelSpec)
-        which = "that have a backward pass" if of_model else "evenly spread"
-        totals = "theirs" if of_model else "their mean times the depth"
-        yield (
-            f"times are those of {timing.layers} of {spec.depth:,} layers, {which}; "
-            f"totals are {totals}"
-        )
+        which = "evenly spread; totals are their mean times the depth"
+        if isinstance(spec, ModelSpec):
+            which = "that have a backward pass; totals are theirs"
+        yield f"times are those of {timing.layers} of {spec.depth:,} layers, {which}"
     if timing.spread > _NOISY_SPREAD:
         yield (
             f"timings vary by {timing.spread:.0%} between repeats: close other programs, "

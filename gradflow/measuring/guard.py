@@ -28,12 +28,9 @@ _Loss = Callable[[Any], Tensor]
 
 @dataclass(frozen=True)
 class NormsFile:
-    """A file of gradient norms in the user's repository.
+    """A CSV file of gradient norms, which is written instead of read if `update` is set.
 
-    Attributes:
-        file: the CSV file.
-        rtol: relative difference of a norm that passes.
-        update: whether to write the file instead of reading it.
+    `rtol` is the relative difference of a norm that passes.
     """
 
     file: Path
@@ -50,12 +47,7 @@ def guard(
 ) -> list[str]:
     """Return lines that say what is wrong, with verdict and profile; none where all holds.
 
-    Args:
-        model: any module; it is left as it was.
-        batch: its input, as for `flow_of`.
-        bounds: limits on the gradient.
-        loss: a scalar from the output, as for `flow_of`.
-        baseline: the file of norms to hold the model's against, or to write.
+    Model, batch and loss are those of `flow_of`; the model's norms are held against the baseline.
     """
     run = flow_of(model, batch, loss)
     reasons = list(judge_run(run, bounds).reasons)
@@ -92,7 +84,6 @@ def flow_of(model: nn.Module, batch: Any, loss: _Loss | None = None, seed: int =
 
 
 def _write(run: Run, file: Path) -> None:
-    """Write the norms of a run: one row per layer, in full precision; missing is empty."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w", newline="", encoding="utf-8") as out:
         writer = csv.writer(out, lineterminator="\n")
@@ -108,10 +99,10 @@ def _against(run: Run, baseline: NormsFile) -> Iterator[str]:
     if [row["unit"] for row in stored] != [row.unit for row in run.layer_records]:
         yield f"{baseline.file.name} has other layers: write it anew with --gradflow-update"
         return
+    limit = math.log10(1 + baseline.rtol)
     for row, base in zip(run.layer_records, stored, strict=True):
         for name in _STORED[1:]:
-            if not _close(getattr(row, name), base[name], math.log10(1 + baseline.rtol)):
-                mine = getattr(row, name)
+            if not _close(mine := getattr(row, name), base[name], limit):
                 yield f"{row.unit}: {name} {mine}, baseline {base[name] or 'none'}"
 
 
@@ -145,13 +136,9 @@ def _failure(run: Run, reasons: Sequence[str]) -> list[str]:
 
 
 def _steepest(rows: Sequence[LayerRecord]) -> Iterator[str]:
-    steps = [
-        (abs(change), change, above.unit)
-        for below, above in pairwise(rows)
-        if math.isfinite(change := _decades(below) - _decades(above))
-    ]
-    if steps:
-        _, change, unit = max(steps)
+    steps = [(_decades(below) - _decades(above), above.unit) for below, above in pairwise(rows)]
+    if finite := [(abs(change), change, unit) for change, unit in steps if math.isfinite(change)]:
+        _, change, unit = max(finite)
         yield f"  largest change in one layer: {change:+.2f} decades, through {unit}"
 
 

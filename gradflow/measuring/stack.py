@@ -89,7 +89,10 @@ def measure_stack(
         with refusing_when_full(plan.needed, spec, options, device):
             results = work.all_seeds(scratch)
     except OSError as error:
-        raise no_scratch(error) from None
+        raise MeasurementError(
+            f"the rows found no place on disk: {error.strerror or error}; "
+            "free some space or choose another --out; nothing half-written remains"
+        ) from None
     environment |= {
         "start_utc": started.isoformat(timespec="seconds"),
         "duration_s": perf_counter() - begin,
@@ -104,26 +107,15 @@ def measure_stack(
     return _run_of(spec, options, environment, results)
 
 
-def no_scratch(error: OSError) -> MeasurementError:
-    """Return the error that says why rows found no place on disk."""
-    return MeasurementError(
-        f"the rows found no place on disk: {error.strerror or error}; "
-        "free some space or choose another --out; nothing half-written remains"
-    )
-
-
 @dataclass(frozen=True)
-class SeedResults:
+class _SeedResults:
     """What the passes over all seeds leave behind.
 
     Attributes:
-        tables: the rows, seed by seed.
         losses: loss of each seed at initialisation.
         peak: largest memory in use, in bytes.
-        warnings: lines that the run shows.
         pass_seconds: seconds of the statistics pass of each seed, times the share of its layers
             that is timed; empty where seeds share a pass, or are trained.
-        steps: every training step.
         timing: times of the first seed; None if it was not timed.
     """
 
@@ -137,7 +129,7 @@ class SeedResults:
 
 
 def _run_of(
-    spec: StackSpec, options: RunOptions, environment: dict[str, Any], results: SeedResults
+    spec: StackSpec, options: RunOptions, environment: dict[str, Any], results: _SeedResults
 ) -> Run:
     measured = Measured(
         spec,
@@ -174,7 +166,7 @@ class _StackMeasurement:
         """The CUDA graphs of the passes; None if they are not captured."""
         return graphs_on(self.device, self.options) if self.plan.graphs else None
 
-    def all_seeds(self, scratch: Path | None) -> SeedResults:
+    def all_seeds(self, scratch: Path | None) -> _SeedResults:
         """Measure every seed; rows that do not fit into memory go to files in the folder."""
         if self.options.steps:
             return self._trained(new_tables(scratch))
@@ -182,7 +174,7 @@ class _StackMeasurement:
             return self._in_one_pass([new_tables(scratch) for _ in self.options.all_seeds])
         return self._one_by_one(new_tables(scratch))
 
-    def _one_by_one(self, tables: RecordTables) -> SeedResults:
+    def _one_by_one(self, tables: RecordTables) -> _SeedResults:
         timing = self._time_apart() if self.plan.is_sampled else None
         losses: list[float] = []
         passes: list[float] = []
@@ -200,7 +192,7 @@ class _StackMeasurement:
             del work, network  # or the next one would be built beside it
         return self._results(tables, losses, pass_seconds=passes, timing=timing)
 
-    def _in_one_pass(self, each: Sequence[RecordTables]) -> SeedResults:
+    def _in_one_pass(self, each: Sequence[RecordTables]) -> _SeedResults:
         """Measure all seeds in one pass; its seconds are not compared with those of one seed."""
         timing = self._time_apart() if self.options.timing else None
         self.progress("building", 0, 1)
@@ -216,7 +208,7 @@ class _StackMeasurement:
             each[0].extend(other)
         return self._results(each[0], done.losses.tolist(), timing=timing)
 
-    def _trained(self, tables: RecordTables) -> SeedResults:
+    def _trained(self, tables: RecordTables) -> _SeedResults:
         """Train every seed; the rows of the steps that are measured go to the tables."""
         timing = self._time_apart() if self.options.timing else None
         steps: list[StepRecord] = []
@@ -231,9 +223,11 @@ class _StackMeasurement:
             losses.append(trained.steps[0].loss)
         return self._results(tables, losses, steps=steps, timing=timing)
 
-    def _results(self, tables: RecordTables, losses: Sequence[float], **others: Any) -> SeedResults:
+    def _results(
+        self, tables: RecordTables, losses: Sequence[float], **others: Any
+    ) -> _SeedResults:
         warnings = self.graphs.warnings if self.graphs else ()
-        return SeedResults(tables, losses, peak_bytes(self.device), warnings, **others)
+        return _SeedResults(tables, losses, peak_bytes(self.device), warnings, **others)
 
     @property
     def _how(self) -> dict[str, Any]:

@@ -206,16 +206,15 @@ class Flow:
     @contextmanager
     def _attached(self, optimizer: torch.optim.Optimizer | None) -> Iterator[None]:
         """Put all hooks, and take them off at the end."""
-        model = self._watched.model
-        parameters, scaler = self._parameters, self._scaler
-        before, after = parameters.before_step, self._stepped
+        model, parameters = self._watched.model, self._parameters
+        steps = parameters.before_step, self._stepped
         with ExitStack() as stack:
             compiled = stack.enter_context(installed(model, self._recorder))
             stack.callback(compiled.forget_graphs)
             for handle in parameters.hooks():
                 stack.callback(handle.remove)
-            stack.enter_context(_hooked_steps(model.parameters(), optimizer, before, after))
-            stack.enter_context(_hooked_scaler(scaler, self.end_step))
+            stack.enter_context(_hooked_steps(model.parameters(), optimizer, *steps))
+            stack.enter_context(_hooked_scaler(self._scaler, self.end_step))
             stack.callback(self._let_go)
             yield
 
@@ -281,10 +280,9 @@ def watch(
         torch.compiler.reset()  # graphs that exist do not see hooks that come later
     patterns = [layers] if isinstance(layers, str) else layers
     listed = find_layers(inner, patterns)
-    if patterns is not None or repeats(inner):
-        watched = Watched(inner, listed, len(listed), ranks, range(len(listed)))
-    else:
-        watched = Watched(inner, [*listed, *candidates(inner, listed)], len(listed), ranks)
+    watched = Watched(inner, listed, len(listed), ranks, range(len(listed)))
+    if patterns is None and not repeats(inner):
+        watched = replace(watched, layers=[*listed, *candidates(inner, listed)], kept=None)
     # One state of one model, measured as its number format delivers it.
     options = replace(options or RunOptions(), seeds=1, timing=False, raw_range=True)
     flow = Flow(watched, every, options, scaler)

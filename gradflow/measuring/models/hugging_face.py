@@ -45,7 +45,6 @@ class Build:
 
     Attributes:
         config: the configuration, with everything that the request asks for.
-        model_class: the class that makes the model.
         is_causal: whether the model predicts the next token from the tokens before it.
         folder: folder of the weights; None for random weights.
     """
@@ -94,22 +93,18 @@ def _check_complete(absent: list[str]) -> None:
         raise UsageError(rule, got, "leave out --depth, --width and --set, or complete it")
 
 
-def transformers_library() -> Any:
-    """Return the module `transformers`, set to stay offline and quiet.
-
-    Raises:
-        UsageError: `transformers` is not installed.
-    """
+def _transformers() -> Any:
+    """Return the module `transformers`, set to stay offline and quiet."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     try:
         import transformers
     except ImportError:
         rule = "hf: models need transformers"
         raise UsageError(rule, "not installed", f"pip install '{_EXTRA}'") from None
-    found: Any = transformers
-    found.logging.set_verbosity_error()
-    found.logging.disable_progress_bar()
-    return found
+    library: Any = transformers
+    library.logging.set_verbosity_error()
+    library.logging.disable_progress_bar()
+    return library
 
 
 def hugging_face_build(request: ModelRequest) -> Build:
@@ -118,7 +113,7 @@ def hugging_face_build(request: ModelRequest) -> Build:
     Raises:
         UsageError: no such type or class, or a setting that it does not have or that breaks it.
     """
-    hf = transformers_library()
+    hf = _transformers()
     name = request.model.removeprefix(HF_PREFIX)
     target = request.model.target if isinstance(request.model, LocatedName) else None
     if target is None and "@" in name:
@@ -223,9 +218,8 @@ def _class_of(hf: Any, config: Any) -> Any:
     """Return the causal model with its head if the type has one and no encoder; else the bare."""
     names, causal = hf.models.auto.modeling_auto, _causal(hf)
     kind = config.model_type
-    encoder = kind in names.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(
-        config, "is_decoder", False
-    )
+    is_decoder = getattr(config, "is_decoder", False)
+    encoder = kind in names.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not is_decoder
     if kind in causal and not encoder and not _has_encoder(config):
         return getattr(hf, causal[kind])
     bare = names.MODEL_MAPPING_NAMES.get(kind)
@@ -236,8 +230,7 @@ def _class_of(hf: Any, config: Any) -> Any:
 
 
 def _causal(hf: Any) -> dict[str, str]:
-    found: dict[str, str] = dict(hf.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    return found
+    return dict(hf.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
 def _with(default: Any, found: dict[str, Any], folder: str | None) -> Any:

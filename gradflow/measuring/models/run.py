@@ -52,7 +52,6 @@ class _ModelResults:
         runs: one run for each watched pass.
         losses: loss of each seed at initialisation.
         pass_seconds: seconds of each watched pass; empty where the model is trained.
-        steps: every training step.
         timing: times of the first seed; None if it was not timed.
     """
 
@@ -74,11 +73,7 @@ def measure_model(
     The model is watched during one forward and one backward pass in training mode, or during
     the measured steps of its training; times come from passes of their own.
 
-    Args:
-        request: the model, its input and its loss.
-        options: seeds, device, timing, training.
-        progress: called as the work goes on.
-        clock: clock in the place of the device's own.
+    `clock` stands in the place of the device's own.
 
     Raises:
         UsageError: the device is not there, or the user's code does not run.
@@ -87,7 +82,7 @@ def measure_model(
     device = resolve_device(options.device, request.dtype)
     started, begin = datetime.now(UTC), perf_counter()
     progress("building", 0, 1)
-    check_memory(request, options, device)
+    _check_memory(request, options, device)
     reset_peak(device)
     work = _ModelMeasurement(request, options, device, progress, clock or clock_for(device))
     try:
@@ -104,14 +99,9 @@ def measure_model(
     return _run_of(request, options, results, when, device)
 
 
-def check_memory(request: ModelRequest, options: RunOptions, device: torch.device) -> None:
-    """Refuse a model of `transformers` that cannot fit before the system kills the process.
-
-    Raises:
-        MeasurementError: more is needed than is available.
-    """
-    needed = model_bytes(request, options)
-    free = available_bytes(device)
+def _check_memory(request: ModelRequest, options: RunOptions, device: torch.device) -> None:
+    """Refuse a model of `transformers` that cannot fit before the system kills the process."""
+    needed, free = model_bytes(request, options), available_bytes(device)
     if needed > free:
         raise MeasurementError(_too_large(request, needed, free))
 
@@ -210,11 +200,9 @@ def watched(
 
 
 def _at_step(run: Run, step: int) -> Run:
-    return replace(
-        run,
-        layer_records=[replace(row, step=step) for row in run.layer_records],
-        param_records=[replace(row, step=step) for row in run.param_records],
-    )
+    layers = [replace(row, step=step) for row in run.layer_records]
+    params = [replace(row, step=step) for row in run.param_records]
+    return replace(run, layer_records=layers, param_records=params)
 
 
 def _run_of(
@@ -247,9 +235,8 @@ def _common_spec(request: ModelRequest, runs: Sequence[Run]) -> ModelSpec:
     # The last batch of an epoch may be smaller, so the shape is taken from the first one.
     specs = [replace(spec, shape="") for run in runs if isinstance(spec := run.spec, ModelSpec)]
     if any(spec != specs[0] for spec in specs):
-        name = without_digest(request.model)
         what = "has other layers from one seed or step to the next"
-        raise MeasurementError(f"{name} {what}; {_ADVICE}")
+        raise MeasurementError(f"{without_digest(request.model)} {what}; {_ADVICE}")
     spec = runs[0].spec
     assert isinstance(spec, ModelSpec)
     return replace(spec, request=request, loss=request.loss)

@@ -46,12 +46,7 @@ _PAIRED = ("ce", "mse")
 
 @dataclass(frozen=True)
 class Example:
-    """One batch of a model.
-
-    Attributes:
-        given: one tensor, a tuple or list of arguments, or a mapping of names to them.
-        target: labels or values of the output, where there are any.
-    """
+    """One batch of a model: its input as for `called`; labels or values of the output, if any."""
 
     given: Any
     target: Tensor | None = None
@@ -135,10 +130,8 @@ def users_batches(
 ) -> Iterator[Example]:
     """Yield the user's batches without end, from the start again when they are used up.
 
-    Args:
-        thing: a function, an iterable of batches, or one batch.
-        request: the model, whose loss tells whether batches are pairs.
-        move: puts a batch on its device.
+    The thing is a function, an iterable of batches, or one batch; the request's loss tells whether
+    batches are pairs; `move` puts a batch on its device.
 
     Raises:
         UsageError: there are no batches.
@@ -182,13 +175,9 @@ def _example(batch: Any, *, paired: bool) -> Example:
 def loss_of(model: nn.Module, example: Example, kind: str, seed: int) -> Tensor:
     """Return the scalar whose gradient is measured.
 
-    Args:
-        model: the model.
-        example: its batch.
-        kind: `cotangent` is <c, y> with a random c of norm 1 and y the first floating tensor of the
-            output; `mse` and `ce` compare y with the target, or with random values or labels; `own`
-            is the loss that the model returns.
-        seed: seed of c, of the values and of the labels.
+    The kind `cotangent` is <c, y> with a random c of norm 1 and y the first floating tensor of the
+    output; `mse` and `ce` compare y with the target, or with random values or labels; `own` is the
+    loss that the model returns. c, the values and the labels follow the seed.
 
     Raises:
         UsageError: the output has no loss, or its shape does not fit the target.
@@ -201,9 +190,8 @@ def loss_of(model: nn.Module, example: Example, kind: str, seed: int) -> Tensor:
     y = real_output(output)
     source = torch.Generator().manual_seed(seed)
     if kind == "mse":
-        target = (
-            torch.randn(y.shape, generator=source) if example.target is None else example.target
-        )
+        given = example.target
+        target = torch.randn(y.shape, generator=source) if given is None else given
         return F.mse_loss(y, target.to(y))
     return cross_entropy(y, example.target, source)
 
@@ -266,7 +254,7 @@ class Subject:
     """A model that can be measured.
 
     Attributes:
-        model: on its device, in its number format, in training mode.
+        model: the module on its device, in its number format, in training mode.
         batches: endless; every call begins anew.
         loss: a scalar, from the model and one of its batches.
         task: the source of the batches where it is a built-in one, whose floor is known.
@@ -286,19 +274,19 @@ def build_subject(
     Raises:
         UsageError: something of the user's does not run, or is not what it has to be.
     """
-    seed_all(seed)
+    _seed_all(seed)
     dtype = getattr(torch, request.dtype)
     build = hugging_face_build(request) if request.is_from_library else None
     with errors_of_users_code(without_digest(request.model)):
         model = build.model() if build else _own_model(request)
-        model = converted(model, device, dtype).train()
+        model = _converted(model, device, dtype).train()
     torch.set_grad_enabled(True)  # whatever its code has left
     move = partial(moved_to, device=device, dtype=dtype)
     loss = partial(loss_of, kind=request.loss, seed=seed)
     if isinstance(request.input, LocatedName):
         batches = partial(users_batches, import_object(request.input), request, move)
         return _whole(Subject(model, batches, loss))
-    given = move(inputs(build, request, seed) if build else own_input(model, request, seed))
+    given = move(inputs(build, request, seed) if build else _own_input(model, request, seed))
     subject = _whole(Subject(model, lambda: repeat(Example(given)), loss))
     return _trained(subject, build, request, seed) if options.steps else subject
 
@@ -319,7 +307,7 @@ def _whole(subject: Subject) -> Subject:
     return subject
 
 
-def converted(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def _converted(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """Move a model to the device, real numbers to a format, complex ones to the same width."""
     wide = dtype.to_complex() if dtype != torch.bfloat16 else torch.complex64
 
@@ -331,24 +319,24 @@ def converted(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.
     return model
 
 
-def seed_all(seed: int) -> None:
+def _seed_all(seed: int) -> None:
     """Seed every generator that a model's code may draw from: of torch, numpy and Python."""
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 (the user's code may use it)
     random.seed(seed)
 
 
-def own_input(model: nn.Module, request: ModelRequest, seed: int) -> Tensor:
+def _own_input(model: nn.Module, request: ModelRequest, seed: int) -> Tensor:
     """Return standard normal numbers, or token ids if the model's first part embeds tokens."""
     assert request.shape is not None
     source = torch.Generator().manual_seed(seed)
-    symbols = vocabulary(model)
+    symbols = _vocabulary(model)
     if symbols is not None:
         return torch.randint(symbols, request.shape, generator=source)
     return torch.randn(request.shape, generator=source)
 
 
-def vocabulary(model: nn.Module) -> int | None:
+def _vocabulary(model: nn.Module) -> int | None:
     """Return the number of symbols if the first part with parameters is an embedding; else None."""
     for part in model.modules():
         if part is not model and next(part.parameters(recurse=False), None) is not None:
