@@ -32,10 +32,8 @@ def with_fields(*, lists: bool = False) -> Callable[[_Command], _Command]:
     """Give a command an option for every field of the three classes that is one.
 
     The command gets those that were given, with their values, as its first argument, a dictionary
-    by field name; its other parameters stay as they are.
-
-    Args:
-        lists: the options take several values, joined by commas; the dictionary holds lists.
+    by field name; its other parameters stay as they are. With `lists` the options take several
+    values, joined by commas, and the dictionary holds lists.
     """
     made = [_parameter(name, lists=lists) for name in _options()]
     names = {parameter.name for parameter in made}

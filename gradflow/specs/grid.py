@@ -88,11 +88,7 @@ def expand(lists: Mapping[str, Sequence[Any]]) -> Grid:
 
     An option that a block does not have is left out of that block's cells, as is a norm kind where
     there is no norm; cells that come out equal are one. Combinations that break a rule are named
-    with it.
-
-    Raises:
-        UsageError: no combination is a network, a name is unknown, or a measuring option breaks a
-            rule.
+    with it. An unknown name, a broken rule of measuring, or no network at all raises UsageError.
     """
     _check_names(lists)
     cells: dict[Cell, None] = {}

@@ -42,12 +42,8 @@ _SETTING = re.compile(r"(?P<name>[A-Za-z_]\w*)=(?P<value>.*)", re.DOTALL)
 class ModelRequest(Stored):
     """A model with its input and its loss: everything that decides the numbers but the seed.
 
-    Attributes:
-        batch_size: of inputs that gradflow makes: 8 samples. `seq_len` (32) and `image_size`, that
-            of the model's own configuration, likewise.
-
-    Raises:
-        UsageError: a value breaks a rule; the message says which and what to do.
+    Inputs that gradflow makes have 8 samples of 32 tokens, or of the image size in the model's own
+    configuration. A value that breaks a rule raises UsageError, which says what to do.
     """
 
     model: str = option(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from gradflow.specs.fields import check_choice
@@ -45,28 +46,23 @@ _BERT = _COMMON | {
     **{"init": "normal", "ffn_mult": 4, "seq_len": 512, "classes": 30_522},
 }
 
-_GPT2_SOURCE = "Radford et al. 2019 (GPT-2), table 2; sizes as released"
-_LLAMA3_SOURCE = "Llama Team 2024, arXiv:2407.21783, table 3; init of the release's library"
-_BERT_SOURCE = "Devlin et al. 2018, arXiv:1810.04805, section 3"
+_gpt2 = partial(PublishedShape, source="Radford et al. 2019 (GPT-2), table 2; sizes as released")
+_llama3 = partial(
+    PublishedShape,
+    source="Llama Team 2024, arXiv:2407.21783, table 3; init of the release's library",
+)
+_bert = partial(PublishedShape, source="Devlin et al. 2018, arXiv:1810.04805, section 3")
 
 SHAPES: dict[str, PublishedShape] = {
-    "gpt2": PublishedShape(
-        _GPT2 | {"depth": 12, "width": 768, "heads": 12, "seq_len": 1024}, 124_439_808, _GPT2_SOURCE
+    "gpt2": _gpt2(_GPT2 | {"depth": 12, "width": 768, "heads": 12, "seq_len": 1024}, 124_439_808),
+    "gpt2-medium": _gpt2(
+        _GPT2 | {"depth": 24, "width": 1024, "heads": 16, "seq_len": 1024}, 354_823_168
     ),
-    "gpt2-medium": PublishedShape(
-        _GPT2 | {"depth": 24, "width": 1024, "heads": 16, "seq_len": 1024},
-        354_823_168,
-        _GPT2_SOURCE,
+    "gpt2-large": _gpt2(
+        _GPT2 | {"depth": 36, "width": 1280, "heads": 20, "seq_len": 1024}, 774_030_080
     ),
-    "gpt2-large": PublishedShape(
-        _GPT2 | {"depth": 36, "width": 1280, "heads": 20, "seq_len": 1024},
-        774_030_080,
-        _GPT2_SOURCE,
-    ),
-    "gpt2-xl": PublishedShape(
-        _GPT2 | {"depth": 48, "width": 1600, "heads": 25, "seq_len": 1024},
-        1_557_611_200,
-        _GPT2_SOURCE,
+    "gpt2-xl": _gpt2(
+        _GPT2 | {"depth": 48, "width": 1600, "heads": 25, "seq_len": 1024}, 1_557_611_200
     ),
     # Every second layer of the original has banded attention; here all are dense.
     "gpt3-175b": PublishedShape(
@@ -88,20 +84,15 @@ SHAPES: dict[str, PublishedShape] = {
         68_976_648_192,
         "Touvron et al. 2023 (Llama 2), arXiv:2307.09288, table 1; ffn and init of the release",
     ),
-    "llama3-8b": PublishedShape(
-        _LLAMA3 | {"depth": 32, "width": 4096, "heads": 32, "ffn_width": 14_336},
-        8_030_261_248,
-        _LLAMA3_SOURCE,
+    "llama3-8b": _llama3(
+        _LLAMA3 | {"depth": 32, "width": 4096, "heads": 32, "ffn_width": 14_336}, 8_030_261_248
     ),
-    "llama3-70b": PublishedShape(
-        _LLAMA3 | {"depth": 80, "width": 8192, "heads": 64, "ffn_width": 28_672},
-        70_553_706_496,
-        _LLAMA3_SOURCE,
+    "llama3-70b": _llama3(
+        _LLAMA3 | {"depth": 80, "width": 8192, "heads": 64, "ffn_width": 28_672}, 70_553_706_496
     ),
-    "llama3-405b": PublishedShape(
+    "llama3-405b": _llama3(
         _LLAMA3 | {"depth": 126, "width": 16_384, "heads": 128, "ffn_width": 53_248},
         405_853_388_800,
-        _LLAMA3_SOURCE,
     ),
     "qwen3-8b": PublishedShape(
         _LLAMA
@@ -111,12 +102,8 @@ SHAPES: dict[str, PublishedShape] = {
         8_190_735_360,
         "Qwen Team 2025, arXiv:2505.09388, table 1; widths and init of the release",
     ),
-    "bert-base": PublishedShape(
-        _BERT | {"depth": 12, "width": 768, "heads": 12}, 110_000_000, _BERT_SOURCE
-    ),
-    "bert-large": PublishedShape(
-        _BERT | {"depth": 24, "width": 1024, "heads": 16}, 340_000_000, _BERT_SOURCE
-    ),
+    "bert-base": _bert(_BERT | {"depth": 12, "width": 768, "heads": 12}, 110_000_000),
+    "bert-large": _bert(_BERT | {"depth": 24, "width": 1024, "heads": 16}, 340_000_000),
     # 196 patches of 16 x 16 pixels and the class token.
     "vit-b": PublishedShape(
         _COMMON

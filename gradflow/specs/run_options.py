@@ -25,6 +25,8 @@ _KEEPS = ("auto", "graph", "boundaries", "sqrt")
 _OPTIMIZERS = ("adamw", "sgd")
 _FLAG = Switch("is a flag")
 _stack_option = partial(option, built_only=True)
+_time_option = partial(option, decides="times")
+_memory_option = partial(_stack_option, None, decides="memory")
 _training_option = partial(option, None, unkeyed_default=True)
 
 
@@ -44,21 +46,15 @@ class Training:
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions(Stored):
-    """How a stack or a model is measured.
-
-    Raises:
-        UsageError: a value breaks a rule.
-    """
+    """How a stack or a model is measured; a value that breaks a rule raises UsageError."""
 
     device: str = option("auto", "auto, cpu, cuda or cuda:N", decides="place")
     seed: int = option(0, "first seed", values=Whole(0))
     seeds: int = option(1, "number of seeds, counted up from the first", values=Whole(1))
-    timing: bool = option(
-        True, "measure forward and backward time per unit", decides="times", values=_FLAG
-    )
-    repeats: int = option(5, "timed repeats at least", decides="times", values=Whole(1))
-    time_budget: float = option(
-        1.0, "timed passes go on for at least so many seconds", decides="times", values=Real()
+    timing: bool = _time_option(True, "measure forward and backward time per unit", values=_FLAG)
+    repeats: int = _time_option(5, "timed repeats at least", values=Whole(1))
+    time_budget: float = _time_option(
+        1.0, "timed passes go on for at least so many seconds", values=Real()
     )
     together: bool | None = _stack_option(
         None,
@@ -82,14 +78,11 @@ class RunOptions(Stored):
     keep: str = _stack_option(
         "auto", "what stays in memory for the backward pass", _KEEPS, decides="memory"
     )
-    rebuild: bool | None = _stack_option(
-        None,
-        "build each layer again when it is visited, instead of keeping all parameters",
-        decides="memory",
-        values=_FLAG,
+    rebuild: bool | None = _memory_option(
+        "build each layer again when it is visited, instead of keeping all parameters", values=_FLAG
     )
-    memory_limit: str | None = _stack_option(
-        None, "memory the stack may take, for example 4GiB (half of what is free)", decides="memory"
+    memory_limit: str | None = _memory_option(
+        "memory the stack may take, for example 4GiB (half of what is free)"
     )
     vanishing: float = option(
         3.0, "decades of shrinking that count as vanishing", decides="verdict", values=Real()

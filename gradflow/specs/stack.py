@@ -23,10 +23,8 @@ from gradflow.specs.user_files import without_digest
 class StackSpec(StackFields):
     """One network with its input and loss: everything that decides the gradients but the seed.
 
-    It is made from the options that are given, and holds what `resolve` makes of them.
-
-    Raises:
-        UsageError: a value breaks a rule; the message says which and what to do.
+    It is made from the options that are given, and holds what `resolve` makes of them. A value
+    that breaks a rule raises UsageError, which says what to do.
     """
 
     input_has_gradient = True  # the engines take the gradient at the input of every stack

@@ -34,8 +34,9 @@ INITS = ("he", "xavier", "lecun", "normal", "gpt2", "orthogonal", "torch")
 LOSS_KINDS = ("cotangent", "mse", "ce")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
-
 _block_option = partial(option, None, of_block=True)
+_count_option = partial(_block_option, values=Whole(1))
+_switch_option = partial(_block_option, values=Switch(), fill=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,34 +81,22 @@ class StackFields(Stored):
     width: int = option(
         None, "features, or channels, of the stream (128)", values=Whole(1), fill=128
     )
-    heads: int | None = _block_option("attention heads (4)", values=Whole(1), fill=4)
-    kv_heads: int | None = _block_option(
-        "heads of keys and values, shared in groups (as --heads)", values=Whole(1)
-    )
-    head_dim: int | None = _block_option(
-        "features of a head (--width over --heads)", values=Whole(1)
-    )
+    heads: int | None = _count_option("attention heads (4)", fill=4)
+    kv_heads: int | None = _count_option("heads of keys and values, shared in groups (as --heads)")
+    head_dim: int | None = _count_option("features of a head (--width over --heads)")
     rope: float | None = _block_option(
         "base of rotary positions; 0: none (0)", values=Real(zero=True), fill=0.0
     )
-    causal: bool | None = _block_option("mask the future in attention", values=Switch(), fill=False)
-    qk_norm: bool | None = _block_option(
-        "normalise queries and keys, per head", values=Switch(), fill=False
-    )
-    ffn_mult: int | None = _block_option(
-        "hidden width of an ffn over the width (4)", values=Whole(1), fill=4
-    )
-    ffn_width: int | None = _block_option(
-        "hidden width of an ffn, in place of --ffn-mult", values=Whole(1)
-    )
-    gated: bool | None = _block_option(
-        "ffn with a gate: down(phi(gate x) * up x)", values=Switch(), fill=False
-    )
+    causal: bool | None = _switch_option("mask the future in attention")
+    qk_norm: bool | None = _switch_option("normalise queries and keys, per head")
+    ffn_mult: int | None = _count_option("hidden width of an ffn over the width (4)", fill=4)
+    ffn_width: int | None = _count_option("hidden width of an ffn, in place of --ffn-mult")
+    gated: bool | None = _switch_option("ffn with a gate: down(phi(gate x) * up x)")
     bias: str | None = _block_option(
         "linear maps of token blocks that have one (all)", _BIASES, fill="all"
     )
-    seq_len: int | None = _block_option("tokens in a sample (32)", values=Whole(1), fill=32)
-    image_size: int | None = _block_option("pixels on a side (16)", values=Whole(1), fill=16)
+    seq_len: int | None = _count_option("tokens in a sample (32)", fill=32)
+    image_size: int | None = _count_option("pixels on a side (16)", fill=16)
     batch_size: int = option(None, "samples (8; 64 for mlp)", values=Whole(1))
     loss: str = option(
         "cotangent", "what puts the gradient in at the output; of a model also own", LOSS_KINDS

@@ -33,9 +33,6 @@ class Ray:
     Args:
         address: of a running cluster. None takes that of `RAY_ADDRESS`, or starts a cluster on
             this machine and ends it afterwards.
-
-    Raises:
-        UsageError: the extra `ray` is not installed.
     """
 
     shared = True
@@ -55,11 +52,8 @@ class Ray:
         """Return what the nodes of a cluster have in common; UsageError where none answers."""
         here = describe_environment(cell.spec, torch.device("cpu"))
         device = self._device(cell).partition(":")[0]
-        return (
-            {key: here[key] for key in _SHARED_KEYS}
-            | {"device": device}
-            | library_version(cell.spec)
-        )
+        common = {key: here[key] for key in _SHARED_KEYS} | {"device": device}
+        return common | library_version(cell.spec)
 
     def outcomes(self, cells: Sequence[Cell]) -> Generator[CellResult]:
         """Measure on the cluster, timings included; they are marked as contended."""
@@ -118,9 +112,8 @@ class Ray:
         try:
             outcome = self.ray.get(reference)
         except self.ray.exceptions.RayTaskError as error:
-            return CellResult(
-                cell, error=f"{type(error.cause).__name__}: {first_line(error.cause)}"
-            )
+            cause = error.cause
+            return CellResult(cell, error=f"{type(cause).__name__}: {first_line(cause)}")
         except self.ray.exceptions.RayError as error:
             return CellResult(cell, error=f"Ray lost it: {first_line(error)}")
         assert isinstance(outcome, CellResult)

@@ -96,9 +96,6 @@ class Rounds:
 
 
 def _fit_together(cells: Sequence[Cell]) -> bool:
-    devices = [resolve_device(cell.options.device, cell.spec.dtype) for cell in cells]
-    sizes = [
-        timed_bytes(cell.spec, cell.options, device)
-        for cell, device in zip(cells, devices, strict=True)
-    ]
-    return sum(sizes) < min(map(available_bytes, set(devices))) / 2
+    devices = {cell: resolve_device(cell.options.device, cell.spec.dtype) for cell in cells}
+    needed = sum(timed_bytes(cell.spec, cell.options, device) for cell, device in devices.items())
+    return needed < min(map(available_bytes, set(devices.values()))) / 2

@@ -68,15 +68,9 @@ def sweep(
     progress: Progress = lambda *_: None,
     clock: Clock | None = None,
 ) -> Sweep:
-    """Measure the cells of a grid.
+    """Measure the cells of a grid; `out` is where runs are looked for and stored.
 
-    Args:
-        cells: the grid.
-        out: where runs are looked for and stored.
-        executor: measures the statistics.
-        fresh: measure what is stored already anew.
-        progress: called as layers are done.
-        clock: in place of the device's own.
+    `fresh` measures anew what is stored already, and `clock` stands in for the device's own.
 
     Raises:
         UsageError: a device is not there, or a user's own block breaks the interface.
@@ -129,11 +123,8 @@ class _Work:
         on_shelf = store.run_folders(self.shelf.folder)
         newest_first = [*reversed(store.run_folders(self.out)), *on_shelf]
         for cell, run in _look_up(newest_first, self.cells):
-            if (
-                cell not in self.done.runs
-                and cell.is_lasting
-                and _same_numbers(run, cell, self.here[cell])
-            ):
+            wanted = cell.is_lasting and cell not in self.done.runs
+            if wanted and _same_numbers(run, cell, self.here[cell]):
                 self._reuse_one(cell, run)
         for folder in set(on_shelf).difference(self.waiting.values()):
             self.shelf.drop(folder)
