@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from itertools import pairwise
@@ -17,6 +18,7 @@ from gradflow.cli.process import exit_code, run_process
 from gradflow.cli.report import report_command
 from gradflow.cli.run import run_command
 from gradflow.cli.schemes import schemes_command
+from gradflow.errors import EXIT_OK, UsageError
 from gradflow.specs.fields import check_choice
 from gradflow.version import __version__
 
@@ -55,6 +57,9 @@ app = typer.Typer(
 )
 
 
+_COMPLETING = {"--install-completion", "--show-completion"}
+
+
 def main() -> None:
     """Run the command line and exit with its code; errors are one line on stderr."""
     run_process(lambda: run_app(sys.argv[1:]))
@@ -63,7 +68,15 @@ def main() -> None:
 def run_app(argv: list[str]) -> int:
     """Run a command line; returns the exit code."""
     words = _with_bare_json(argv or ["--help"])
-    return exit_code(lambda: app(words, prog_name="gradflow", standalone_mode=False))
+    if "_GRADFLOW_COMPLETE" in os.environ:  # a shell takes each line for a word to offer
+        os.environ["COLUMNS"] = "1000"
+    return exit_code(lambda: _answer(words))
+
+
+def _answer(words: list[str]) -> int:
+    """Run a command; return its exit code, which for a shell unknown to Typer is no finding's."""
+    code = int(app(words, prog_name="gradflow", standalone_mode=False) or EXIT_OK)
+    return UsageError.exit_code if code and _COMPLETING.intersection(words) else code
 
 
 def _with_bare_json(argv: list[str]) -> list[str]:

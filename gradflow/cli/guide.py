@@ -49,12 +49,21 @@ def guide_command(topic: _Topic = None) -> None:
     console = Console(highlight=False)
     console.width = min(console.width, _WIDEST)
     view = Markdown(_for_terminal(text), hyperlinks=False)
-    if topic is None or not console.is_terminal:
+    if topic is None or not console.is_terminal or not _has_pager():
         print_view(view, console)
         return
     os.environ.setdefault("LESS", "FRX")  # what git sets: colours, and no pager for a short page
     with console.pager(styles=True):
         print_view(view, console)
+
+
+def _has_pager() -> bool:
+    """Whether the pager that PAGER names, if it names one, is a command that can be run."""
+    import shlex
+    import shutil
+
+    words = shlex.split(os.environ.get("PAGER", ""))
+    return not words or shutil.which(words[0]) is not None
 
 
 def _contents() -> str:

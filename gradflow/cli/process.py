@@ -11,7 +11,8 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from io import TextIOWrapper
-from typing import NoReturn
+from pathlib import Path
+from typing import NoReturn, TextIO
 
 import typer
 
@@ -19,10 +20,8 @@ from gradflow.errors import (
     EXIT_INTERNAL,
     EXIT_INTERRUPTED,
     EXIT_OK,
-    FindingError,
     GradflowError,
     MeasurementError,
-    UsageError,
     first_line,
 )
 
@@ -37,6 +36,8 @@ _interrupted = threading.Event()
 def run_process(command: Callable[[], int]) -> NoReturn:
     """Set the process up, run the command, and end the process with its exit code."""
     signal.signal(signal.SIGINT, _interrupt)
+    # A process that was started with a stream closed has None there: what it says goes nowhere.
+    sys.stdout, sys.stderr = (stream or _nowhere() for stream in (sys.stdout, sys.stderr))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # whatever the terminal cannot show is no error
             stream.reconfigure(errors="replace")
@@ -44,6 +45,10 @@ def run_process(command: Callable[[], int]) -> NoReturn:
     # takes a tenth of a run.
     gc.set_threshold(_COLLECT_EVERY)
     _leave(command())
+
+
+def _nowhere() -> TextIO:
+    return Path(os.devnull).open("w", encoding="utf-8")
 
 
 def _interrupt(*_: object) -> None:
@@ -76,8 +81,6 @@ def exit_code(command: Callable[[], int | None]) -> int:
 def _exit_code(command: Callable[[], int | None]) -> int:
     try:
         code = int(command() or EXIT_OK)
-        if code == FindingError.exit_code:  # Typer's own, for a shell it does not know: no finding
-            return UsageError.exit_code
         return _say_interrupted() if code == EXIT_INTERRUPTED else code
     except GradflowError as error:
         complain(str(error))

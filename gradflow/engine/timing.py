@@ -140,7 +140,7 @@ def stack_timer(network: Network, repeat: Repeat | None = None) -> Timer:
     whole = _issued(mark_bare, network, repeat)
 
     def timed(clock: Clock) -> tuple[UnitSeconds, float]:
-        found = _unit_seconds(units(clock), clock)
+        found = _unit_seconds(*units(clock), clock)
         return found, sum(map(sum, found))
 
     def bare(clock: Clock) -> float:
@@ -173,7 +173,7 @@ def _issued(
 
 def timed_pass(network: Network, clock: Clock) -> UnitSeconds:
     """Return forward and backward seconds of each unit in one pass."""
-    return _unit_seconds(mark_units(network, clock), clock)
+    return _unit_seconds(*mark_units(network, clock), clock)
 
 
 def bare_pass(network: Network, clock: Clock) -> float:
@@ -198,8 +198,7 @@ def mark_units(network: Network, clock: Clock) -> tuple[list[Any], list[Any]]:
     return forward, marks
 
 
-def _unit_seconds(marks: tuple[list[Any], list[Any]], clock: Clock) -> UnitSeconds:
-    forward, backward = marks
+def _unit_seconds(forward: list[Any], backward: list[Any], clock: Clock) -> UnitSeconds:
     return clock.seconds(forward), clock.seconds(backward)[::-1]
 
 

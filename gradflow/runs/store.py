@@ -132,7 +132,7 @@ def described(path: Path, content: dict[str, Any]) -> RunDescription:
         found = RunDescription(
             spec=spec_from_json(content["spec"]),
             options=RunOptions.from_json(typed(RunOptions, content["options"])),
-            summary=Summary(**typed(Summary, content["summary"])),
+            summary=Summary(**_whole_summary(typed(Summary, content["summary"]))),
             environment=_environment(content["environment"]),
             overhead=_overhead(content["overhead"]),
             warnings=tuple(expect_items("warnings", content["warnings"], str)),
@@ -167,6 +167,21 @@ def _rows(values: object) -> dict[str, int]:
     rows: dict[str, int] = expect_items("rows", expect("rows", values, dict), int)
     wanted = [name for name in TABLES if name != "steps" or name in rows]
     return {name: rows[name] for name in wanted}
+
+
+# Fields of a summary that every run has, though their value may be null.
+_IN_EVERY_SUMMARY = (
+    *("total_log10_gain", "log10_gain_per_layer", "log10_gain_per_layer_low"),
+    *("log10_gain_per_layer_high", "efolding_layers", "trend", "healthy_depth"),
+    *("param_grad_spread", "skip_share"),
+)
+
+
+def _whole_summary(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of a stored summary; a KeyError names a field that it lacks."""
+    for name in _IN_EVERY_SUMMARY:
+        _ = values[name]
+    return values
 
 
 def _environment(values: object) -> dict[str, Any]:

@@ -316,3 +316,14 @@ def test_the_help_shows_no_private_name(cli: CommandLine, command: str) -> None:
     done = cli(command, "--help")
     assert (done.code, done.err) == (0, "")
     assert [word for word in done.out.split() if word.startswith("_")] == []
+
+
+@pytest.mark.parametrize(("words", "code"), [("schemes", 0), ("run --depth 0", 2)])
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_a_process_without_its_streams_has_the_exit_code_it_would_have(
+    words: str, code: int, closed: str
+) -> None:
+    command = ["sh", "-c", f"{PROGRAM} {words} {closed}"]
+    done = subprocess.run(command, capture_output=True, check=False)
+    assert done.returncode == code
+    assert b"Traceback" not in done.stderr

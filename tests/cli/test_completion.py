@@ -53,6 +53,12 @@ def test_zsh_gets_the_meanings_too() -> None:
     assert "relative difference from the baseline" in done.out
 
 
+def test_fish_gets_one_line_for_each_word() -> None:
+    asked = {"_TYPER_COMPLETE_ARGS": "gradflow ", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+    done = finish(start(_GRADFLOW_COMPLETE="complete_fish", **asked))
+    assert {line.partition("\t")[0] for line in done.out.splitlines()} == COMMANDS
+
+
 def test_a_shell_that_nobody_knows_is_a_bad_value_and_no_finding(
     cli: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

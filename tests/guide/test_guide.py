@@ -100,6 +100,12 @@ def test_a_terminal_gets_a_pager_for_pages_alone(tmp_path: Path) -> None:
     assert "read-the-answer" in contents
 
 
+def test_a_pager_that_is_not_there_is_done_without() -> None:
+    page, _ = run_in_a_terminal(PAGER="/no/such/pager -x", NO_COLOR="1")
+    assert "Watch your own model" in page
+    assert "not found" not in page
+
+
 def test_it_imports_no_torch_and_waits_for_rich_until_it_runs() -> None:
     code = (
         "import sys; from gradflow.cli.app import run_app;"

@@ -246,6 +246,10 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "timing is a number": (lambda a: a["options"].update(timing=1), "timing is int, not bool"),
     "verdict is null": (lambda a: a["summary"].update(verdict=None), "not str"),
     "summary lacks a field": (lambda a: a["summary"].pop("verdict"), "verdict"),
+    "summary lacks a number": (
+        lambda a: a["summary"].pop("total_log10_gain"),
+        "lacks 'total_log10_gain'",
+    ),
     "summary has one more": (lambda a: a["summary"].update(mood="good"), "mood"),
     "a number is text": (lambda a: a["summary"].update(skip_share="1"), "not float or null or int"),
     "environment is text": (lambda a: a.update(environment="here"), "environment is str"),
