@@ -115,13 +115,8 @@ class RebuiltBlocks(LazyLayers):
     nothing else is made. With a prefetcher, the layer that is likely to come next is drawn into a
     module of its own while this one computes.
 
-    Args:
-        spec: the stack.
-        seed: seed of the weights.
-        device: device of the weights.
-        alive: number of neighbours whose weights must hold at the same time.
-        join: compiled forward of a unit; None if units are not compiled.
-        prefetcher: draws the next layer; None if each layer is drawn when it is asked for.
+    Its units compute by `join`, where they are compiled. Without a prefetcher each layer is drawn
+    when it is asked for.
     """
 
     def __init__(

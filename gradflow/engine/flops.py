@@ -29,10 +29,10 @@ FORMULAS: dict[Any, Callable[..., int]] = flop_registry | {
     operation("_scaled_dot_product_flash_attention_for_cpu_backward"): sdpa_backward_flop,
 }
 # Operations of torch that have products inside them and no formula.
+_RECURRENT = ("mkldnn_rnn_layer", "_cudnn_rnn", "miopen_rnn")
 _OPAQUE = {
+    *(operation(f"{name}{way}") for name in _RECURRENT for way in ("", "_backward")),
     *(operation(name) for name in ("_trilinear", "_sparse_addmm", "_scaled_grouped_mm")),
-    *(operation(name) for name in ("mkldnn_rnn_layer", "_cudnn_rnn", "miopen_rnn")),
-    *(operation(f"{name}_backward") for name in ("mkldnn_rnn_layer", "_cudnn_rnn", "miopen_rnn")),
 }
 # Operations of any other namespace may have products inside them.
 _NAMESPACES = ("aten", "prim", "prims", "profiler", "c10d", "_c10d_functional", "gradflow")

@@ -2,12 +2,10 @@
 
 Torch-free. The numbers do not depend on the policy; memory and time do.
 
-All seeds are measured in one pass where they can be and where that is faster. An operation on a
-small tensor takes as long as it takes to start, so a pile of seeds costs little more than one of
-them; a large one is as fast by itself. On 2 cores the border lay near 4 million multiply-adds in a
-layer (benchmarks/seeds.py), and below 4 seeds there was nothing to win. Nor was there with more
-than 512 KiB of attention scores, which a single seed never holds. Each seed has two tables, which
-are files where they are long; a process may have 1,024 files open.
+All seeds are measured in one pass where that is faster: an operation on a small tensor takes as
+long as it takes to start. On 2 cores the border lay near 4 million multiply-adds in a layer
+(benchmarks/seeds.py); below 4 seeds, or with more than 512 KiB of attention scores, there was
+nothing to win. Each seed has two tables, which may be files, and a process 1,024 open files.
 """
 
 from __future__ import annotations
@@ -238,15 +236,8 @@ def with_seeds(
 ) -> tuple[Plan, bool]:
     """Return the plan for all seeds in one pass, or `plan` for one seed after the other.
 
-    Args:
-        plan: the plan of a single seed, which fits.
-        spec: the stack.
-        options: `together` and `seeds` decide, within the memory that is allowed.
-        size: estimated memory of a layer of one seed.
-        free: bytes that are available.
-
-    Returns:
-        The plan, and whether it fits into memory; a plan that was asked for may not.
+    `plan` and `size` are those of a single seed, which fits into the `free` bytes. The plan comes
+    with whether it fits into memory; one pass that was asked for may not.
 
     Raises:
         UsageError: one pass was asked for, and this stack does not allow it.

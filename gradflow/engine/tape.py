@@ -126,7 +126,7 @@ class _Recorder:
             streams.append(self.advance(part, streams[-1], see))
         yield from self.unwind(parts.pop(), streams.pop(), spans[1:], see)
         while parts:
-            yield from self.unwind(parts.pop(), streams.pop(), spans[1:], _unseen)
+            yield from self.unwind(parts.pop(), streams.pop(), spans[1:], lambda _: None)
 
     def _keep(self, layers: range, x: Tensor, see: _See) -> Iterator[Tape]:
         tapes: list[Tape] = []
@@ -136,10 +136,6 @@ class _Recorder:
         del tape  # or the last graph would outlive its use
         while tapes:
             yield tapes.pop()
-
-
-def _unseen(_: Tape) -> None:
-    """Do nothing: this is not the first visit of the unit."""
 
 
 class SavedBytes:

@@ -109,13 +109,8 @@ def take_times(
     """Time forward and backward of every unit.
 
     After one warm-up of each kind, timed and bare passes take turns until there are
-    `options.repeats` of them and `options.time_budget` seconds are spent.
-
-    Args:
-        timer: times the network.
-        options: `repeats` and `time_budget` count.
-        clock: reads the seconds.
-        tick: called after each pair of passes.
+    `options.repeats` of them and `options.time_budget` seconds are spent; `tick` is called after
+    each pair of passes.
     """
     passes: list[tuple[Any, float]] = []
     bare: list[float] = []

@@ -180,14 +180,8 @@ def rotate(x: Tensor, base: float) -> Tensor:
 
     Rotary position embedding, Su et al. 2021 (arXiv:2104.09864): scores q_s . k_t then depend on
     t - s alone. The pairs are the halves of a head, as in the checkpoints of Hugging Face; the
-    paper pairs neighbours, which is a permutation of features.
-
-    Args:
-        x: (B, heads, T, c) queries or keys, c even.
-        base: 10,000 in the paper.
-
-    Returns:
-        The rotated queries or keys, (B, heads, T, c).
+    paper pairs neighbours, which is a permutation of features, and has base 10,000. x and the
+    result are queries or keys (B, heads, T, c), c even.
     """
     turns = _turns if torch.compiler.is_compiling() else _known_turns
     cos, sin = turns(x.shape[-2], x.shape[-1], base, x.dtype, x.device)

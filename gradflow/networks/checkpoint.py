@@ -50,13 +50,8 @@ def load_head(weights: Pretrained, norm: nn.Module, project: nn.Module) -> None:
 def embed(weights: Pretrained, tokens: Tensor, width: int) -> Tensor:
     """Return the embeddings of tokens, plus those of their positions where these are learned.
 
-    Args:
-        weights: the checkpoint.
-        tokens: (B, T) on the CPU.
-        width: d.
-
-    Returns:
-        (B, T, d) in the checkpoint's own dtype; only the rows in question are read.
+    Tokens are (B, T) on the CPU, embeddings (B, T, width) in the checkpoint's own dtype; only the
+    rows in question are read.
     """
     kind = weights.architecture
     with _opened(weights) as tensors:

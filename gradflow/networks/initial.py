@@ -76,14 +76,10 @@ class ConstantStart(Unfilled):
 def module_slots(
     spec: StackSpec, part: nn.Module, *, feeds: bool = False, output: bool = False, gain: float = 1
 ) -> Iterator[Slot]:
-    """Yield the parameters of one module, those of its children aside.
+    """Yield the parameters of one module, those of its children aside; only `Unfilled` has any.
 
-    Args:
-        spec: the rule for matrices and biases.
-        part: the module; any that is not `Unfilled` has none.
-        feeds: whether its output goes into the activation.
-        output: whether it is the output projection of a branch.
-        gain: factor on the standard deviation of its matrix.
+    `feeds` says whether its output goes into the activation, and `output` whether it is the output
+    projection of a branch; `gain` multiplies the standard deviation of its matrix.
     """
     if spec.weights and isinstance(part, Unfilled):  # trained values replace them all
         for name, size in part.shapes.items():

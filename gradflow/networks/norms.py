@@ -141,11 +141,8 @@ def unit_norm(x: Tensor, dim: int = -1) -> Tensor:
 def make_norm(spec: StackSpec, wiring: Wiring, *places: str, width: int | None = None) -> nn.Module:
     """Return the normalisation at a place of a unit, or the identity where it has none.
 
-    Args:
-        spec: the kind, where the wiring has none of its own for the place.
-        wiring: where the unit normalises.
-        places: names of `wiring.NORM_PLACES`; the first at which the unit normalises counts.
-        width: features, where these are not the stream's.
+    Of several places (`wiring.NORM_PLACES`) the first at which the unit normalises counts. Its kind
+    is the stack's, unless the wiring has another; `width` counts features other than the stream's.
     """
     place = next((p for p in places if p in wiring.norms), None)
     if place is None:

@@ -59,8 +59,7 @@ class Parameter:
 class UserBranch(Branch):
     """f(x) = module(x), the module of the user's class; its parameters wait for `fill`.
 
-    Raises:
-        UsageError: the class breaks the interface, when it is made or in a forward pass.
+    A class that breaks the interface raises `UsageError`, when it is made or in a forward pass.
     """
 
     def __init__(self, spec: StackSpec, wiring: Wiring) -> None:

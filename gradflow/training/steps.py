@@ -83,11 +83,8 @@ def train(
     Steps are 0 to `options.steps`; the last has a loss but no update. A loss that is not finite
     ends the training: nothing after it means anything.
 
-    Args:
-        problem: model, batches and loss.
-        options: `steps`, `lr`, `optimizer`, `warmup`, `every`.
-        observe: called before the step's own pass with its number and batch, at every `every`-th
-            step and at the last; it must leave parameters, their `.grad` and generators alone.
+    `observe` is called before the step's own pass with its number and batch, at every `every`-th
+    step and at the last; it must leave parameters, their `.grad` and generators alone.
 
     Yields:
         Every step as it is done.
@@ -216,12 +213,8 @@ def train_stack(
 ) -> TrainedSeed:
     """Train one seed of a stack on its task, and measure it on the way.
 
-    Args:
-        spec: the stack as trained, see `training_spec.as_trained`.
-        seed: seed of the weights and the batches.
-        device: device that trains.
-        options: the recipe, and whether to leave gradients in their raw range.
-        tick: called once per step.
+    The spec is that of `training_spec.as_trained`; the seed is that of weights and batches. `tick`
+    is called once per step.
     """
     task, trained = build_task(spec, device), TrainedSeed([], [], [])
     model = TaskNetwork(spec, seed, device)

@@ -33,11 +33,9 @@ SEPARATION = 4.0
 
 @dataclass(frozen=True)
 class Batch:
-    """One batch of a task: the input of a model, and what it predicts.
+    """One batch of a task: the input x of a model, and the labels that it predicts.
 
-    Attributes:
-        x: ids (B, T), or samples with the shape of the stream.
-        labels: (B * T,), the next ids; or (B,).
+    They are ids (B, T) and the next ids (B * T,), or samples like the stream and labels (B,).
     """
 
     x: Tensor

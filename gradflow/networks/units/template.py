@@ -181,13 +181,9 @@ class Unit(nn.Module):
     def infos(self) -> Sequence[ParamInfo]:
         """Return what is known of each parameter; norms are taken when they are first asked for."""
         if not self._infos:
-            self.note_norms()
+            pairs = zip(self._known, self.weights, strict=True)
+            self._infos[:] = [ParamInfo(*known, norm(p.detach())) for known, p in pairs]
         return tuple(self._infos)
-
-    def note_norms(self) -> None:
-        """Take the norms of the weights, so that no pass has to."""
-        pairs = zip(self._known, self.weights, strict=True)
-        self._infos[:] = [ParamInfo(*known, norm(p.detach())) for known, p in pairs]
 
     def forward(self, x: Tensor) -> Tensor:
         # The view gathers the branch's uses of x before the shortcut's is added, in the order
