@@ -100,14 +100,11 @@ def _check_streams(
 
 def _check_parts(spec: StackSpec) -> None:
     """Refuse parts of attention and ffn that no formula here covers."""
-    beyond = {
-        # Under a mask they move the profile by less than its band (test_theory_measured.py).
-        "rotary positions without a causal mask": spec.rope and not spec.causal,
-        "biases of queries, keys and values alone": spec.bias == "qkv",
-    }
-    for what, there in beyond.items():
-        if there:
-            raise NoTheoryError(f"no formula for {what}")
+    # Under a mask, rotations move the profile by less than its band (test_theory_measured.py).
+    if spec.rope and not spec.causal:
+        raise NoTheoryError("no formula for rotary positions without a causal mask")
+    if spec.bias == "qkv":
+        raise NoTheoryError("no formula for biases of queries, keys and values alone")
 
 
 def _check_values(spec: StackSpec) -> None:
@@ -171,8 +168,8 @@ def _unit(spec: StackSpec, wiring: Wiring, kind: str) -> TemplateUnit:
         _check_wiring(spec, wiring, kind)
         _check_parts(spec)
     norms: dict[str, Any] = {
-        name: wiring.kinds.get("in" if kind == "resnet" else place, str(spec.norm_kind))
-        for place, name in _NORM_FIELDS.items()
+        f"norm_{place}": wiring.kinds.get("in" if kind == "resnet" else place, str(spec.norm_kind))
+        for place in _TEMPLATE_NORMS
         if place in places
     }
     if is_silent:
@@ -205,13 +202,8 @@ def _is_silent(wiring: Wiring, kind: str) -> bool:
     return wiring.b * last == 0 and not beyond
 
 
-# Places of `wiring.NORM_PLACES` that the template has, with their names in `TemplateUnit`.
-_NORM_FIELDS = {
-    **{"in": "norm_in", "branch": "norm_branch", "out": "norm_out", "mid": "norm_mid"},
-    **{"value": "norm_value", "shared": "norm_shared"},
-}
-
-
+# Places of `wiring.NORM_PLACES` that the template has, as `norm_in` and so on.
+_TEMPLATE_NORMS = ("in", "branch", "out", "mid", "value", "shared")
 _BIASED = ("attention", "ffn")  # kinds of branch whose biases are an option
 
 
@@ -227,7 +219,7 @@ def _check_wiring(spec: StackSpec, wiring: Wiring, kind: str) -> None:
         raise NoTheoryError("a resnet block places its norms itself: no formula but for pre-norm")
     if theory is _NO_FORMULA:
         raise NoTheoryError(f"{spec.scheme} wires its units beyond the template")
-    beyond = set(wiring.norms) - {*_NORM_FIELDS, "query-key"}
+    beyond = set(wiring.norms) - {*_TEMPLATE_NORMS, "query-key"}
     if beyond:
         raise NoTheoryError(f"no formula for a norm at {', '.join(sorted(beyond))}")
 

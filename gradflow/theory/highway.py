@@ -306,10 +306,7 @@ class _Pulled(NamedTuple):
 def run_highway(units: Sequence[TemplateUnit], square: float, layout: Layout) -> MomentPasses:
     """Run the moments forward, then backward, as `mean_field.recursion.run_units`.
 
-    Args:
-        units: first to last, all highway layers.
-        square: E x^2 of the input.
-        layout: of the moments.
+    All units are highway layers; `square` is E x^2 of the input.
 
     Raises:
         NoTheoryError: the stream leaves the range of float32.

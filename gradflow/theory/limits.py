@@ -48,7 +48,8 @@ def check_stack(stack: Stack) -> None:
     for unit in units:
         _check_unit(unit)
         for norm in unit.norms:
-            _check_norm(norm)
+            if norm not in KNOWN_NORMS:
+                raise NoTheoryError(f"the norm {norm} has no formula")
     if any(unit.w_transform is not None for unit in units):
         _check_highway(stack, units)
     if stack.head is not None:
@@ -105,11 +106,6 @@ def _check_unit(unit: TemplateUnit) -> None:
             f"x + {unit.activation}(Wx): its mean adds up along the shortcut, and the gradient "
             "gathers in that one direction"
         )
-
-
-def _check_norm(norm: str) -> None:
-    if norm not in KNOWN_NORMS:
-        raise NoTheoryError(f"the norm {norm} has no formula")
 
 
 def check_passes(stack: Stack, passes: MomentPasses, layout: Layout, noise: LevelNoise) -> Array:

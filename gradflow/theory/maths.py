@@ -24,7 +24,9 @@ def sqrt(x: Number) -> Number:
 
 def asin(x: Number) -> Number:
     """Return the inverse sine of x, cut off at +-1 against rounding."""
-    return math.asin(max(-1.0, min(1.0, x))) if isinstance(x, float) else _array_asin(x)
+    if isinstance(x, float):
+        return math.asin(max(-1.0, min(1.0, x)))
+    return np.asarray(np.arcsin(_within_1(x)))
 
 
 def acos(x: Number) -> Number:
@@ -63,10 +65,6 @@ def constant(value: float, like: Number) -> Number:
 def quadrature_key(x: float) -> float:
     """Return x to eight digits: a key under which nearly equal numbers share one quadrature."""
     return float(f"{x:.8g}")
-
-
-def _array_asin(x: Array) -> Array:
-    return np.asarray(np.arcsin(_within_1(x)))
 
 
 def _within_1(x: Array) -> Array:

@@ -80,11 +80,8 @@ class Prediction:
 def predict(spec: StackSpec) -> Prediction:
     """Predict the gradient's profile of a stack that gradflow builds.
 
-    Args:
-        spec: the stack; its seed and dtype do not matter.
-
-    Returns:
-        The prediction, or one whose `reason` says why there is none.
+    The seed and the dtype do not matter. Where theory has no answer, the prediction's `reason` says
+    why.
     """
     try:
         check_spec(spec)
@@ -112,11 +109,7 @@ def _uncollected() -> Iterator[None]:
 
 
 def predict_stack(stack: Stack) -> Prediction:
-    """Predict the gradient's profile of units of the template, as a scheme makes them.
-
-    Args:
-        stack: shape, units, and the head if the loss is cross-entropy.
-    """
+    """Predict the gradient's profile of units of the template, as a scheme makes them."""
     try:
         with _uncollected():
             stack, layout, passes = _both_passes(stack)
@@ -180,9 +173,7 @@ def _of_state(stack: Stack, levels: Array) -> Array:
 def layout_of(stack: Stack) -> Layout:
     """Return the layout of the stream's moments: which of its rows differ."""
     attends = any(unit.kind == "attention" for unit in stack.units)
-    if stack.shape.causal and attends:
-        return CausalTokens(stack.shape)
-    return Exchangeable(stack.shape)
+    return (CausalTokens if stack.shape.causal and attends else Exchangeable)(stack.shape)
 
 
 def _to_prediction(

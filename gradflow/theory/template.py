@@ -37,17 +37,12 @@ class TemplateUnit:
         w_in: W, the convolution, or the first matrix of two; the values of attention.
         w_out: the output projection; unused by mlp and conv.
         w_gate: the gate of a gated ffn, W_out M(phi(W_gate x) * W_in x); None for no gate.
-        w_query: the queries of attention.
-        w_key: the keys of attention.
+        w_query, w_key: the queries and the keys of attention.
         w_transform: W_T of a highway layer's T(x) = sigmoid(W_T x + b_T); None elsewhere.
         gate_bias: b_T of a highway layer.
         a: weight of the shortcut; 0 for a plain unit.
-        b: weight of the branch's output.
-        c: weight of the branch's input.
-        norm_in: kind of the norm Ni, or None.
-        norm_branch: kind of the norm No, or None.
-        norm_out: kind of the norm Np, or None.
-        norm_mid: kind of the norm M, or None.
+        b, c: weights of the branch's output and of its input.
+        norm_in, norm_branch, norm_out, norm_mid: kinds of the norms Ni, No, Np and M, or None.
         qk_norm: whether queries and keys are normalised per head.
         alpha: alpha of the pointwise norms dyt, tanh(alpha x), and derf, erf(alpha x).
         logits: factor on the variance of attention's logits, over that of q.k / sqrt(c).
@@ -99,11 +94,8 @@ class StreamShape:
     Attributes:
         domain: `vectors`, `tokens` or `images`.
         width: features, or channels.
-        batch: samples.
-        tokens: tokens in a sample.
-        side: pixels on a side of an image.
+        batch, tokens, side: samples, tokens in a sample, pixels on a side of an image.
         hidden: width inside an ffn.
-        heads: attention heads.
         causal: whether attention sees the past only.
     """
 
@@ -127,7 +119,6 @@ class Head:
     """A classifier after the stack, with cross-entropy against random labels.
 
     Attributes:
-        classes: number of classes.
         weights: moments of the projection.
         norm: kind of the norm before the projection, or None.
         read: factor on the stream before that norm.

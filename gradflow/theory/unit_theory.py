@@ -265,12 +265,7 @@ UNIT_THEORY: dict[str, UnitTheory] = {
         streams=preln.attnres_streams,
     ),
     "denseformer": _preln_streams(streams=preln.denseformer_streams),
-    "b2t": UnitTheory(
-        norms=_POSTNORM_NORMS,
-        needs_out_norm=True,
-        steps=_b2t,
-        norms_see_all=False,
-    ),
+    "b2t": UnitTheory(norms=_POSTNORM_NORMS, needs_out_norm=True, steps=_b2t, norms_see_all=False),
     "residual-dual": UnitTheory(
         norms=_POSTNORM_NORMS,
         needs_out_norm=True,
@@ -286,8 +281,6 @@ UNIT_THEORY: dict[str, UnitTheory] = {
         norms_see_all=False,
     ),
     "value-residual": UnitTheory(
-        norms=("in", "query-key"),
-        steps=_value_residual,
-        read_steps=lambda _: (MixStep(((1, 0),)),),
+        norms=("in", "query-key"), steps=_value_residual, read_steps=lambda _: (MixStep(((1, 0),)),)
     ),
 }

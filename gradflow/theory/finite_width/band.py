@@ -101,7 +101,7 @@ def finite_width(
     Args:
         units: first to last.
         passes: both passes through them.
-        layout: of the moments.
+        layout: classes of the moments.
         few: added to 1/N; 1/(classes - 1) where all gradients come from a few classes.
         whole: whether norms are of all that the units hand on, not of one stream of several.
     """

@@ -58,15 +58,11 @@ class _StreamStep(NamedTuple):
     """What one unit does to the errors e and m of the stream.
 
     Attributes:
-        ee: derivative of e after the addition by e before the unit; `em` by m.
-        em: derivative of e by m.
-        me: derivative of m after the addition by e before the unit.
-        mm: derivative of m by m.
+        ee, em: derivatives of e after the addition, by e and by m before the unit.
+        me, mm: derivatives of m after the addition, by e and by m before the unit.
         cosine: between tokens, of the output.
-        before: whether a norm of rows is before the branch.
-        after: whether a norm of rows is after the addition.
-        inner_e: derivative by e of ln of what the branch's own norm divides |f|^2 by.
-        inner_m: the same derivative by m.
+        before, after: whether a norm of rows is before the branch, and after the addition.
+        inner_e, inner_m: derivatives by e and m of ln of what the branch's norm divides |f|^2 by.
         each: variance that the unit adds to e alone, token by token.
         common: variance that the unit adds to e and m together.
         branch: variance of the ln of what the branch's own norm divides by.
@@ -90,8 +86,7 @@ class _Added(NamedTuple):
     """What every unit adds to the stream, before a norm.
 
     Attributes:
-        x: cosine between tokens of the stream before the unit.
-        y: cosine between tokens of the stream after the unit.
+        x, y: cosines between tokens of the stream before and after the unit.
         s: share of the branch in E y^2.
         f: cosine between tokens of the branch's output.
     """
@@ -213,8 +208,7 @@ class GradientParts:
 
     Attributes:
         level: share R of the mean in |g|^2, at the input and after every unit.
-        mean: share of every unit's branch in the mean's part.
-        rest: share of every unit's branch in the rest.
+        mean, rest: share of every unit's branch in the mean's part, and in the rest.
     """
 
     level: Array
@@ -254,10 +248,8 @@ class _GradientStep(NamedTuple):
         share: share of the mean in |g|^2 before the unit.
         into: share of the mean's part that was in the rest above the unit.
         out: share of the rest that was in the mean's part above the unit.
-        mean: the branch's share in the mean's part.
-        rest: the branch's share in the rest.
-        mean_noise: variance that the unit's weights add to the ln of the mean's part.
-        rest_noise: variance that the unit's weights add to the ln of the rest.
+        mean, rest: the branch's shares in the mean's part and in the rest.
+        mean_noise, rest_noise: variances that the unit's weights add to the ln of each part.
         stream: what the unit does to the stream.
         errors: errors of the stream before the unit.
     """
@@ -282,12 +274,8 @@ def tokens_variance(
 ) -> Array:
     """Return the variance of ln |g|^2 at the input and after every unit.
 
-    Args:
-        units: first to last.
-        passes: both passes through them.
-        parts: of the gradient.
-        noises: variance that each unit's weights add to the ln of the mean's part, and of the rest.
-        layout: of the moments.
+    `noises` are the variances that each unit's weights add to the ln of the mean's part, and of the
+    rest.
     """
     mixes = np.array([unit.kind != "attention" for unit in units])
     moves, stream = _moved(parts, mixes, layout.shape.tokens), _stream_steps(units, passes, layout)

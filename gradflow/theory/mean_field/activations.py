@@ -135,10 +135,6 @@ class ActivationMoments:
         return 0.5 * (up + gaussian_mean(lambda z: f(np.zeros_like(z), np.zeros_like(z)), q))
 
 
-def _relu_slope(z: Array) -> Array:
-    return np.where(z > 0, 1.0, 0.0)
-
-
 def _relu_pair(q1: Number, q2: Number, p: Number) -> tuple[Number, Number]:
     """Return sqrt(q1 q2)/2 k1(c) and k0(c)/2: Cho & Saul 2009, J_1 and J_0.
 
@@ -157,11 +153,6 @@ def _erf_pair(q1: Number, q2: Number, p: Number) -> tuple[Number, Number]:
 
 def _gelu_slope(z: Array) -> Array:
     return np.asarray(ndtr(z) + z * np.exp(-0.5 * z * z) / _ROOT_2PI)
-
-
-def _gelu_mean(q: Number) -> Number:
-    """Return E phi = q / sqrt(2 pi (1 + q))."""
-    return q / sqrt(2 * math.pi * (1 + q))
 
 
 def _gelu_square(q: Number) -> Number:
@@ -190,17 +181,9 @@ def _gelu_pair(q1: Number, q2: Number, p: Number) -> tuple[Number, Number]:
     return value / (2 * math.pi), slope / (2 * math.pi)
 
 
-def _silu(z: Array) -> Array:
-    return np.asarray(z * expit(z))
-
-
 def _silu_slope(z: Array) -> Array:
     s = expit(z)
     return np.asarray(s * (1 + z * (1 - s)))
-
-
-def _sech2(z: Array) -> Array:
-    return np.asarray(1 - np.tanh(z) ** 2)
 
 
 def _squared(f: Function) -> Function:
@@ -236,11 +219,8 @@ def hermite_kernel(f: Function, square: Moment) -> Kernel:
     """Return the kernel E f(z1) f(z2) = sum_k a_k(q1) a_k(q2) c^k (Mehler), a_k by quadrature.
 
     The part of E f^2 that the kept orders miss is given to the order above them, an upper bound.
+    `square` is E f^2 as a function of q.
     Good to 1e-6 for tanh and silu where q (1 - c) is above 0.1 or q is below 5; to 1e-3 beyond.
-
-    Args:
-        f: the function.
-        square: E f^2 as a function of q, for the rest beyond the kept orders.
     """
 
     @lru_cache(maxsize=256)
@@ -314,7 +294,7 @@ ACTIVATION_MOMENTS: dict[str, ActivationMoments] = {
     ),
     "relu": ActivationMoments(
         phi=lambda z: np.maximum(z, 0.0),
-        slope=_relu_slope,
+        slope=lambda z: np.where(z > 0, 1.0, 0.0),
         mean=lambda q: sqrt(q / (2 * math.pi)),
         square=lambda q: 0.5 * q,
         slope_square=lambda q: constant(0.5, q),
@@ -333,11 +313,11 @@ ACTIVATION_MOMENTS: dict[str, ActivationMoments] = {
     "gelu": ActivationMoments(
         phi=lambda z: np.asarray(z * ndtr(z)),
         slope=_gelu_slope,
-        mean=_gelu_mean,
+        mean=lambda q: q / sqrt(2 * math.pi * (1 + q)),
         square=_gelu_square,
         slope_square=_gelu_slope_square,
         pair=_gelu_pair,
     ),
-    "tanh": _numeric(np.tanh, _sech2, odd=True),
-    "silu": _numeric(_silu, _silu_slope),
+    "tanh": _numeric(np.tanh, lambda z: np.asarray(1 - np.tanh(z) ** 2), odd=True),
+    "silu": _numeric(lambda z: np.asarray(z * expit(z)), _silu_slope),
 }

@@ -72,7 +72,7 @@ def _excess_table(first: int, last: int) -> Array:
 
 @cache
 def _excess_list(tokens: int) -> list[float]:
-    return [float(h) for h in _excess_table(tokens, tokens)[0]]
+    return list(map(float, _excess_table(tokens, tokens)[0]))
 
 
 def excess(g: float, tokens: int) -> float:
@@ -134,8 +134,7 @@ class MixTape(NamedTuple):
         gap: d, the E (u - mean u)^2 over the t tokens seen, times 1 - 1/t; u the branch's input.
         query: covariances of the queries.
         keys: factor from `gap` to the same of the keys.
-        to_query: scale on the way back through the query weights.
-        to_key: scale on the way back through the key weights.
+        to_query, to_key: scales on the way back through the query and the key weights.
         h: the excess, for each class of entries.
     """
 
@@ -258,10 +257,8 @@ class _Past(NamedTuple):
     Attributes:
         seen: min(t, t'), the tokens that both see.
         starts: the first place of the row of `seen` in the table of the excess.
-        first: the place of min(t, t'), from 0.
-        last: the place of max(t, t'), from 0.
-        most: max(t, t').
-        pairs: t t'.
+        first, last: the places of min(t, t') and of max(t, t'), from 0.
+        most, pairs: max(t, t') and t t'.
         means: 1/t where t' <= t, else 0: a product with it takes the mean over the past.
         later: 1 where t' >= t, else 0: a product with it takes the sum over what comes later.
         weights: two tables; the sum over a row of a symmetric x with the second one, then over
@@ -345,15 +342,9 @@ def _with_bare_values(unit: TemplateUnit) -> TemplateUnit:
 
 def _retaped(tape: MixTape, ratio: Number, logits: float = 1.0) -> MixTape:
     """Return a tape with `ratio` times the gap of the values, the gap of the keys kept."""
-    return MixTape(
-        values=1.0,
-        gap=tape.gap * ratio,
-        query=tape.query,
-        keys=tape.keys / ratio,
-        to_query=logits * tape.to_query,
-        to_key=logits * tape.to_key,
-        h=tape.h,
-    )
+    to_query, to_key = logits * tape.to_query, logits * tape.to_key
+    gap, keys = tape.gap * ratio, tape.keys / ratio
+    return tape._replace(values=1.0, gap=gap, keys=keys, to_query=to_query, to_key=to_key)
 
 
 def _mixed_rows(values: Moments, h: Moments, tokens: int) -> Moments:

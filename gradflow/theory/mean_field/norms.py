@@ -184,12 +184,9 @@ def _elements(kind: str, shape: StreamShape, alike: float = 0.0) -> float:
 def norm_gain(kind: str, count: float, fixed: float, source: _Source | None) -> float:
     """Return the factor on |J^T g|^2, as derived at the top of the module.
 
-    Args:
-        kind: of the norm.
-        count: n, the independent elements that the norm averages.
-        fixed: share 1 - s of the variance that an earlier norm has fixed.
-        source: phi and q where the norm's input is phi(N(0, q)) and the gradient goes on through
-            phi'; None for a normal input.
+    `count` is n, the independent elements that the norm averages, and `fixed` the share 1 - s of
+    the variance that an earlier norm has fixed. `source` is phi and q where the norm's input is
+    phi(N(0, q)) and the gradient goes on through phi'; None for a normal input.
     """
     if source is None:
         return 1 + (1 - fixed * fixed) / count

@@ -28,10 +28,8 @@ class UnitTape(NamedTuple):
 
     Attributes:
         u: moments of the branch's input.
-        before: the tape of the norm Ni, or None.
+        before, branch, after: the tapes of the norms Ni, No and Np, or None.
         inside: the tape of the branch.
-        branch: the tape of the norm No, or None.
-        after: the tape of the norm Np, or None.
     """
 
     u: Moments
@@ -125,13 +123,9 @@ class MomentPasses:
 def run_units(
     units: Sequence[TemplateUnit], x: Stream, g_last: Callable[[Stream], Moments], layout: Layout
 ) -> MomentPasses:
-    """Run the moments forward through the units, then backward.
+    """Run the moments of the input x forward through the units, then those of the gradient back.
 
-    Args:
-        units: first to last.
-        x: the input.
-        g_last: moments of the gradient at the output, as a function of the output.
-        layout: of the moments.
+    `g_last` gives the moments of the gradient at the output, as a function of the output.
 
     Raises:
         NoTheoryError: the stream leaves the range of float32, or the logits that of theory.

@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import copy
 from itertools import pairwise
+from operator import sub
 
 import numpy as np
 
@@ -57,7 +58,7 @@ def hyper_answers(base: Array, state: State) -> Array:
 def attnres_streams(base: Sequence[Stream], _: State, layout: Layout) -> list[Stream]:
     """Return the streams (v_0, ..., v_u) together, after every unit u, from Pre-LN's stream."""
     found, streams = _StreamSum(layout), []
-    for part in (base[0].s, *(_difference(y.s, x.s) for x, y in pairwise(base))):
+    for part in (base[0].s, *(tuple(map(sub, y.s, x.s)) for x, y in pairwise(base))):
         found.add(part)
         streams.append(found.stream())
     return streams
@@ -74,10 +75,6 @@ def denseformer_streams(base: Sequence[Stream], state: State, layout: Layout) ->
             streams.append(found.stream(x.s, x.s))
             found.add(x.s)
     return streams
-
-
-def _difference(x: Moments, y: Moments) -> Moments:
-    return tuple([a - b for a, b in zip(x, y, strict=True)])
 
 
 class _StreamSum:

@@ -35,14 +35,8 @@ def run_streams(
 ) -> MomentPasses:
     """Run all streams forward, then their gradients backward, as `mean_field.recursion.run_units`.
 
-    |g|^2 and the streams in the result are those of all streams together.
-
-    Args:
-        units: the steps of every unit, first to last.
-        readout: the steps from the last streams to the output.
-        x: the input.
-        g_last: moments of the gradient at the output, as a function of the output.
-        layout: of the moments.
+    |g|^2 and the streams in the result are those of all streams together. `readout` are the steps
+    from the last streams to the output.
 
     Raises:
         NoTheoryError: the stream leaves the range of float32, or the logits that of theory.
