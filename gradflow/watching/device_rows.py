@@ -50,16 +50,20 @@ class Pool:
         self.device = device
         self.chunks: list[Tensor] = []
         self.rows: list[Tensor] = []
-        self.taken = 0
+        self.taken = self.room = 0
 
     def take(self) -> int:
         """Return the number of a row that nobody else writes to."""
-        if self.taken == len(self.rows):
-            chunk = torch.full((_CHUNK, _WIDTH), torch.nan, dtype=torch.float64, device=self.device)
-            self.chunks.append(chunk)
-            self.rows += chunk.unbind(0)
+        if self.taken == self.room:
+            self._grow()
         self.taken += 1
         return self.taken - 1
+
+    def _grow(self) -> None:
+        chunk = torch.full((_CHUNK, _WIDTH), torch.nan, dtype=torch.float64, device=self.device)
+        self.chunks.append(chunk)
+        self.rows += chunk.unbind(0)
+        self.room += _CHUNK
 
     def write(self, number: int, values: list[Tensor]) -> None:
         """Put values into a row, from its start."""
@@ -89,19 +93,12 @@ class GraphPool(Pool):
         super().__init__(device)
         rows = ROWS_PER_LAYER * (layers + 4)
         self.sums = torch.zeros(rows, _WIDTH + 1, dtype=torch.float64, device=device)
+        self.room = rows
         self.one = torch.ones(1, dtype=torch.float64, device=device)
 
-    def take(self) -> int:
-        """Return the number of a row that nobody else writes to.
-
-        Raises:
-            UsageError: all rows are taken.
-        """
-        if self.taken == len(self.sums):
-            rule = f"graphs that are captured under watch have {self.taken} rows"
-            raise UsageError(rule, "more calls of layers", "watch fewer layers with layers=")
-        self.taken += 1
-        return self.taken - 1
+    def _grow(self) -> None:
+        rule = f"graphs that are captured under watch have {self.taken} rows"
+        raise UsageError(rule, "more calls of layers", "watch fewer layers with layers=")
 
     def write(self, number: int, values: list[Tensor]) -> None:
         """Add values to a row; in the columns of maxima keep the largest."""

@@ -64,11 +64,9 @@ class Ranks:
 
 
 def ranks_of(model: nn.Module, group: dist.ProcessGroup | None = None) -> Ranks | None:
-    """Return the processes that share a model; None where it is on one alone.
+    """Return the processes that share a model with its wrappers; None where it is on one alone.
 
-    Args:
-        model: as it trains, with what is wrapped around it.
-        group: the processes of a DDP model whose inner module `model` is.
+    `group` has the processes of a DDP model whose inner module is given.
 
     Raises:
         UsageError: parameters are spread in another way than by DDP or FSDP2.

@@ -40,7 +40,7 @@ from gradflow.watching.layer_hooks import installed
 from gradflow.watching.parameters import ParameterWatch
 from gradflow.watching.recorder import Recorder, WatchedPass
 from gradflow.watching.step_totals import StepNumbers, rank_totals, step_numbers, to_host
-from gradflow.watching.watched_run import Watched, of_step, verdict_step, watched_run, write_events
+from gradflow.watching.watched_run import Watched, verdict_step, watched_run, write_events
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -84,7 +84,9 @@ class Flow:
     @property
     def watched_layers(self) -> list[WatchedLayer]:
         """The modules that are watched; a model that has not run may still show others."""
-        return self._watched.counting
+        known = self._watched
+        kept = range(known.listed) if known.kept is None else known.kept
+        return [known.layers[i] for i in sorted(kept)]
 
     @property
     def layers(self) -> pd.DataFrame:
@@ -110,9 +112,11 @@ class Flow:
             return
         run = self.run
         step = verdict_step(run.spec, run.layer_records, run.options)
+        rows = [row for row in run.layer_records if row.step == step]
         heading = Text(f"step {step} of {len(self._measured)} watched", style="dim")
+        shown = replace(run, layer_records=rows)
         notes = (Text(line, style="yellow") for line in run.warnings)
-        print_view(Group(heading, run_view(of_step(run, step)), *notes), console or Console())
+        print_view(Group(heading, run_view(shown), *notes), console or Console())
 
     def save(self, out: Path | str = "results") -> Path | None:
         """Store the run in a new folder in `out`; return the folder.

@@ -177,11 +177,8 @@ def layer_timing(
 ) -> Timing | None:
     """Return medians over steps of the calls that every step has times of; None if there is none.
 
-    Args:
-        units: name of each layer.
-        steps: results of `timed_step`.
-        bare: results of `bare_step`.
-        flops: result of `counted_step`.
+    `units` has the name of each layer; steps, bare steps and FLOPs are the results of `timed_step`,
+    `bare_step` and `counted_step`.
     """
     keys = [key for key in steps[0][0] if all(key in seconds for seconds, _ in steps)]
     if not keys:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 from operator import attrgetter
@@ -55,12 +55,6 @@ class Watched:
     ranks: Ranks | None = None
     kept: Collection[int] | None = None
 
-    @property
-    def counting(self) -> list[WatchedLayer]:
-        """The layers that count, as far as is known."""
-        kept = range(self.listed) if self.kept is None else self.kept
-        return [self.layers[i] for i in sorted(kept)]
-
     @cached_property
     def owned(self) -> list[OwnedParameter]:
         """The parameters of the layers that count, or may."""
@@ -86,9 +80,6 @@ def watched_run(
     """Return all measured steps as one run.
 
     The options have the thresholds of the verdict; `when` has entries of the environment.
-
-    Raises:
-        MeasurementError: no layer has run.
     """
     if not steps or not steps[0].layers:
         names = ", ".join(layer.name for layer in watched.layers[:3])
@@ -116,11 +107,6 @@ def watched_run(
             judged_step=judged,
         )
     )
-
-
-def of_step(run: Run, step: int) -> Run:
-    """Return the run with the layers of one step alone."""
-    return replace(run, layer_records=[row for row in run.layer_records if row.step == step])
 
 
 def verdict_step(spec: Spec, layers: Sequence[LayerRecord], options: RunOptions) -> int:
@@ -214,9 +200,6 @@ def write_events(rows: Sequence[LayerRecord], folder: Path | str) -> Path:
     """Write a scalar `column/unit` at its step for every cell of one seed; return the folder.
 
     The numbers are float32 there, as TensorBoard keeps scalars; missing cells are left out.
-
-    Raises:
-        UsageError: the extra is not installed, or the folder cannot be written to.
     """
     names = [name for name in columns(LayerRecord) if name not in _ROW_NAMES]
     writer = _writer(folder)

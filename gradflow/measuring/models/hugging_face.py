@@ -134,11 +134,7 @@ def hugging_face_build(request: ModelRequest) -> Build:
 
 
 def changes(default: Any, request: ModelRequest) -> dict[str, Any]:
-    """Return the settings that a request asks for, by the names that the configuration has.
-
-    Raises:
-        UsageError: the configuration has no such setting.
-    """
+    """Return the settings that a request asks for, by the names that the configuration has."""
     sizes: dict[str, Any] = {}
     if request.depth is not None:
         sizes |= dict.fromkeys(_depth_names(default, request), request.depth)

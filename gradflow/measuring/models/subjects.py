@@ -186,7 +186,7 @@ def loss_of(model: nn.Module, example: Example, kind: str, seed: int) -> Tensor:
     if kind == "cotangent":
         return projection(output, seed)
     if kind == "own":
-        return own_loss(output)
+        return _own_loss(output)
     y = real_output(output)
     source = torch.Generator().manual_seed(seed)
     if kind == "mse":
@@ -207,12 +207,8 @@ def _output(model: nn.Module, given: Any, kind: str) -> Any:
         raise
 
 
-def own_loss(output: Any) -> Tensor:
-    """Return the loss that an output holds, or the output itself where it is a scalar.
-
-    Raises:
-        UsageError: the output has no loss.
-    """
+def _own_loss(output: Any) -> Tensor:
+    """Return the loss that an output holds, or the output itself where it is a scalar."""
     found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", output)
     if not isinstance(found, Tensor) or found.numel() != 1 or not found.requires_grad:
         rule = "--loss own is a scalar that the model returns, by itself or as .loss"
@@ -376,11 +372,7 @@ def _check_arguments(thing: Callable[..., Any], given: dict[str, Any], shown: st
 
 
 def _trained(subject: Subject, build: Build | None, request: ModelRequest, seed: int) -> Subject:
-    """Return the subject with the batches of a built-in task that fits its input and output.
-
-    Raises:
-        UsageError: no built-in task fits.
-    """
+    """Return the subject with the batches of a built-in task that fits its input and output."""
     example = next(subject.batches())
     x = _main(example.given)
     if request.loss != "ce" or (build and _is_ids(x) and not build.is_causal):
@@ -421,11 +413,7 @@ def _is_ids(x: Tensor) -> bool:
 
 
 def _classes(model: nn.Module, example: Example) -> int:
-    """Return the number of logits for each sample or token.
-
-    Raises:
-        UsageError: the shape of the output is not a shape of logits.
-    """
+    """Return the number of logits for each sample or token."""
     with untouched(model), errors_of_users_code("the model"):
         y = real_output(called(model, example.given))
     x = _main(example.given)
