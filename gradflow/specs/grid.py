@@ -129,7 +129,7 @@ def _check_value(name: str, value: Any) -> None:
 
 
 def _idle(name: str, chosen: Mapping[str, Any]) -> bool:
-    """Whether an option means nothing beside the others."""
+    """Whether an option changes nothing in a cell with these other options."""
     if name in TRAINING_DEFAULTS:
         return not chosen.get("steps")
     if "model" in chosen:

@@ -224,14 +224,14 @@ def _check_count(what: str, value: object, least: int, most: float) -> None:
 
 
 def _is_number(value: object, *, flag_too: bool = False) -> bool:
-    """Whether it is a finite real number; True and False are none unless they may be."""
+    """Whether a value is a finite real number; a bool is none unless `flag_too`."""
     if isinstance(value, bool):
         return flag_too
     return isinstance(value, Real) and math.isfinite(value)
 
 
 def _is_count(value: object) -> TypeGuard[int]:
-    """Whether it is a whole number, of Python's kind."""
+    """Whether a value is a Python int; a bool is none."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 

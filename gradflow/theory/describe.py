@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from gradflow.schemes import UNIT_KINDS, Place, Wiring
 from gradflow.schemes.wiring import OUTPUT_PROJECTIONS
@@ -73,29 +73,35 @@ def _state(spec: StackSpec, wirings: Sequence[Wiring]) -> State | None:
     ((kind, theory),) = theories.items()
     if spec.readout != UNIT_KINDS[kind].readout:
         raise NoTheoryError(f"no formula for units of {kind} with the readout {spec.readout}")
-    for norms, scalars, weight in dict.fromkeys(map(_stream_settings, wirings)):
-        _check_streams(kind, theory, norms, scalars)
-        if weight != 0.5:
-            raise NoTheoryError("no formula for values that are not averaged evenly")
+    for settings in dict.fromkeys(map(_stream_settings, wirings)):
+        _check_streams(kind, theory, settings)
     copies = int(wirings[0].settings.get("streams", 1))
     return State(kind, copies, norm, spec.head_size, spec.units_per_block)
 
 
-def _stream_settings(wiring: Wiring) -> tuple[tuple[str, ...], tuple[float, float], float]:
-    """Return the norms, the scalars, and the first values' share in those of value-residual."""
-    return wiring.norms, (wiring.b, wiring.c), float(wiring.settings.get("weight", 0.5))
+class _StreamSettings(NamedTuple):
+    """What decides whether theory covers a unit that hands on several streams."""
+
+    norms: tuple[str, ...]
+    scaled: bool
+    first_values_share: float
 
 
-def _check_streams(
-    kind: str, theory: UnitTheory, norms: tuple[str, ...], scalars: tuple[float, float]
-) -> None:
-    beyond = set(norms) - set(theory.norms or ())
-    if theory.needs_out_norm and "out" not in norms:
+def _stream_settings(wiring: Wiring) -> _StreamSettings:
+    scaled = (wiring.b, wiring.c) != (1.0, 1.0)
+    return _StreamSettings(wiring.norms, scaled, float(wiring.settings.get("weight", 0.5)))
+
+
+def _check_streams(kind: str, theory: UnitTheory, settings: _StreamSettings) -> None:
+    beyond = set(settings.norms) - set(theory.norms or ())
+    if theory.needs_out_norm and "out" not in settings.norms:
         raise NoTheoryError(f"no formula for units of {kind} without the norm of their output")
     if beyond:
         raise NoTheoryError(f"no formula for a norm at {', '.join(sorted(beyond))} of {kind}")
-    if not theory.takes_scalars and scalars != (1.0, 1.0):
+    if settings.scaled and not theory.takes_scalars:
         raise NoTheoryError(f"no formula for scaled branches of {kind}")
+    if settings.first_values_share != 0.5:
+        raise NoTheoryError("no formula for values that are not averaged evenly")
 
 
 def _check_parts(spec: StackSpec) -> None:

@@ -49,7 +49,10 @@ class CompiledTaps:
         else:
             current.complete(self._call(current, place), tap)
         if graph:
-            self._wait((place, entering), current, tap)
+            passes = self.recorder.passes  # the taps of passes that are over are given up
+            waiting = self.waiting.get((place, entering), [])
+            waiting = [item for item in waiting if item[0] in passes]
+            self.waiting[place, entering] = [*waiting, (current, tap)]
 
     def backward(self, g: Tensor, place: int, *, entering: bool) -> None:
         """Measure the gradient of an input or output of a layer."""
@@ -57,12 +60,6 @@ class CompiledTaps:
         if waiting:
             owner, tap = waiting.pop()
             self.recorder.gradient(owner, tap, g)
-
-    def _wait(self, where: tuple[int, bool], current: WatchedPass, tap: Tap) -> None:
-        """Expect the gradient of a tap; the taps of passes that are over are given up."""
-        passes = self.recorder.passes
-        waiting = [item for item in self.waiting.get(where, ()) if item[0] in passes]
-        self.waiting[where] = [*waiting, (current, tap)]
 
     def forget_graphs(self) -> None:
         """Have torch compile everything again if there are taps in a graph."""

@@ -93,6 +93,7 @@ OPTIONS = [f.name for cls in (StackSpec, RunOptions) for f in fields(cls) if f.n
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_option_takes_a_list(name: str) -> None:
     values = TWO_VALUES.get(name) or [first := another(name, None), another(name, first)]
+    assert values[0] != values[1]
     block = {"block": [BLOCK_OF.get(name, "transformer")]} if name != "block" else {}
     steps = {"steps": [5]} if name in TRAINING_DEFAULTS else {}
     cells = expand({**block, **steps, name: values}).cells
