@@ -33,6 +33,10 @@ def test_the_readme_has_12_kilobytes_at_most() -> None:
     assert house.readme_bytes() <= 12_288
 
 
+def test_modules_are_170_at_most() -> None:
+    assert len(house.sources()) <= 170
+
+
 def test_every_room_has_tests() -> None:
     assert min(house.tests_by_room().values()) >= 1
     assert sum(house.tests_by_room().values()) > 1000
